@@ -1,0 +1,143 @@
+"""Every setting and every preset once. Read when asked for, never at import.
+
+Settings come from the environment (`FSU_HOME`, `FSU_LEDGER`, `FSU_ARTIFACTS`), then `fsu.toml` in the
+working folder, then the defaults: everything in `.fsu/` below the working folder. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import ValidationError
+
+from fsu_ray.errors import InvalidConfig
+from fsu_ray.records import Recipe
+
+LEASE_SECONDS = 120.0
+"""How long a claim holds without a heartbeat; the driver renews it every third of that."""
+
+CHECKPOINT_STEPS = 100
+"""Inversion steps between two checkpoints."""
+
+# Literal presets: what differs from the defaults of `records.Recipe`.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Small images with little detail, e.g. scikit-learn's digits: what `fsu demo` uses.
+    "digits": {
+        "invert": {"steps": 400, "batch": 120},
+        "synthesize": {"per_class": 200},
+        "relearn": {"epochs": 20, "lr": 0.003},
+    },
+    # Networks with many BatchNorm layers, whose statistics would drown the other losses.
+    "deep": {
+        "invert": {
+            "steps": 800,
+            "weights": {"bn": 3.0, "entropy": 3.0, "augmentation": 1.0, "diversity": 1.0, "tv": 0.06},
+        }
+    },
+    # Section 4 and appendix C.4: squared losses, its weights, labels of the current version, its filter.
+    "paper": {
+        "form": "paper",
+        "invert": {
+            "steps": 7000,
+            "width": 16,
+            "form": "squared",
+            "weights": {"bn": 10.0, "entropy": 1.0, "augmentation": 0.03, "diversity": 1.0, "tv": 3.0},
+        },
+        "synthesize": {"entropy_threshold": 0.5},
+        "filter": {"policy": "knee", "runner_up": 0.0},
+        "relearn": {"sample_repeats": 0, "mask_repeats": 0, "lr": 0.003},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where things lie: `ledger` is a SQLAlchemy URL, `artifacts` a folder or URI, `runs` Ray's checkpoints."""
+
+    home: Path
+    ledger: str
+    artifacts: str
+    runs: Path
+    recipe: dict[str, Any]
+
+
+def read_settings(folder: Path | None = None) -> Settings:
+    """The settings for `folder` (the working folder); raises InvalidConfig for a file that does not parse."""
+    folder = (folder or Path.cwd()).resolve()
+    file = folder / "fsu.toml"
+    table: dict[str, Any] = {}
+    if file.exists():
+        try:
+            table = tomllib.loads(file.read_text())
+        except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+            raise InvalidConfig(f"{file} does not parse: {error}") from None
+    known = {"home", "ledger", "artifacts", "recipe"}
+    surplus = sorted(table.keys() - known)
+    if surplus:
+        raise InvalidConfig(f"{file} has the unknown key {surplus[0]!r}; it takes {', '.join(sorted(known))}")
+    for key in known - {"recipe"}:
+        if not isinstance(table.get(key, ""), str):
+            raise InvalidConfig(f"{file}: {key} must be a string")
+    home = (folder / Path(os.environ.get("FSU_HOME") or table.get("home") or ".fsu").expanduser()).resolve()
+    ledger = os.environ.get("FSU_LEDGER") or table.get("ledger") or sqlite_url(home / "ledger.db")
+    artifacts = os.environ.get("FSU_ARTIFACTS") or table.get("artifacts") or str(home / "artifacts")
+    if "://" not in artifacts:
+        artifacts = str((folder / Path(artifacts).expanduser()).resolve())
+    recipe = table.get("recipe", {})
+    if not isinstance(recipe, dict):
+        raise InvalidConfig(f"{file}: recipe must be a table")
+    make_recipe("default", [recipe])
+    return Settings(home, ledger, artifacts, home / "runs", recipe)
+
+
+def sqlite_url(file: Path) -> str:
+    """The SQLAlchemy URL of an SQLite file, whatever signs are in its path."""
+    return f"sqlite:///{quote(str(file))}"
+
+
+def make_recipe(preset: str, changes: Iterable[dict[str, Any]] = ()) -> Recipe:
+    """The recipe named `preset` with `changes` (nested dictionaries) laid over it in turn.
+
+    Raises InvalidConfig naming the first key or value that is wrong.
+    """
+    if preset not in PRESETS:
+        raise InvalidConfig(f"no recipe {preset!r}: use {', '.join(PRESETS)}")
+    merged = PRESETS[preset]
+    for change in changes:
+        merged = _merge(merged, change)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidConfig(f"recipe: {'.'.join(str(p) for p in first['loc']) or 'value'}: {first['msg']}") from None
+
+
+def parse_change(text: str) -> dict[str, Any]:
+    """`invert.steps=100` as a nested dictionary; the value is JSON, else a string."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise InvalidConfig(f"--set takes KEY=VALUE such as invert.steps=300, got {text!r}")
+    try:
+        parsed: Any = json.loads(value)
+    except json.JSONDecodeError:
+        parsed = value
+    for key in reversed(path.split(".")):
+        parsed = {key: parsed}
+    assert isinstance(parsed, dict)
+    return parsed
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in change.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if nested else value
+    return out

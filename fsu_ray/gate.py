@@ -1,0 +1,55 @@
+"""The two gates: may a generator be reused, and may a result become a version? Pure functions of figures.
+
+Both return the reasons for a refusal, most important first; an empty answer means yes. A figure that is
+not a number is never good enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fsu_ray.records import GateRecipe
+
+
+def refuse_generator(figures: Mapping[str, Any], gate: GateRecipe) -> tuple[str, ...]:
+    """Why D' and its generator may not serve the current version.
+
+    `figures` are those of `method.evaluate.generator_figures`: `acceptance` (lowest share over the
+    classes that must be covered), `coverage` (rarest over mean), `bn_distance` (mean relative
+    distance), `agreement` (with the current version outside all masks), `starved` (class numbers).
+    """
+    reasons = []
+    if figures["starved"]:
+        reasons.append(f"starved classes {figures['starved']}")
+    if not figures["agreement"] >= gate.dataset_agreement_min:
+        reasons.append(f"agreement {figures['agreement']:.3f} < {gate.dataset_agreement_min}")
+    if not figures["coverage"] >= gate.coverage_min:
+        reasons.append(f"coverage {figures['coverage']:.3f} < {gate.coverage_min}")
+    if not figures["acceptance"] >= gate.acceptance_min:
+        reasons.append(f"acceptance {figures['acceptance']:.3f} < {gate.acceptance_min}")
+    if not figures["bn_distance"] <= gate.bn_distance_max:
+        reasons.append(f"BN distance {figures['bn_distance']:.3f} > {gate.bn_distance_max}")
+    return tuple(reasons)
+
+
+def refuse_result(report: Mapping[str, Any], gate: GateRecipe) -> str | None:
+    """Why a relearned classifier may not become a version: `not_forgotten`, `retention_lost` or
+    `erasure_returned`, with the figure that says so; None when it may.
+
+    `report` is that of `method.evaluate.measure`.
+    """
+    for name in ("samples_in_target", "probes_in_target"):
+        share = report["forgetting"][name]
+        if share is not None and not share <= gate.forgotten_max:
+            return f"not_forgotten: {name} {share:.3f} > {gate.forgotten_max}; try more samples or relearn.epochs"
+    for prior in report["earlier"]:
+        share, recorded = prior["probes_in_target"], prior["recorded"]
+        if share is not None and not share <= min(gate.returned_max, recorded + gate.returned_margin):
+            return f"erasure_returned: {prior['behaviour']} is at {share:.3f}, {recorded:.3f} when it was erased"
+    agreement = report["retention"]["agreement"]
+    if not agreement >= gate.agreement_min:
+        return (
+            f"retention_lost: agreement with the parent {agreement:.3f} < {gate.agreement_min}; try a lower relearn.lr"
+        )
+    return None
