@@ -1,0 +1,99 @@
+"""The one supervised loop: a classifier, pixels and (soft) targets.
+
+Training from scratch, relearning (eq. 10) and the baselines all come through `fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fsu_ray.method.augment import random_view, seeded
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train: `peak` learning rate with one cycle (`one_cycle`) or held and then let down to zero."""
+
+    epochs: int
+    batch: int = 128
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    one_cycle: bool = True
+    frozen_statistics: bool = False
+    precision: str = "float32"
+    seed: int = 0
+
+
+def fit(
+    classifier: nn.Module,
+    pixels: Tensor,
+    targets: Tensor,
+    schedule: Schedule,
+    flip: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Train `classifier` in place with SGD and cross entropy on augmented samples.
+
+    pixels (N, C, H, W) uint8; targets (N,) class numbers or (N, K) probabilities. With
+    `frozen_statistics` BatchNorm stays in eval mode, so its running statistics keep describing the
+    data they came from. Deterministic on the CPU for a seed and a number of threads.
+    """
+    device = next(classifier.parameters()).device
+    n = len(pixels)
+    batches = max(1, -(-n // schedule.batch))
+    total = schedule.epochs * batches
+    optimiser = torch.optim.SGD(
+        classifier.parameters(),
+        lr=schedule.lr,
+        momentum=schedule.momentum,
+        weight_decay=schedule.weight_decay,
+        nesterov=schedule.momentum > 0,
+    )
+    if device.type == "cpu":
+        # torch 2.14 corrupts memory in the weight gradients of channels_last convolutions with odd batches.
+        classifier.to(memory_format=torch.contiguous_format)
+    pixels, targets = pixels.to(device), targets.to(device)
+    classifier.train(not schedule.frozen_statistics)
+    step = 0
+    for epoch in range(schedule.epochs):
+        rng = seeded(schedule.seed, epoch)
+        order = torch.randperm(n, generator=rng).to(device)
+        loss_sum = torch.zeros((), device=device)
+        for index in torch.tensor_split(order, batches):  # even parts: BatchNorm cannot train on a batch of one
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.lr * _shape(step / total, schedule.one_cycle)
+            view = random_view(pixels[index].float() / 255, rng, flip)
+            with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
+                logits = classifier(view)
+            loss = F.cross_entropy(logits.float(), targets[index])
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            loss_sum += loss.detach()
+            step += 1
+        if progress:
+            progress(epoch + 1, schedule.epochs, {"loss": float(loss_sum) / batches})
+    classifier.eval()
+
+
+def _shape(done: float, one_cycle: bool) -> float:
+    """Share of the peak learning rate after `done` of the run: up first if one_cycle, down to 0 at the end."""
+    if one_cycle:
+        return 0.1 + 4.5 * done if done < 0.2 else (1 - done) / 0.8
+    return 1.0 if done < 0.5 else 2 * (1 - done)
+
+
+@torch.no_grad()
+def predict(classifier: nn.Module, pixels: Tensor, batch: int = 1000) -> Tensor:
+    """Logits (N, K) in float32 of uint8 pixels (N, C, H, W); eval mode."""
+    device = next(classifier.parameters()).device
+    classifier.eval()
+    return torch.cat([classifier(part.to(device).float() / 255).float().cpu() for part in torch.split(pixels, batch)])

@@ -1,0 +1,325 @@
+"""The networks: classifiers, the conditional generator, and hooks that watch any of them.
+
+A classifier is built from a `ModelSpec` alone; its weights come from safetensors. `Classifier` takes
+pixels in [0, 1] and normalises them itself, so augmentation always sees un-normalised pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from fsu_ray.errors import InvalidWeights, UnsupportedModel
+from fsu_ray.records import ModelSpec
+
+
+class LeNet5(nn.Module):
+    """LeNet5 with a BatchNorm before each convolution (appendix D.1), for any input size from 16 on."""
+
+    feature_layer = "fc1"  # f_e: the flattened output of the last convolution, 400-d at 32x32
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        rows, columns = ((size - 4) // 2 for size in (spec.height, spec.width))
+        rows, columns = ((size - 4) // 2 for size in (rows, columns))
+        if min(rows, columns) < 1:
+            raise UnsupportedModel(f"lenet5 needs at least 16x16 pixels, the model has {spec.height}x{spec.width}")
+        self.bn1 = nn.BatchNorm2d(spec.channels)
+        self.conv1 = nn.Conv2d(spec.channels, 6, 5)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * rows * columns, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, spec.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(self.bn1(x))), 2)  # (N, 6, 14, 14) at 32x32
+        x = F.max_pool2d(F.relu(self.conv2(self.bn2(x))), 2)  # (N, 16, 5, 5)
+        x = F.relu(self.fc1(x.flatten(1)))
+        out: Tensor = self.fc3(F.relu(self.fc2(x)))
+        return out
+
+
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, each behind BatchNorm and ReLU (He et al. 2016, identity mappings)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        fits = stride == 1 and inputs == outputs
+        self.shortcut = None if fits else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x))
+        skip = x if self.shortcut is None else self.shortcut(y)
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return out + skip
+
+
+class PreActResNet18(nn.Module):
+    """PreActResNet-18 for small images; `width` channels in the first stage (64 in the paper).
+
+    As in the usual CIFAR form of this network, no BatchNorm stands before the pooling: f_e is the
+    pooled vector of 8 * width dimensions, the input of the last layer.
+    """
+
+    def __init__(self, spec: ModelSpec, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(spec.channels, width, 3, 1, 1, bias=False)
+        blocks: list[nn.Module] = []
+        inputs = width
+        for stage in range(4):
+            outputs = width << stage
+            blocks += [PreActBlock(inputs, outputs, 2 if stage else 1), PreActBlock(outputs, outputs, 1)]
+            inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = nn.Linear(inputs, spec.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.conv1(x))
+        out: Tensor = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return out
+
+
+def _torchvision(name: str, spec: ModelSpec) -> nn.Module:
+    """A torchvision classification model by name, its first convolution fitted to the channels."""
+    import torchvision.models as zoo
+
+    if name not in zoo.list_models(module=zoo):
+        raise UnsupportedModel(
+            f"torchvision has no classification model {name!r}; see torchvision.models.list_models()"
+        )
+    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    network: nn.Module = zoo.get_model(name, weights=None, num_classes=spec.classes, **extra)
+    if spec.channels != 3:
+        _refit_first_convolution(network, spec.channels)
+    return network
+
+
+def _refit_first_convolution(network: nn.Module, channels: int, small: bool = False) -> None:
+    """Replace the first convolution by one for `channels`; `small` makes it 3x3 with stride 1."""
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            kernel: Any = (3, 3) if small else module.kernel_size
+            stride: Any = (1, 1) if small else module.stride
+            padding: Any = (1, 1) if small else module.padding
+            conv = nn.Conv2d(channels, module.out_channels, kernel, stride, padding, bias=module.bias is not None)
+            parent, _, leaf = path.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, conv)
+            return
+    raise UnsupportedModel("the network has no convolution to fit to the number of channels")
+
+
+def _resnet50(spec: ModelSpec) -> nn.Module:
+    """torchvision's ResNet-50 with a 3x3 stem of stride 1 and no first pooling, for small images."""
+    network = _torchvision("resnet50", spec.model_copy(update={"channels": 3}))
+    _refit_first_convolution(network, spec.channels, small=True)
+    network.maxpool = nn.Identity()
+    return network
+
+
+def build_network(spec: ModelSpec) -> nn.Module:
+    """The network that `spec.arch` names, freshly initialised from torch's current seed.
+
+    `lenet5`, `preactresnet18` or `preactresnet18:WIDTH` (64 without), `resnet50` (fitted to small
+    images), `torchvision:NAME`. Raises UnsupportedModel for any other name, and for a network
+    without BatchNorm, whose statistics eq. 6 needs.
+    """
+    name, _, option = spec.arch.partition(":")
+    if name == "lenet5" and not option:
+        network: nn.Module = LeNet5(spec)
+    elif name == "preactresnet18" and (not option or (option.isdigit() and int(option) > 0)):
+        network = PreActResNet18(spec, int(option or 64))
+    elif name == "resnet50" and not option:
+        network = _resnet50(spec)
+    elif name == "torchvision" and option:
+        network = _torchvision(option, spec)
+    else:
+        raise UnsupportedModel(
+            f"unknown architecture {spec.arch!r}: use lenet5, preactresnet18[:WIDTH], resnet50 or torchvision:NAME"
+        )
+    if not batch_norms(network):
+        raise UnsupportedModel(
+            f"{spec.arch} has no BatchNorm layer: the inversion reads the training data's statistics from BatchNorm "
+            "(eq. 6), so only networks with BatchNorm can be registered"
+        )
+    return network
+
+
+class Classifier(nn.Module):
+    """A network behind its normalisation: pixels in [0, 1], (N, C, H, W) -> logits (N, K)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.network = build_network(spec)
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out: Tensor = self.network((pixels - self.mean) / self.std)
+        return out
+
+    def to_bytes(self) -> bytes:
+        """The network's weights as safetensors; the same weights give the same bytes."""
+        return save_tensors({k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()})
+
+    @classmethod
+    def from_bytes(cls, spec: ModelSpec, data: bytes) -> Classifier:
+        """The classifier of `spec` with the weights in `data` (safetensors), in eval mode.
+
+        Raises InvalidWeights where the file is no safetensors, is cut short, or does not fit.
+        """
+        classifier = cls(spec)
+        load_weights(classifier.network, data, spec.arch)
+        return classifier.eval()
+
+
+def load_weights(network: nn.Module, data: bytes, name: str) -> None:
+    """Load safetensors `data` into `network`; nothing is ever unpickled. Raises InvalidWeights."""
+    try:
+        tensors = load_tensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        if data[:2] == b"PK" or data[:1] == b"\x80":
+            raise InvalidWeights(
+                "the weights are a pickle (torch.save), which could run code when read: save them with "
+                "safetensors.torch.save_file(model.state_dict(), 'w.safetensors')"
+            ) from None
+        raise InvalidWeights(f"the weights are not a whole safetensors file ({error}); copy or save it again") from None
+    expected = network.state_dict()
+    missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or surplus:
+        what = f"lack {missing[0]!r}" if missing else f"hold {surplus[0]!r} too"
+        raise InvalidWeights(
+            f"the weights do not fit {name}: they {what} ({len(missing)} missing, {len(surplus)} unknown tensors)"
+        )
+    for key, tensor in expected.items():
+        if tensors[key].shape != tensor.shape:
+            raise InvalidWeights(
+                f"the weights do not fit {name}: {key!r} is {tuple(tensors[key].shape)}, "
+                f"{tuple(tensor.shape)} is needed; check --arch, --input and --classes"
+            )
+        if not tensors[key].dtype.is_floating_point and tensor.dtype.is_floating_point:
+            raise InvalidWeights(
+                f"the weights hold {tensors[key].dtype} in {key!r}: save them as floating point numbers"
+            )
+        if not torch.isfinite(tensors[key].to(tensor.dtype)).all():
+            raise InvalidWeights(f"the weights hold numbers that are not finite in {key!r}")
+    network.load_state_dict(tensors)
+
+
+class UpsampledConv(nn.Conv2d):
+    """A 3x3 convolution of the input enlarged 2 x 2 by nearest neighbour, without enlarging it.
+
+    Every output pixel sees only 2 x 2 distinct inputs, so the 3x3 kernel folds into a transposed
+    convolution of stride 2 with a 4x4 kernel: the same function and gradient with 4/9 of the
+    multiplications and no enlarged copy.
+    """
+
+    fold: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        # The 4-tap kernel is the (flipped) 3-tap kernel convolved with the (1, 1) of the enlargement.
+        fold = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # (4, 3)
+        self.register_buffer("fold", fold, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, I, H, W) -> (N, O, 2H, 2W)
+        with torch.autocast(x.device.type, enabled=False):
+            kernel = (self.fold @ self.weight @ self.fold.T).transpose(0, 1)  # (I, O, 4, 4)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
+class Generator(nn.Module):
+    """The conditional generator G (DCGAN with a class): z (N, latent), y (N,) -> pixels in [0, 1].
+
+    It is conditioned on the classes alone and never sees a target sample, which is what makes it
+    reusable. `width` is n: 8n, 4n and 2n channels at 1/4, 1/2 and the full size.
+    """
+
+    def __init__(self, spec: ModelSpec, width: int, latent: int) -> None:
+        super().__init__()
+        self.classes, self.width, self.latent = spec.classes, width, latent
+        self.rows, self.columns = spec.height // 4, spec.width // 4
+        self.linear = nn.Linear(latent + spec.classes, 8 * width * self.rows * self.columns)
+        self.bn0 = nn.BatchNorm2d(8 * width)
+        self.conv1 = UpsampledConv(8 * width, 4 * width)
+        self.bn1 = nn.BatchNorm2d(4 * width)
+        self.conv2 = UpsampledConv(4 * width, 2 * width)
+        self.bn2 = nn.BatchNorm2d(2 * width)
+        self.conv3 = nn.Conv2d(2 * width, spec.channels, 3, padding=1)
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        condition = F.one_hot(y, self.classes).to(z.dtype)
+        x = self.linear(torch.cat((z, condition), 1)).view(-1, 8 * self.width, self.rows, self.columns)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.leaky_relu(self.bn1(self.conv1(self.bn0(x))), 0.2)
+        x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
+        return torch.sigmoid(self.conv3(x))
+
+
+def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Every BatchNorm layer that keeps running statistics, in the order of the module tree."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return [m for m in network.modules() if isinstance(m, kinds) and m.running_mean is not None]
+
+
+@dataclass
+class Observation:
+    """What the hooks saw in one forward pass.
+
+    `statistics`: for every BatchNorm call the batch mean, biased variance, and the layer's running
+    mean and variance, each (channels,). `features`: f_e of every sample, (N, F).
+    """
+
+    statistics: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    features: Tensor | None = None
+
+
+@contextmanager
+def observe(network: nn.Module, first: int | None = None, statistics: bool = True) -> Iterator[Observation]:
+    """Watch `network` inside the block; the hooks are gone afterwards, also after an error.
+
+    `first` limits the BatchNorm statistics to the first samples of the batch (the plain ones, where
+    augmented views follow). f_e is the input of the layer named by the network's `feature_layer`,
+    else of the Linear layer that ran last (method sheet, "f_e").
+    """
+    seen = Observation()
+
+    def on_batch_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0][:first].float()  # (N, C, ...)
+        axes = [0, *range(2, x.dim())]
+        variance, mean = torch.var_mean(x, dim=axes, correction=0)
+        seen.statistics.append((mean, variance, module.running_mean, module.running_var))  # type: ignore[arg-type]
+
+    def on_linear(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.features = inputs[0].flatten(1)
+
+    inner = network.network if isinstance(network, Classifier) else network
+    named = getattr(inner, "feature_layer", None)
+    layers = [inner.get_submodule(named)] if named else [m for m in inner.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise UnsupportedModel("the network has no Linear layer whose input could serve as features")
+    handles = [layer.register_forward_pre_hook(on_linear) for layer in layers]
+    if statistics:
+        handles += [layer.register_forward_pre_hook(on_batch_norm) for layer in batch_norms(inner)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
