@@ -1,0 +1,108 @@
+"""Benchmark: the inversion step as built against the plain form of the same step.
+
+    python -m fsu_ray.method.bench [--arch lenet5] [--steps 20]
+
+Plain: float32, contiguous, an enlarged copy before each convolution, one classifier pass a view. Both
+are timed in turn, step by step, in this run, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsu_ray.method import invert
+from fsu_ray.method.augment import random_view, seeded
+from fsu_ray.method.networks import Classifier, Generator, UpsampledConv, observe
+from fsu_ray.records import InvertRecipe, ModelSpec
+
+
+class PlainConv(UpsampledConv):
+    """The same layer the usual way: enlarge, then convolve."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.interpolate(x, scale_factor=2), self.weight, self.bias, padding=1)
+
+
+class PlainGenerator(Generator):
+    """The same generator with plain layers, in the default memory format."""
+
+    def __init__(self, spec: ModelSpec, width: int, latent: int) -> None:
+        super().__init__(spec, width, latent)
+        for name in ("conv1", "conv2"):
+            layer = getattr(self, name)
+            setattr(self, name, PlainConv(layer.in_channels, layer.out_channels))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        condition = F.one_hot(y, self.classes).to(z.dtype)
+        x = self.linear(torch.cat((z, condition), 1)).view(-1, 8 * self.width, self.rows, self.columns)
+        x = F.leaky_relu(self.bn1(self.conv1(self.bn0(x))), 0.2)
+        x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
+        return torch.sigmoid(self.conv3(x))
+
+
+def plain_losses(classifier: Classifier, generator: Generator, recipe: InvertRecipe, step: int) -> dict[str, Tensor]:
+    """`invert.losses`, written the plain way; the same draws and, up to rounding, the same values."""
+    k = classifier.spec.classes
+    each = max(2, recipe.batch // k)
+    n = each * k
+    rng = seeded(recipe.seed, step)
+    z = torch.randn((n, recipe.latent), generator=rng)
+    y = torch.arange(k).repeat_interleave(each)
+    pixels = generator(z, y)
+    with observe(classifier) as seen:
+        logits = classifier(pixels)
+    assert seen.features is not None
+    views = [classifier(random_view(pixels, rng, classifier.spec.flip)) for _ in range(recipe.views)]
+    probabilities = torch.stack([view.softmax(1) for view in views]) if views else logits.new_zeros((0, n, k))
+    squared = recipe.form == "squared"
+    return {
+        "bn": invert.bn_loss(seen.statistics, squared),
+        "entropy": invert.entropy_loss(logits, y),
+        "augmentation": invert.augmentation_loss(logits.softmax(1), probabilities, squared),
+        "diversity": invert.diversity_loss(z, seen.features, k),
+        "tv": invert.tv_loss(pixels, squared),
+    }
+
+
+def compare(spec: ModelSpec, recipe: InvertRecipe, steps: int) -> tuple[float, float]:
+    """Median seconds of a step, (plain, as built), both with backward pass and update."""
+    torch.manual_seed(0)
+    plain_classifier = Classifier(spec).eval().requires_grad_(False)
+    classifier = Classifier(spec).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    plain, built = PlainGenerator(spec, recipe.width, recipe.latent), invert.begin(classifier, recipe).generator
+    weights = recipe.weights.model_dump()
+    times: tuple[list[float], list[float]] = ([], [])
+    forms = ((plain, plain_classifier, plain_losses), (built, classifier, invert.losses))
+    optimisers = [torch.optim.Adam(form[0].parameters(), lr=recipe.lr, betas=recipe.betas) for form in forms]
+    for step in range(steps + 2):
+        for (generator, judge, losses), optimiser, taken in zip(forms, optimisers, times, strict=True):
+            started = time.perf_counter()
+            found = losses(judge, generator, recipe, step)
+            optimiser.zero_grad(set_to_none=True)
+            torch.stack([weights[name] * value for name, value in found.items()]).sum().backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            taken.append(time.perf_counter() - started)
+    return statistics.median(times[0][2:]), statistics.median(times[1][2:])
+
+
+def main() -> None:
+    """Print the two times and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="lenet5")
+    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    spec = ModelSpec(arch=options.arch, channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.3,))
+    plain, built = compare(spec, InvertRecipe(batch=options.batch), options.steps)
+    print(f"{options.arch}, batch {options.batch}, n = 8, 2 views, {torch.get_num_threads()} threads")
+    print(f"plain {1000 * plain:.0f} ms, as built {1000 * built:.0f} ms: {plain / built:.2f} times faster")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Inversion: a classifier becomes a generator of data like that it was trained on (section 3.1, Algorithm 1).
+
+It gets a classifier and no data. The five losses are those of the paper with these reductions: means
+over the batch instead of sums, means inside the exponent of eq. 5 (over pairs, dimensions of z and of
+f_e), sums over classes, views and layers. With `form = "norm"` the norms of eq. 4, 6 and 7 are not
+squared, which keeps one layer or one bad sample from drowning the rest; `"squared"` is the paper's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsu_ray.method.augment import random_view, seeded
+from fsu_ray.method.networks import Classifier, Generator, observe
+from fsu_ray.records import InvertRecipe
+
+Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Eq. 3: mean cross entropy of G(z, y) against the y it was conditioned on. logits (N, K), labels (N,)."""
+    return F.cross_entropy(logits, labels)
+
+
+def augmentation_loss(probabilities: Tensor, views: Tensor, squared: bool = False) -> Tensor:
+    """Eq. 4: how far the classifier's answer moves under augmentation; sum over views, mean over the batch.
+
+    probabilities (N, K) of the plain samples, views (V, N, K) of their augmentations.
+    """
+    if not len(views):
+        return probabilities.new_zeros(())
+    difference = (views - probabilities).square().sum(-1)  # (V, N)
+    return (difference if squared else _root(difference)).mean(1).sum()
+
+
+def diversity_loss(latent: Tensor, features: Tensor, classes: int) -> Tensor:
+    """Eq. 5: the sum over classes of exp(-mean over pairs of |z1 - z2|^2 |f1 - f2|_1), between 0 and `classes`.
+
+    latent (classes * m, L) and features (classes * m, F), sorted by class, the same number of each.
+    """
+    z = latent.view(classes, -1, latent.shape[1])  # (K, m, L)
+    f = features.view(classes, -1, features.shape[1])  # (K, m, F)
+    m = z.shape[1]
+    far_z = torch.cdist(z, z).square() / z.shape[2]
+    far_f = torch.cdist(f, f, p=1) / f.shape[2]  # (K, m, m)
+    return torch.exp(-(far_z * far_f).sum((1, 2)) / (m * (m - 1))).sum()
+
+
+def bn_loss(statistics: Statistics, squared: bool = False) -> Tensor:
+    """Eq. 6: distance of the batch's mean and variance from the running ones, summed over BatchNorm layers.
+
+    statistics: a tuple of four (channels,) tensors a layer, as `networks.observe` gives them.
+    """
+    total = statistics[0][0].new_zeros(())
+    for mean, variance, running_mean, running_variance in statistics:
+        for seen, kept in ((mean, running_mean), (variance, running_variance)):
+            difference = (seen - kept).square().sum()
+            total = total + (difference if squared else _root(difference))
+    return total
+
+
+def tv_loss(pixels: Tensor, squared: bool = False) -> Tensor:
+    """Eq. 7: total variation of each image, mean over the batch. pixels (N, C, H, W)."""
+    rows = (pixels[:, :, 1:] - pixels[:, :, :-1]).square().sum((1, 2, 3))
+    columns = (pixels[..., 1:] - pixels[..., :-1]).square().sum((1, 2, 3))
+    return ((rows + columns) if squared else _root(rows + columns)).mean()
+
+
+def _root(x: Tensor) -> Tensor:
+    return (x + 1e-12).sqrt()  # finite gradient at 0
+
+
+@dataclass
+class Inversion:
+    """A generator in training: everything a checkpoint holds."""
+
+    generator: Generator
+    optimiser: torch.optim.Adam
+    step: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and numbers alone, so `torch.load(weights_only=True)` reads it."""
+        state = {"generator": self.generator.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step}
+        return copy.deepcopy(state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.generator.load_state_dict(state["generator"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step = int(state["step"])
+
+
+def begin(classifier: Classifier, recipe: InvertRecipe, warm: dict[str, Tensor] | None = None) -> Inversion:
+    """A new generator for `classifier` on its device; weights of `warm` are taken over where names and shapes agree."""
+    device = next(classifier.parameters()).device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        generator = Generator(classifier.spec, recipe.width, recipe.latent)
+    if warm:
+        own = generator.state_dict()
+        own.update({k: v for k, v in warm.items() if k in own and own[k].shape == v.shape})
+        generator.load_state_dict(own)
+    generator = generator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = torch.optim.Adam(
+        generator.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    return Inversion(generator, optimiser)
+
+
+def losses(classifier: Classifier, generator: Generator, recipe: InvertRecipe, step: int) -> dict[str, Tensor]:
+    """The five losses, unweighted, at `step`: one batch with the same number of samples of every class.
+
+    The plain samples and all their views go through the classifier in one pass; the BatchNorm
+    statistics are those of the plain ones alone.
+    """
+    device = next(generator.parameters()).device
+    k = classifier.spec.classes
+    each = max(2, recipe.batch // k)
+    n = each * k
+    rng = seeded(recipe.seed, step)
+    z = torch.randn((n, recipe.latent), generator=rng).to(device)
+    y = torch.arange(k, device=device).repeat_interleave(each)
+    squared = recipe.form == "squared"
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        pixels = generator(z, y).float()
+        views = [random_view(pixels, rng, classifier.spec.flip) for _ in range(recipe.views)]
+        with observe(classifier, first=n) as seen:
+            logits = classifier(torch.cat([pixels, *views])).float()
+    assert seen.features is not None
+    probabilities = logits.softmax(1).view(1 + recipe.views, n, k)
+    return {
+        "bn": bn_loss(seen.statistics, squared),
+        "entropy": entropy_loss(logits[:n], y),
+        "augmentation": augmentation_loss(probabilities[0], probabilities[1:], squared),
+        "diversity": diversity_loss(z, seen.features[:n].float(), k),
+        "tv": tv_loss(pixels, squared),
+    }
+
+
+def invert(
+    classifier: Classifier,
+    recipe: InvertRecipe,
+    run: Inversion,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    checkpoint: Callable[[Inversion], None] | None = None,
+    every: int = 100,
+) -> Generator:
+    """Train `run` to `recipe.steps` and return its generator in eval mode.
+
+    `progress` hears of step, steps and the losses, `checkpoint` gets `run`, both every `every`
+    steps. A step's draws depend on the seed and its number alone, so a resumed run ends with the
+    weights of an undisturbed one.
+    """
+    weights = recipe.weights.model_dump()
+    classifier.eval().requires_grad_(False)
+    run.generator.train()
+    while run.step < recipe.steps:
+        for group in run.optimiser.param_groups:
+            group["lr"] = recipe.lr * _decay(run.step / recipe.steps)
+        found = losses(classifier, run.generator, recipe, run.step)
+        total = torch.stack([weights[name] * value for name, value in found.items()]).sum()
+        run.optimiser.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        run.optimiser.step()
+        run.step += 1
+        if progress and (run.step % 10 == 0 or run.step == recipe.steps):
+            progress(run.step, recipe.steps, {name: float(value.detach()) for name, value in found.items()})
+        if checkpoint and run.step % every == 0 and run.step < recipe.steps:
+            checkpoint(run)
+    classifier.requires_grad_(True)
+    return run.generator.eval()
+
+
+def _decay(done: float) -> float:
+    """Learning rate after `done` of the run as a share of the peak: held, then half a cosine down."""
+    return 1.0 if done < 0.5 else 0.5 + 0.5 * math.cos(math.pi * (2 * done - 1))

@@ -1,0 +1,160 @@
+"""Synthesis: a generator becomes D', a stand-in for the training data (eq. 8, Algorithm 2).
+
+A drawn sample belongs to D' if its entropy stays below t_ent on every view (plain, turned to either
+side) and the predicted class is the same on all of them. D' carries the logits of the classifier that
+labelled it, so any mask can take the mass of a class away without dividing nothing by nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fsu_ray.errors import StorageError
+from fsu_ray.method.augment import rotated, seeded
+from fsu_ray.method.networks import Classifier, Generator
+from fsu_ray.records import SynthesizeRecipe
+
+CHUNK = 250  # samples drawn at once; part of what a seed means
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """D': pixels (N, C, H, W) uint8, logits (N, K) of the labelling version, entropy (N,) in nats (highest view),
+    condition (N,) the class it was drawn for, holdout (N,) bool: never trained on."""
+
+    pixels: Tensor
+    logits: Tensor
+    entropy: Tensor
+    condition: Tensor
+    holdout: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def predicted(self) -> Tensor:
+        """(N,) class that the labelling version sees."""
+        return self.logits.argmax(1)
+
+    def to_bytes(self) -> bytes:
+        """As Parquet: one row a sample; image as raw bytes, its shape in the file's metadata."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        n, channels, rows, columns = self.pixels.shape
+        size = channels * rows * columns
+        images = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(size), n, [None, pa.py_buffer(self.pixels.contiguous().numpy().tobytes())]
+        )
+        logits = pa.FixedSizeListArray.from_arrays(self.logits.flatten().numpy(), self.logits.shape[1])
+        table = pa.table(
+            {
+                "image": images,
+                "logits": logits,
+                "entropy": self.entropy.numpy(),
+                "condition": self.condition.numpy(),
+                "holdout": self.holdout.numpy(),
+            }
+        ).replace_schema_metadata({"shape": f"{channels},{rows},{columns}"})
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Synthetic:
+        """Read what `to_bytes` wrote; raises StorageError for anything else."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(pa.BufferReader(data)).combine_chunks()
+            shape = [int(v) for v in table.schema.metadata[b"shape"].split(b",")]
+            width = table.schema.field("logits").type.list_size
+            table = table.select(["image", "logits", "entropy", "condition", "holdout"])
+        except (pa.ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"the synthetic data set cannot be read ({str(error).splitlines()[0]})") from None
+
+        def numbers(name: str) -> Tensor:
+            return torch.from_numpy(np.array(table[name].to_numpy()))
+
+        images = np.frombuffer(b"".join(table["image"].to_pylist()), dtype=np.uint8).copy()
+        logits = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return cls(
+            torch.from_numpy(images).view(len(table), *shape),
+            torch.from_numpy(np.array(logits)).view(len(table), width),
+            numbers("entropy"),
+            numbers("condition"),
+            numbers("holdout"),
+        )
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy in nats of softmax(logits): (N, K) -> (N,)."""
+    log_p = logits.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+@torch.no_grad()
+def trustworthy(classifier: Classifier, pixels: Tensor, recipe: SynthesizeRecipe) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 8's two tests of pixels (N, C, H, W) in [0, 1]: passed (N,) bool, logits (N, K), highest entropy (N,)."""
+    views = [pixels, rotated(pixels, recipe.rotation), rotated(pixels, -recipe.rotation)]
+    logits = classifier(torch.cat(views)).float()
+    uncertainty = entropy(logits).view(3, -1).amax(0)
+    predicted = logits.argmax(1).view(3, -1)
+    passed = (uncertainty < recipe.entropy_threshold) & (predicted[1:] == predicted[0]).all(0)
+    return passed, logits[: len(pixels)], uncertainty
+
+
+@torch.no_grad()
+def synthesize(
+    classifier: Classifier,
+    generator: Generator,
+    recipe: SynthesizeRecipe,
+    progress: Any = None,
+) -> tuple[Synthetic, dict[str, Any]]:
+    """Draw D' with `per_class` samples for each class the generator is conditioned on, labelled by `classifier`.
+
+    A class that does not reach its number within `max_draws * per_class` draws gives what it has.
+    Returns D' and the figures `acceptance` (share of the draws that pass, a list by class) and
+    `count` (samples of D' by predicted class). Every chunk of draws has a seed of its own, so the
+    result does not depend on who draws which chunk.
+    """
+    device = next(classifier.parameters()).device
+    classifier.eval()
+    generator.eval()
+    k = classifier.spec.classes
+    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    acceptance = []
+    for label in range(k):
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        found = drawn = 0
+        while found < recipe.per_class and drawn < recipe.max_draws * recipe.per_class:
+            rng = seeded(recipe.seed, label, drawn // CHUNK)
+            z = torch.randn((CHUNK, generator.latent), generator=rng).to(device)
+            y = torch.full((CHUNK,), label, device=device)
+            stored = (generator(z, y) * 255).round().byte()  # what the artifact holds is what is tested
+            passed, logits, uncertainty = trustworthy(classifier, stored.float() / 255, recipe)
+            parts.append((stored[passed].cpu(), logits[passed].cpu(), uncertainty[passed].cpu()))
+            found += int(passed.sum())
+            drawn += CHUNK
+        acceptance.append(found / drawn)
+        pixels, logits, uncertainty = (torch.cat(column)[: recipe.per_class] for column in zip(*parts, strict=True))
+        kept.append((pixels, logits, uncertainty, torch.full((len(pixels),), label)))
+        if progress:
+            progress(label + 1, k, {"acceptance": acceptance[-1]})
+    pixels, logits, uncertainty, condition = (torch.cat(column) for column in zip(*kept, strict=True))
+    holdout = torch.rand(len(pixels), generator=seeded(recipe.seed, k)) < recipe.holdout
+    made = Synthetic(pixels.contiguous(), logits, uncertainty, condition, holdout)
+    count = torch.bincount(made.predicted, minlength=k).tolist()
+    return made, {"acceptance": [round(a, 4) for a in acceptance], "count": count}
+
+
+def starved_classes(count: list[int], recipe: SynthesizeRecipe) -> list[int]:
+    """The classes that D' holds too few samples of to stand in for them (`starved_below` of `per_class`)."""
+    return [label for label, number in enumerate(count) if number < recipe.starved_below * recipe.per_class]
