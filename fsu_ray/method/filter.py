@@ -1,0 +1,197 @@
+"""Filtration: which samples of D' are D_e-like, and what an erasure does to their labels (eq. 9 and 10, Algorithm 3).
+
+The paper's eq. 9 sums a kernel and keeps what is below a threshold, which selects the dissimilar;
+here every metric is a distance, so D_e-like means near (method sheet, "sign of the filter").
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from fsu_ray.errors import StorageError
+from fsu_ray.method.networks import Classifier, observe
+from fsu_ray.records import Behaviour, FilterRecipe
+
+LADDER = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # kneed's sensitivity S: a higher one finds a later knee
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What one erasure does to D'.
+
+    `like` (N,) bool: the D_e-like samples. `targets` lose their mass on those, or on all samples
+    when `everywhere` (a whole class is gone). `threshold` is t_f, None where no distance decided.
+    """
+
+    like: Tensor
+    targets: tuple[int, ...]
+    everywhere: bool
+    policy: str
+    threshold: float | None
+
+    def to_bytes(self) -> bytes:
+        """As safetensors, the scalars in its metadata."""
+        about = {"targets": list(self.targets), "everywhere": self.everywhere}
+        about |= {"policy": self.policy, "threshold": self.threshold}
+        return save_tensors({"like": self.like}, {"mask": json.dumps(about)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Mask:
+        """Read what `to_bytes` wrote; raises StorageError for anything else."""
+        try:
+            like = load_tensors(data)["like"]
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            about = json.loads(header["__metadata__"]["mask"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise StorageError(f"the mask cannot be read ({error})") from None
+        return cls(like, tuple(about["targets"]), about["everywhere"], about["policy"], about["threshold"])
+
+
+@torch.no_grad()
+def extract_features(classifier: Classifier, pixels: Tensor, batch: int = 1000) -> Tensor:
+    """f_e of uint8 pixels (N, C, H, W) -> (N, F) float32 on the CPU."""
+    device = next(classifier.parameters()).device
+    classifier.eval()
+    parts = []
+    for part in torch.split(pixels, batch):
+        with observe(classifier, statistics=False) as seen:
+            classifier(part.to(device).float() / 255)
+        assert seen.features is not None
+        parts.append(seen.features.float().cpu())
+    return torch.cat(parts)
+
+
+def bandwidth(examples: Tensor) -> float:
+    """b of the RBF kernel: the median squared distance between different examples (M, F); 1 for a single one."""
+    if len(examples) < 2:
+        return 1.0
+    found = torch.pdist(examples).square().median()
+    return max(float(found), 1e-12)
+
+
+def pairwise(features: Tensor, examples: Tensor, metric: str, b: float) -> Tensor:
+    """Distance of every feature (N, F) to every example (M, F): (N, M). RBF and cosine lie in [0, 1] and [0, 2]."""
+    if metric == "cosine":
+        unit = torch.nn.functional.normalize
+        return 1 - unit(features) @ unit(examples).T
+    far = torch.cdist(features, examples, compute_mode="donot_use_mm_for_euclid_dist")  # no cancellation
+    return far if metric == "l2" else 1 - torch.exp(-far.square() / (2 * b))
+
+
+def distances(features: Tensor, examples: Tensor, metric: str = "rbf") -> Tensor:
+    """Mean distance of each feature (N, F) to the examples of D_e (M, F): (N,). Eq. 9 with the sign put right.
+
+    Cost O(N M) in chunks of 4,096 features.
+    """
+    b = bandwidth(examples)
+    return torch.cat([pairwise(part, examples, metric, b).mean(1) for part in torch.split(features, 4096)])
+
+
+def leave_one_out(examples: Tensor, metric: str = "rbf") -> Tensor:
+    """Distance of each example (M, F) to the other ones: (M,). Needs two; a single one gives 0."""
+    m = len(examples)
+    if m < 2:
+        return torch.zeros(m)
+    far = pairwise(examples, examples, metric, bandwidth(examples))
+    far.fill_diagonal_(0)
+    return far.sum(1) / (m - 1)
+
+
+def knee_threshold(found: Tensor, examples: Tensor, metric: str) -> float:
+    """t_f at the knee of the sorted distances (appendix C.3), found by kneed.
+
+    The knee at S = 1 is far too tight (method sheet), so S climbs until the knee reaches the mean
+    leave-one-out distance of the examples; the largest one bounds it from above.
+    """
+    from kneed import KneeLocator
+
+    ordered = found.sort().values.double().numpy()
+    own = leave_one_out(examples, metric)
+    low, high = float(own.mean()), float(own.max())
+    for sensitivity in LADDER:
+        with warnings.catch_warnings():  # kneed warns where a curve has no knee; that is an answer here
+            warnings.simplefilter("ignore")
+            knee = KneeLocator(
+                range(len(ordered)), ordered, S=sensitivity, curve="concave", direction="increasing"
+            ).knee
+        if knee is not None and ordered[int(knee)] >= low:
+            return min(float(ordered[int(knee)]), high)
+    return low
+
+
+def resembles_relabelled(logits: Tensor, example_logits: Tensor, targets: tuple[int, ...], least: float) -> Tensor:
+    """(N,) bool: samples in which the root, with the targets taken away, sees what it sees in the examples.
+
+    logits (N, K) of D', example_logits (M, K). A wrongly labelled sample still looks a little like
+    what it is: a real member of the target class does not. The classes are those that at least a
+    tenth of the examples get; `least` is the root's own probability of the class found.
+    """
+
+    def without(found: Tensor) -> Tensor:
+        gone = torch.zeros(found.shape[1], dtype=torch.bool)
+        gone[list(targets)] = True
+        return found.masked_fill(gone, -torch.inf).argmax(1)
+
+    share = torch.bincount(without(example_logits), minlength=logits.shape[1]) / len(example_logits)
+    own = without(logits)
+    return (share[own] >= 0.1) & (logits.softmax(1).gather(1, own[:, None])[:, 0] >= least)
+
+
+def select(
+    recipe: FilterRecipe,
+    behaviour: Behaviour,
+    features: Tensor,
+    predicted: Tensor,
+    examples: Tensor,
+    logits: tuple[Tensor, Tensor] | None = None,
+) -> Mask:
+    """The mask of `behaviour` over D'.
+
+    features (N, F) and predicted (N,) of D', examples (M, F): features of the target samples. A
+    sample is D_e-like if the root sees a target class in it and, unless the policy is `class`, its
+    distance to the examples is at most t_f. For a subset, `logits` of D' (N, K) and of the examples
+    (M, K) tell it from real members of the target class: see `resembles_relabelled`.
+    """
+    policy = recipe.policy
+    if policy == "auto":
+        policy = "class" if behaviour.kind == "class" else "leave-one-out"
+    like = torch.isin(predicted, torch.tensor(behaviour.targets))
+    threshold: float | None = None
+    if policy != "class":
+        found = distances(features, examples, recipe.metric)
+        if recipe.threshold is not None:
+            threshold = recipe.threshold
+        elif policy == "knee":
+            threshold = knee_threshold(found, examples, recipe.metric)
+        else:
+            threshold = float(leave_one_out(examples, recipe.metric).quantile(recipe.quantile))
+        like &= found <= threshold
+        if behaviour.kind == "subset" and logits is not None and recipe.runner_up > 0:
+            like &= resembles_relabelled(*logits, behaviour.targets, recipe.runner_up)
+    return Mask(like, behaviour.targets, policy == "class", policy, threshold)
+
+
+def allowed_classes(masks: Iterable[Mask], n: int, classes: int) -> Tensor:
+    """(N, K) bool: which classes each sample of D' may still be given under all masks."""
+    allowed = torch.ones((n, classes), dtype=torch.bool)
+    for mask in masks:
+        rows = torch.ones(n, dtype=torch.bool) if mask.everywhere else mask.like
+        allowed[rows.nonzero(), torch.tensor(mask.targets)] = False
+    return allowed
+
+
+def relabel(logits: Tensor, allowed: Tensor) -> Tensor:
+    """r(y, y_e) of eq. 10: soft labels (N, K) without any mass on the classes that are not allowed.
+
+    The logits of those become -inf and the rest is renormalised. Every row must keep a class.
+    """
+    return logits.masked_fill(~allowed, -torch.inf).softmax(1)

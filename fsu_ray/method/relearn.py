@@ -1,0 +1,45 @@
+"""Relearning: the classifier goes on from where it is, on D_unlearn (eq. 10, Algorithm 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fsu_ray.method.fit import Progress, Schedule, fit
+from fsu_ray.method.networks import Classifier
+from fsu_ray.records import RelearnRecipe
+
+
+def relearn(
+    classifier: Classifier,
+    pixels: Tensor,
+    targets: Tensor,
+    samples: Tensor,
+    sample_targets: Tensor,
+    recipe: RelearnRecipe,
+    progress: Progress | None = None,
+) -> None:
+    """Train `classifier` in place on D_unlearn; BatchNorm keeps its statistics, which describe the real data.
+
+    pixels (N, C, H, W) uint8 with soft labels targets (N, K): D' under all masks. samples (M, C, H, W)
+    with sample_targets (M, K): the given samples, relabelled; they come in `sample_repeats` times.
+    """
+    repeats = recipe.sample_repeats
+    schedule = Schedule(
+        epochs=recipe.epochs,
+        batch=recipe.batch,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        one_cycle=False,
+        frozen_statistics=True,
+        seed=recipe.seed,
+    )
+    fit(
+        classifier,
+        torch.cat([pixels, *[samples] * repeats]),
+        torch.cat([targets, *[sample_targets] * repeats]),
+        schedule,
+        flip=classifier.spec.flip,
+        progress=progress,
+    )

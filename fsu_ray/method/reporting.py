@@ -1,0 +1,76 @@
+"""The parts of a request's report that need its target samples, probes and test set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from fsu_ray.method import evaluate
+from fsu_ray.method.datasets import load
+from fsu_ray.method.filter import Mask
+from fsu_ray.method.fit import predict
+from fsu_ray.method.networks import Classifier
+from fsu_ray.method.synthesize import Synthetic
+from fsu_ray.records import BlobStore, PriorErasure, WorkOrder
+
+
+def forgetting(
+    order: WorkOrder,
+    current: Classifier,
+    child: Classifier,
+    samples: Tensor,
+    held_out: Tensor,
+    dataset: Synthetic,
+    mask: Mask,
+    before: Tensor,
+    after: Tensor,
+) -> dict[str, Any]:
+    """Shares that still get a target class, and the membership attack on the target samples.
+
+    Of the target samples (M, C, H, W) those in `held_out` (M,) are measured, all where there are none;
+    of D' the probes, by their logits (N, K) before and after.
+    """
+    targets = order.behaviour.targets
+    measured = samples[held_out] if bool(held_out.any()) else samples
+    unseen = mask.like & dataset.holdout
+    return {
+        "samples_in_target": evaluate.share_in(predict(child, measured), targets),
+        "samples_in_target_before": evaluate.share_in(predict(current, measured), targets),
+        "samples_held_out": int(held_out.sum()),
+        "samples_given": len(samples),
+        "probes_in_target": evaluate.share_in(after[mask.like], targets),
+        "probes_in_target_before": evaluate.share_in(before[mask.like], targets),
+        "probes_held_out_in_target": evaluate.share_in(after[unseen], targets),
+        "probes": int(mask.like.sum()),
+        "policy": mask.policy,
+        "threshold": mask.threshold,
+        "attack_auc_before": evaluate.attack_auc(predict(current, samples), before[mask.like]),
+        "attack_auc": evaluate.attack_auc(predict(child, samples), after[mask.like]),
+    }
+
+
+def earlier(store: BlobStore, child: Classifier, prior: PriorErasure) -> dict[str, Any]:
+    """An earlier erasure's probes on the new classifier, beside the share recorded when it was erased."""
+    pixels = load_tensors(store.get(prior.probes))["pixels"]
+    return {
+        "behaviour": prior.behaviour.name,
+        "request": prior.request,
+        "probes_in_target": evaluate.share_in(predict(child, pixels), prior.behaviour.targets),
+        "recorded": prior.recorded,
+    }
+
+
+def on_test_set(order: WorkOrder, current: Classifier, child: Classifier, gone: Sequence[int]) -> dict[str, Any] | None:
+    """Accuracy on the labelled test set, if the model line names one, before and after."""
+    if order.test_set is None:
+        return None
+    images = load(order.test_set, "test", order.spec.shape)
+    behaviour = order.behaviour
+    away = [*gone, *(behaviour.targets if behaviour.kind == "class" else ())]
+    return {
+        "before": evaluate.accuracy(current, images.pixels, images.labels, away),
+        "after": evaluate.accuracy(child, images.pixels, images.labels, away),
+    }

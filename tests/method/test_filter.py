@@ -1,0 +1,248 @@
+"""Filtration: distances by brute force, thresholds and their bounds, masks, relabelling."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fsu_ray.errors import StorageError
+from fsu_ray.method.filter import (
+    Mask,
+    allowed_classes,
+    bandwidth,
+    distances,
+    extract_features,
+    knee_threshold,
+    leave_one_out,
+    relabel,
+    resembles_relabelled,
+    select,
+)
+from fsu_ray.method.networks import observe
+from fsu_ray.records import Behaviour, FilterRecipe
+
+METRICS = ["rbf", "cosine", "l2"]
+
+
+def cloud(n: int, seed: int, centre: float = 0.0, dims: int = 4) -> torch.Tensor:
+    """Points around `centre`."""
+    return centre + torch.randn((n, dims), generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(a: torch.Tensor, b: torch.Tensor, metric: str, width: float) -> float:
+    """One distance, from the definition."""
+    x, y = a.double().tolist(), b.double().tolist()
+    squared = sum((p - q) ** 2 for p, q in zip(x, y, strict=True))
+    if metric == "l2":
+        return math.sqrt(squared)
+    if metric == "rbf":
+        return 1 - math.exp(-squared / (2 * width))
+    dot = sum(p * q for p, q in zip(x, y, strict=True))
+    return 1 - dot / math.sqrt(sum(p * p for p in x) * sum(q * q for q in y))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_distances_agree_with_double_loops(metric):
+    """Mean over the examples of each definition, and the same over chunks."""
+    features, examples = cloud(9, 1), cloud(5, 2, 0.5)
+    width = bandwidth(examples)
+    expected = [sum(by_hand(f, e, metric, width) for e in examples) / 5 for f in features]
+    assert distances(features, examples, metric).tolist() == pytest.approx(expected, abs=1e-5)
+    many = features.repeat(1000, 1)  # above one chunk
+    assert distances(many, examples, metric).view(1000, 9)[-1].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_leave_one_out_agrees_with_double_loops(metric):
+    """Mean distance of each example to the others, never to itself."""
+    examples = cloud(6, 3)
+    width = bandwidth(examples)
+    expected = [
+        sum(by_hand(a, b, metric, width) for j, b in enumerate(examples) if j != i) / 5 for i, a in enumerate(examples)
+    ]
+    assert leave_one_out(examples, metric).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_bandwidth_is_the_median_squared_distance():
+    """Three points with squared distances 1, 4 and 9: the middle one. One point, or equal ones, divide by no zero."""
+    assert bandwidth(torch.tensor([[0.0], [1.0], [3.0]])) == pytest.approx(4)
+    assert bandwidth(torch.zeros(1, 3)) == 1
+    assert bandwidth(torch.zeros(4, 3)) > 0
+    assert leave_one_out(torch.zeros(1, 3)).tolist() == [0]
+    assert torch.isfinite(distances(cloud(3, 0), torch.zeros(4, 4))).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("policy", ["leave-one-out", "knee", "manual"])
+def test_the_near_are_selected_and_the_far_are_not(metric, policy):
+    """The sign of eq. 9: samples like the examples are D_e-like; the paper's literal form selects the others."""
+    examples = cloud(30, 1, 3.0)
+    features = torch.cat((cloud(20, 2, 3.0) * 0.1 + 2.7, -cloud(20, 3, 30.0)))  # close to the centre, and far off
+    threshold = {"rbf": 0.6, "cosine": 0.5, "l2": 5.0}[metric] if policy == "manual" else None
+    recipe = FilterRecipe(policy=policy, metric=metric, threshold=threshold)
+    behaviour = Behaviour(name="some", kind="subset", targets=(1,))
+    mask = select(recipe, behaviour, features, torch.ones(40, dtype=torch.long), examples)
+    assert mask.like[:20].float().mean() > 0.5
+    assert not bool(mask.like[20:].any())
+    assert mask.policy == policy
+    assert not mask.everywhere
+    assert mask.threshold is not None
+
+
+def test_leave_one_out_takes_the_quantile():
+    """t_f is the quantile of the leave-one-out distances, the largest one at 1; `<=` holds at t_f itself."""
+    examples, features = cloud(10, 1), cloud(200, 2)
+    behaviour = Behaviour(name="some", kind="subset", targets=(0,))
+    seen = torch.zeros(200, dtype=torch.long)
+    found, own = distances(features, examples), leave_one_out(examples)
+    for quantile in (0.25, 0.85, 1.0):
+        mask = select(FilterRecipe(quantile=quantile), behaviour, features, seen, examples)
+        assert mask.policy == "leave-one-out"
+        assert mask.threshold == pytest.approx(float(own.quantile(quantile)))
+        assert torch.equal(mask.like, found <= mask.threshold)
+    assert mask.threshold == float(own.max())
+
+
+def test_manual_takes_the_threshold_it_is_given():
+    """The policy manual decides by the number of the recipe alone."""
+    features, examples = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.zeros(2, 1)
+    behaviour = Behaviour(name="some", kind="subset", targets=(0,))
+    recipe = FilterRecipe(policy="manual", metric="l2", threshold=2.0)
+    mask = select(recipe, behaviour, features, torch.zeros(4, dtype=torch.long), examples)
+    assert mask.threshold == 2.0
+    assert mask.like.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_knee_stays_within_its_bounds(metric, seed):
+    """Mean leave-one-out <= t_f <= the largest, wherever kneed finds a knee or none."""
+    examples = cloud(12, seed)
+    own = leave_one_out(examples, metric)
+    curves = [
+        distances(torch.cat((cloud(50, seed + 9), cloud(200, seed + 10, 4.0))), examples, metric),
+        distances(cloud(300, seed + 11), examples, metric),
+        torch.linspace(0, 1, 40),
+        torch.full((30,), 0.5),
+        torch.rand(2),
+    ]
+    for found in curves:
+        threshold = knee_threshold(found, examples, metric)
+        assert float(own.mean()) - 1e-6 <= threshold <= float(own.max()) + 1e-6
+
+
+def test_class_policy_takes_every_sample_of_the_targets():
+    """`auto` is `class` for a class: no distance decides, and the targets go everywhere."""
+    predicted = torch.tensor([0, 1, 2, 1, 0])
+    behaviour = Behaviour(name="ones and twos", kind="class", targets=(2, 1))
+    mask = select(FilterRecipe(), behaviour, cloud(5, 0), predicted, cloud(3, 1, 50.0))
+    assert mask.like.tolist() == [False, True, True, True, False]
+    assert (mask.policy, mask.everywhere, mask.threshold, mask.targets) == ("class", True, None, (1, 2))
+    allowed = allowed_classes([mask], 5, 4)
+    assert not bool(allowed[:, [1, 2]].any())
+    assert bool(allowed[:, [0, 3]].all())
+
+
+def test_a_subset_acts_on_its_samples_alone():
+    """Near samples whose predicted class is no target are left alone, and so are all others' labels."""
+    examples = cloud(10, 1)
+    features = torch.cat((examples.mean(0, keepdim=True), examples.mean(0, keepdim=True), examples[:1] + 40))
+    behaviour = Behaviour(name="some", kind="subset", targets=(1,))
+    mask = select(FilterRecipe(), behaviour, features, torch.tensor([1, 0, 1]), examples)
+    assert mask.like.tolist() == [True, False, False]
+    assert allowed_classes([mask], 3, 3).tolist() == [[True, False, True], [True] * 3, [True] * 3]
+
+
+@pytest.mark.parametrize("policy", ["auto", "knee", "manual"])
+def test_nothing_found_is_an_empty_mask(policy):
+    """Far samples only: the mask is empty and changes no label."""
+    recipe = FilterRecipe(policy=policy, metric="l2", threshold=0.1 if policy == "manual" else None)
+    behaviour = Behaviour(name="some", kind="subset", targets=(0,))
+    mask = select(recipe, behaviour, cloud(20, 1, 100.0), torch.zeros(20, dtype=torch.long), cloud(5, 2))
+    assert int(mask.like.sum()) == 0
+    assert bool(allowed_classes([mask], 20, 3).all())
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("threshold", [None, 0.1 + 0.2])
+def test_a_mask_makes_the_round_trip(everywhere, threshold):
+    """to_bytes and from_bytes keep every field, and the same mask gives the same bytes."""
+    mask = Mask(torch.rand(17) < 0.5, (3, 7), everywhere, "knee", threshold)
+    again = Mask.from_bytes(mask.to_bytes())
+    assert torch.equal(again.like, mask.like)
+    assert again.like.dtype == torch.bool
+    assert (again.targets, again.everywhere, again.policy, again.threshold) == ((3, 7), everywhere, "knee", threshold)
+    assert again.to_bytes() == mask.to_bytes()
+
+
+@pytest.mark.parametrize("data", [b"", b"no mask", Mask(torch.ones(3) > 0, (1,), True, "class", None).to_bytes()[:-1]])
+def test_other_bytes_are_no_mask(data):
+    """Whatever to_bytes did not write is a StorageError."""
+    with pytest.raises(StorageError):
+        Mask.from_bytes(data)
+
+
+def test_masks_commute():
+    """The allowed classes are the same in every order of the masks, and only shrink."""
+    g = torch.Generator().manual_seed(0)
+    masks = [
+        Mask(torch.rand(30, generator=g) < 0.4, targets, everywhere, "x", None)
+        for targets, everywhere in (((0,), True), ((1, 2), False), ((2, 3), False), ((4,), True))
+    ]
+    whole = allowed_classes(masks, 30, 6)
+    assert torch.equal(whole, allowed_classes(masks[::-1], 30, 6))
+    assert torch.equal(whole, allowed_classes([masks[2], masks[0], masks[3], masks[1], masks[0]], 30, 6))
+    expected = torch.ones(30, 6, dtype=torch.bool)
+    for i in range(30):
+        for mask in masks:
+            for target in mask.targets if mask.everywhere or bool(mask.like[i]) else ():
+                expected[i, target] = False
+    assert torch.equal(whole, expected)
+    assert bool(allowed_classes([], 30, 6).all())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_relabel_moves_mass_and_makes_none(data):
+    """No mass on what is not allowed, the rest in the old proportions, every row a distribution."""
+    n, k = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 6))
+    numbers = st.floats(-20, 20, width=32)
+    logits = torch.tensor(data.draw(st.lists(st.lists(numbers, min_size=k, max_size=k), min_size=n, max_size=n)))
+    kept = data.draw(st.lists(st.sets(st.integers(0, k - 1), min_size=1), min_size=n, max_size=n))
+    allowed = torch.tensor([[c in row for c in range(k)] for row in kept])
+    labels = relabel(logits, allowed)
+    assert float(labels[~allowed].abs().sum()) == 0
+    assert bool((labels >= 0).all())
+    torch.testing.assert_close(labels.sum(1), torch.ones(n))
+    old = logits.double().softmax(1) * allowed
+    torch.testing.assert_close(labels.double(), old / old.sum(1, keepdim=True), rtol=1e-4, atol=1e-6)
+
+
+def test_features_are_those_of_the_hook_in_any_batch(classifier):
+    """extract_features agrees with `observe` on the same pixels, whole or in parts, and leaves no gradient."""
+    judge = classifier()
+    pixels = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8)
+    with torch.no_grad(), observe(judge) as seen:
+        judge(pixels.float() / 255)
+    for batch in (3, 1000):
+        features = extract_features(judge, pixels, batch)
+        torch.testing.assert_close(features, seen.features)
+        assert not features.requires_grad
+
+
+def test_a_subset_is_told_from_real_members_of_its_target() -> None:
+    """Without the target class, a crossed seven is a seven with some probability; a real two is something else."""
+    examples = torch.tensor([[0.0, 5.0, 3.0], [0.0, 5.0, 4.0]])  # labelled 1, really 2
+    found = torch.tensor(
+        [
+            [0.0, 5.0, 3.0],  # like them
+            [3.0, 5.0, 0.0],  # a real member of class 1 that resembles class 0
+            [0.0, 30.0, 1.0],  # sees class 2 behind it, but next to no probability is left for it
+        ]
+    )
+    assert resembles_relabelled(found, examples, (1,), 0.02).tolist() == [True, False, False]
+    assert resembles_relabelled(found, examples, (1,), 0.0).tolist() == [True, False, True]

@@ -1,0 +1,197 @@
+"""The stages in order: reuse, refusal, warm start, named outcomes, resuming, the paper's form."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from fsu_ray.method.datasets import draw
+from fsu_ray.method.filter import Mask
+from fsu_ray.method.networks import Classifier
+from fsu_ray.method.synthesize import Synthetic
+from fsu_ray.method.unlearn import Saved, save_samples, unlearn
+from fsu_ray.records import Behaviour, GeneratorRef, ModelSpec, Outcome, PriorErasure, Recipe, WorkOrder
+
+CPU = torch.device("cpu")
+
+
+def changed(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
+    """`recipe` with some values of some parts changed."""
+    return Recipe.model_validate(
+        recipe.model_dump() | {k: getattr(recipe, k).model_dump() | v for k, v in parts.items()}
+    )
+
+
+def order_for(trained: Any, store: Any, recipe: Recipe, target: int = 8, count: int = 8, **more: Any) -> WorkOrder:
+    """A request to erase a class of the digits."""
+    weights = store.put(trained.weights)
+    samples = store.put(save_samples(trained.train.pixels[draw(trained.train, [target], count, 0)]))
+    behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
+    terms = {"root_weights": weights, "current_weights": weights, "behaviour": behaviour, "samples": samples}
+    return WorkOrder(request=f"r-{target}", spec=trained.spec, recipe=recipe, **(terms | more))
+
+
+def ref(outcome: Outcome) -> GeneratorRef:
+    return GeneratorRef("g-1", outcome.generator_weights, outcome.dataset, outcome.figures)
+
+
+def prior(order: WorkOrder, outcome: Outcome) -> PriorErasure:
+    assert outcome.mask
+    assert outcome.probes
+    share = outcome.report["forgetting"]["probes_in_target"]
+    recipe = order.recipe.filter
+    return PriorErasure(
+        order.request, order.behaviour, recipe, order.samples, outcome.mask, outcome.probes, outcome.dataset, share
+    )
+
+
+def test_a_second_request_reuses_generator_and_data_set(trained: Any, store: Any, quick: Recipe) -> None:
+    """The second erasure masks the first one's D', trains the classifier alone, and measures the first one again."""
+    first = order_for(trained, store, quick)
+    one = unlearn(first, store, CPU)
+    assert (one.reason, one.generator_use) == (None, "trained")
+    assert one.report["forgetting"]["samples_held_out"] == 0
+    second = order_for(
+        trained, store, quick, 3, current_weights=one.weights, priors=(prior(first, one),), reuse=ref(one)
+    )
+    two = unlearn(second, store, CPU)
+    assert (two.generator_use, two.dataset, two.generator_weights) == ("reused", one.dataset, one.generator_weights)
+    assert set(two.seconds) == {"gate", "filter", "relearn", "evaluate"}
+    assert [e["behaviour"] for e in two.report["earlier"]] == ["class-8"]
+    assert two.report["retention"]["by_class"][8] is None
+
+
+def test_same_order_same_digests(trained: Any, store: Any, quick: Recipe) -> None:
+    """Same recipe, same seed: the same weights, D' and mask to the last bit; another seed gives others."""
+    one, two = (unlearn(order_for(trained, store, quick), store, CPU) for _ in range(2))
+    assert (one.weights, one.dataset, one.mask) == (two.weights, two.dataset, two.mask)
+    other = unlearn(order_for(trained, store, changed(quick, invert={"seed": 1})), store, CPU)
+    assert other.dataset != one.dataset
+
+
+def test_a_refused_generator_is_trained_anew_from_its_weights(trained: Any, store: Any, quick: Recipe) -> None:
+    """When the gate refuses what the registry offers, the run goes on with a warm start and says why."""
+    one = unlearn(order_for(trained, store, quick), store, CPU)
+    strict = changed(quick, gate={"bn_distance_max": 0.0})
+    two = unlearn(order_for(trained, store, strict, 3, reuse=ref(one)), store, CPU)
+    assert two.generator_use == "warm_started"
+    assert "BN distance" in two.refused[0]
+    assert two.dataset != one.dataset
+
+
+def test_masks_of_earlier_erasures_are_rebuilt_on_a_new_data_set(trained: Any, store: Any, quick: Recipe) -> None:
+    """On a new D' an earlier subset's mask comes from its samples, and from its probes once they are purged."""
+    recipe = changed(quick, filter={"quantile": 1.0}, relearn={"epochs": 1})
+    first = order_for(trained, store, recipe, count=20)
+    first = (
+        copy.replace(first, behaviour=Behaviour(name="odd", kind="subset", targets=(8,)))
+        if hasattr(copy, "replace")
+        else WorkOrder(**{**vars(first), "behaviour": Behaviour(name="odd", kind="subset", targets=(8,))})
+    )
+    one = unlearn(first, store, CPU)
+    assert one.reason is None, one.reason
+    fresh = changed(recipe, synthesize={"seed": 5})
+    purged = type(store)(store)
+    del purged[first.samples]
+    second = order_for(
+        trained, store, fresh, 3, current_weights=one.weights, priors=(prior(first, one),), warm=ref(one)
+    )
+    purged.put(save_samples(trained.train.pixels[draw(trained.train, [3], 8, 0)]))
+    for place in (store, purged):
+        two = unlearn(second, place, CPU)
+        assert two.reason is None
+        assert two.dataset != one.dataset
+
+
+def test_nothing_found_is_an_outcome(trained: Any, store: Any, quick: Recipe) -> None:
+    """A filter that finds nothing ends the run with advice, without a relearning."""
+    tight = changed(quick, filter={"policy": "manual", "threshold": 1e-9})
+    outcome = unlearn(order_for(trained, store, tight), store, CPU)
+    assert outcome.reason is not None
+    assert outcome.reason.startswith("nothing_found: ")
+    assert "relearn" not in outcome.seconds
+    assert outcome.weights is None
+
+
+def test_a_starved_class_is_an_outcome(trained: Any, store: Any, quick: Recipe) -> None:
+    """A generator that cannot draw every class ends the run with the names of the starved ones."""
+    poor = changed(quick, invert={"steps": 1}, synthesize={"starved_below": 0.5, "max_draws": 1})
+    outcome = unlearn(order_for(trained, store, poor), store, CPU)
+    assert outcome.reason is not None
+    assert outcome.reason.startswith("starved_class: ")
+    assert outcome.figures["starved"]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_a_run_cut_off_at_any_checkpoint_ends_as_an_undisturbed_one(
+    trained: Any, store: Any, quick: Recipe, stop: int
+) -> None:
+    """Resuming from each checkpoint (two in the inversion, one a stage) gives the same weights and mask."""
+
+    class CutOff(Exception):
+        pass
+
+    whole = unlearn(order_for(trained, store, quick), store, CPU)
+    kept: list[Saved] = []
+
+    def keep(saved: Saved) -> None:
+        kept.append(copy.deepcopy(saved))
+        if len(kept) == stop:
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        unlearn(order_for(trained, store, quick), store, CPU, checkpoint=keep, every=25)
+    resumed = unlearn(order_for(trained, store, quick), store, CPU, saved=kept[-1], every=25)
+    assert (resumed.weights, resumed.mask, resumed.dataset) == (whole.weights, whole.mask, whole.dataset)
+    assert resumed.generator_use == "trained"
+
+
+def test_samples_are_held_out_from_ten_on(trained: Any, store: Any, quick: Recipe) -> None:
+    """Of ten samples two are only measured on; of nine none, and the report says so."""
+    for count, held in ((10, 2), (9, 0)):
+        outcome = unlearn(order_for(trained, store, changed(quick, relearn={"epochs": 1}), count=count), store, CPU)
+        assert outcome.report["forgetting"]["samples_held_out"] == held
+        assert outcome.report["forgetting"]["samples_given"] == count
+
+
+def test_the_papers_form_labels_with_the_current_version(trained: Any, store: Any, quick: Recipe) -> None:
+    """`form = paper`: D' is drawn and labelled by the current version and holds no other mask."""
+    paper = Recipe.model_validate(quick.model_dump() | {"form": "paper"})
+    first = order_for(trained, store, quick)
+    one = unlearn(first, store, CPU)
+    second = order_for(trained, store, paper, 3, current_weights=one.weights, priors=(prior(first, one),))
+    two = unlearn(second, store, CPU)
+    assert two.reason is None
+    assert two.generator_use == "trained"
+    dataset = Synthetic.from_bytes(store.get(two.dataset))
+    current = Classifier.from_bytes(trained.spec, store.get(one.weights or ""))
+    with torch.no_grad():
+        expected = current(dataset.pixels[:20].float() / 255)
+    torch.testing.assert_close(dataset.logits[:20], expected, rtol=1e-3, atol=1e-3)
+    assert int(Mask.from_bytes(store.get(two.mask or "")).like.sum()) > 0
+
+
+@pytest.mark.parametrize("arch", ["torchvision:resnet18", "preactresnet18:4", "resnet50"])
+def test_any_network_goes_the_whole_way(store: Any, quick: Recipe, arch: str) -> None:
+    """Other networks, three channels: a few steps of every stage."""
+    size = 16 if arch == "resnet50" else 32  # torch takes its time over 53 layers
+    spec = ModelSpec(arch=arch, channels=3, height=size, width=size, classes=3, mean=(0.5,), std=(0.25,))
+    torch.manual_seed(0)
+    weights = store.put(Classifier(spec).to_bytes())
+    samples = store.put(save_samples(torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)))
+    recipe = changed(
+        quick,
+        invert={"steps": 2, "batch": 6, "width": 2, "precision": "float32"},
+        synthesize={"per_class": 4, "max_draws": 70, "entropy_threshold": 5.0},
+        relearn={"epochs": 1, "batch": 8},
+        filter={"policy": "manual", "threshold": 5.0, "metric": "rbf"},
+    )
+    behaviour = Behaviour(name="one", kind="class", targets=(0, 1))
+    order = WorkOrder("r", spec, weights, weights, behaviour, samples, recipe)
+    outcome = unlearn(order, store, CPU)
+    assert outcome.reason is None or outcome.reason.startswith("nothing_found")
+    assert outcome.dataset
+    assert outcome.seconds["invert"] > 0
