@@ -1,0 +1,20 @@
+"""What Alembic runs for every command: the migrations, on the connection and in the transaction that it was given.
+
+A new revision: `alembic.command.revision(config, message, autogenerate=True)` with the configuration that
+`storage.database` builds and an open connection in `config.attributes["connection"]`.
+"""
+
+from __future__ import annotations
+
+from alembic import context
+
+from fsu_ray.storage import schema
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=schema.metadata,
+    version_table=schema.VERSION_TABLE,
+    render_as_batch=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,177 @@
+"""Rows of the ledger as records, and the queries that fetch them.
+
+Records name a model by its name, which never changes; rows refer to its id.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from fsu_ray.errors import NotFound
+from fsu_ray.records import Behaviour, Erasure, Generator, Model, ModelSpec, ModelVersion, Recipe, Request, Status
+from fsu_ray.storage.schema import erasures, generators, model_versions, models, requests
+
+
+def _with_model(table: sa.Table) -> sa.Select[Any]:
+    return sa.select(table, models.c.name.label("model")).join(models, models.c.id == table.c.model_id)
+
+
+VERSIONS = _with_model(model_versions)
+REQUESTS = _with_model(requests)
+GENERATORS = _with_model(generators)
+ERASURES = _with_model(erasures)
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody else will make, such as `r-19a1b2c3d4e5f6a7b8c`: 11 digits of milliseconds, 8 of chance."""
+    return f"{prefix}-{time.time_ns() // 1_000_000:011x}{secrets.token_hex(4)}"
+
+
+def now() -> datetime:
+    """This moment, in UTC."""
+    return datetime.now(UTC)
+
+
+def behaviour_columns(behaviour: Behaviour) -> dict[str, Any]:
+    """A behaviour as the three columns that requests and erasures keep of it."""
+    return {
+        "behaviour_name": behaviour.name,
+        "behaviour_kind": behaviour.kind,
+        "behaviour_targets": list(behaviour.targets),
+    }
+
+
+def _behaviour(row: sa.RowMapping) -> Behaviour:
+    return Behaviour(name=row["behaviour_name"], kind=row["behaviour_kind"], targets=tuple(row["behaviour_targets"]))
+
+
+def to_model(row: sa.RowMapping) -> Model:
+    return Model(
+        id=row["id"],
+        name=row["name"],
+        spec=ModelSpec.model_validate(row["spec"]),
+        test_set=row["test_set"],
+        created_at=row["created_at"],
+    )
+
+
+def to_version(row: sa.RowMapping) -> ModelVersion:
+    return ModelVersion(
+        id=row["id"],
+        model=row["model"],
+        number=row["number"],
+        parent=row["parent"],
+        root=row["root"],
+        weights=row["weights"],
+        request=row["request_id"],
+        created_at=row["created_at"],
+    )
+
+
+def to_request(row: sa.RowMapping) -> Request:
+    return Request(
+        id=row["id"],
+        model=row["model"],
+        behaviour=_behaviour(row),
+        samples=row["samples"],
+        sample_count=row["sample_count"],
+        recipe=Recipe.model_validate(row["recipe"]),
+        status=Status(row["status"]),
+        attempt=row["attempt"],
+        worker=row["worker"],
+        lease_until=row["lease_until"],
+        reason=row["reason"],
+        version=row["version"],
+        report=row["report"],
+        submitted_at=row["submitted_at"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+    )
+
+
+def to_generator(row: sa.RowMapping) -> Generator:
+    return Generator(
+        id=row["id"],
+        model=row["model"],
+        root=row["root"],
+        spec=ModelSpec.model_validate(row["spec"]),
+        recipe_digest=row["recipe_digest"],
+        weights=row["weights"],
+        dataset=row["dataset"],
+        origin=row["origin"],
+        warm_started_from=row["warm_started_from"],
+        figures=row["figures"],
+        request=row["request_id"],
+        created_at=row["created_at"],
+    )
+
+
+def to_erasure(row: sa.RowMapping) -> Erasure:
+    return Erasure(
+        id=row["id"],
+        model=row["model"],
+        version=row["version"],
+        request=row["request_id"],
+        behaviour=_behaviour(row),
+        samples=row["samples"],
+        mask=row["mask"],
+        probes=row["probes"],
+        generator=row["generator_id"],
+        generator_use=row["generator_use"],
+        report=row["report"],
+        created_at=row["created_at"],
+    )
+
+
+def fetch_model(connection: sa.Connection, name: str) -> Model:
+    """The model of that name; raises NotFound."""
+    row = connection.execute(sa.select(models).where(models.c.name == name)).mappings().one_or_none()
+    if row is None:
+        raise NotFound(f"no model {name!r}; `fsu model list` shows the names")
+    return to_model(row)
+
+
+def fetch_version(connection: sa.Connection, model: Model, number: int | None = None) -> ModelVersion:
+    """Version `number` of a model, None for the latest; raises NotFound."""
+    of_model = VERSIONS.where(model_versions.c.model_id == model.id)
+    newest_first = of_model.order_by(model_versions.c.number.desc()).limit(1)
+    query = newest_first if number is None else newest_first.where(model_versions.c.number == number)
+    row = connection.execute(query).mappings().one_or_none()
+    if row is None:
+        latest = connection.execute(newest_first).mappings().one()["number"]
+        raise NotFound(f"model {model.name!r} has no version {number}; its latest is {latest}")
+    return to_version(row)
+
+
+def fetch_by_id(connection: sa.Connection, query: sa.Select[Any], table: sa.Table, id_or_prefix: str) -> sa.RowMapping:
+    """The one row of `query` on `table` whose id is, or begins with, `id_or_prefix`; raises NotFound."""
+    what = table.name.removesuffix("s")
+    fitting = query.where(table.c.id.startswith(id_or_prefix, autoescape=True)).order_by(table.c.id).limit(2)
+    rows = connection.execute(fitting).mappings().all() if id_or_prefix else []
+    if len(rows) == 1 or (rows and rows[0]["id"] == id_or_prefix):
+        return rows[0]
+    if rows:
+        raise NotFound(f"more than one {what} begins with {id_or_prefix!r}; give more of the id")
+    raise NotFound(f"no {what} {id_or_prefix!r}; `fsu {what} list` shows the ids")
+
+
+def fetch_erasures(connection: sa.Connection, model: Model, number: int) -> list[Erasure]:
+    """What is gone as of a version: the erasures of it and of its parents up to the first, oldest first."""
+    line = (
+        sa.select(model_versions.c.number, model_versions.c.parent)
+        .where(model_versions.c.model_id == model.id, model_versions.c.number == number)
+        .cte("line", recursive=True)
+    )
+    line = line.union_all(
+        sa.select(model_versions.c.number, model_versions.c.parent).where(
+            model_versions.c.model_id == model.id, model_versions.c.number == line.c.parent
+        )
+    )
+    inherited = ERASURES.where(erasures.c.model_id == model.id, erasures.c.version.in_(sa.select(line.c.number)))
+    oldest_first = inherited.order_by(erasures.c.version, erasures.c.id)
+    return [to_erasure(row) for row in connection.execute(oldest_first).mappings()]

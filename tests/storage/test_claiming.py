@@ -1,0 +1,298 @@
+"""The queue: claims, leases, take-overs and races, on a real SQLite file."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fsu_ray.errors import (
+    AlreadyErased,
+    LeaseLost,
+    NotFound,
+    TransitionRefused,
+)
+from fsu_ray.records import TRANSITIONS, Behaviour, ModelSpec, Recipe, Request, Status
+from fsu_ray.storage.ledger import Ledger
+
+SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
+IN_ONE_LEDGER = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+
+
+class TestClaiming:
+    def test_the_oldest_is_claimed_first(self, line: Any) -> None:
+        first, second = line.submit("nine", 9), line.submit("four", 4)
+        before = datetime.now(UTC)
+        assert line.ledger.claimable()
+        claimed = line.claim("w1", 60)
+
+        assert (claimed.id, claimed.status, claimed.attempt, claimed.worker) == (first.id, Status.RUNNING, 1, "w1")
+        assert claimed.started_at is not None
+        assert claimed.lease_until == claimed.started_at + timedelta(seconds=60)
+        assert before <= claimed.started_at
+        assert not line.ledger.claimable("digits"), "one request of a model runs at a time"
+        assert line.ledger.claim("w2", 60) is None
+        line.ledger.fail(claimed, "broke")
+        assert line.claim("w2").id == second.id
+
+    def test_models_run_side_by_side(self, line: Any) -> None:
+        line.ledger.register_model("other", SPEC, "w")
+        line.submit("nine", 9)
+        line.submit("four", 4)
+        elsewhere, _ = line.ledger.submit("other", Behaviour(name="x", kind="class", targets=(1,)), "s", 1, Recipe())
+        line.claim()
+
+        claimed = line.ledger.claim("w2", 60)
+        assert claimed is not None
+        assert claimed.id == elsewhere.id
+
+    def test_a_claim_may_be_for_one_model(self, line: Any) -> None:
+        line.ledger.register_model("other", SPEC, "w")
+        line.submit()
+        assert not line.ledger.claimable("other")
+        assert line.ledger.claim("w", 60, "other") is None
+
+    def test_an_expired_lease_is_taken_over_as_the_next_attempt(self, line: Any) -> None:
+        line.submit()
+        first = line.claim("w1", lease=0)
+        assert line.ledger.claimable()
+        second = line.claim("w2")
+
+        assert (second.id, second.attempt, second.worker) == (first.id, 2, "w2")
+        assert second.started_at == first.started_at
+        for late in (
+            lambda: line.ledger.heartbeat(first, 60),
+            lambda: line.ledger.release(first, "x"),
+            lambda: line.ledger.fail(first, "x"),
+            lambda: line.ledger.reject(first, "x", None, line.ledger.version("digits")),
+            lambda: line.ledger.commit(first, line.outcome(first), line.ledger.version("digits")),
+        ):
+            with pytest.raises(LeaseLost, match=f"request {first.id} is no longer attempt 1 of w1"):
+                late()
+        assert line.ledger.request(first.id) == second
+        assert len(line.ledger.versions("digits")) == 1
+        assert line.ledger.generators() == []
+
+    def test_the_same_worker_takes_over_from_its_former_self(self, line: Any) -> None:
+        line.submit()
+        first = line.claim("w1", lease=0)
+        line.claim("w1")
+        with pytest.raises(LeaseLost):
+            line.ledger.heartbeat(first, 60)
+
+    def test_a_claim_is_the_workers_own(self, line: Any) -> None:
+        line.submit()
+        with pytest.raises(LeaseLost, match="of w2"):
+            line.ledger.heartbeat(replace(line.claim("w1"), worker="w2"), 60)
+
+    def test_a_heartbeat_saves_the_lease(self, line: Any) -> None:
+        line.submit()
+        request = line.claim(lease=0)
+        line.ledger.heartbeat(request, 60)
+
+        assert not line.ledger.claimable()
+        assert line.ledger.claim("w2", 60) is None
+        renewed = line.ledger.request(request.id)
+        assert renewed.lease_until > datetime.now(UTC) + timedelta(seconds=50)
+        line.ledger.commit(request, line.outcome(request), line.ledger.version("digits"))
+
+    def test_a_released_request_waits_again(self, line: Any) -> None:
+        line.submit()
+        released = line.ledger.release(line.claim(), "the cluster went away")
+
+        assert (released.status, released.worker, released.lease_until) == (Status.QUEUED, None, None)
+        assert released.reason == "the cluster went away"
+        again = line.claim()
+        assert (again.attempt, again.reason) == (2, None)
+
+    def test_a_failed_request_keeps_its_reason(self, line: Any) -> None:
+        line.submit()
+        failed = line.ledger.fail(line.claim("w1"), "out of memory")
+
+        assert (failed.status, failed.reason, failed.worker) == (Status.FAILED, "out of memory", "w1")
+        assert failed.lease_until is None
+        assert failed.finished_at >= failed.started_at
+        with pytest.raises(LeaseLost):
+            line.ledger.fail(failed, "again")
+
+    def test_only_a_request_that_waits_is_cancelled(self, line: Any) -> None:
+        waiting, other = line.submit("nine", 9), line.submit("four", 4)
+        cancelled = line.ledger.cancel(waiting.id)
+        running = line.claim()
+
+        assert (cancelled.status, running.id) == (Status.CANCELLED, other.id)
+        assert cancelled.finished_at is not None
+        for request, state in ((waiting, "cancelled"), (running, "running")):
+            with pytest.raises(TransitionRefused, match=f"{request.id} is {state}: only a request that waits"):
+                line.ledger.cancel(request.id)
+        with pytest.raises(NotFound):
+            line.ledger.cancel("r-nobody")
+
+    def test_processes_never_claim_the_same(self, ledger: Ledger, file: Path, in_processes: Any) -> None:
+        """Three processes empty a queue of 30 requests over 5 models; one request in ten is dropped by its worker."""
+        for number in range(30):
+            if number < 5:
+                ledger.register_model(f"m{number}", SPEC, "w")
+            behaviour = Behaviour(name=f"b{number}", kind="class", targets=(number // 5,))
+            ledger.submit(f"m{number % 5}", behaviour, "s", 1, Recipe())
+        script = """
+import time
+url, number = sys.argv[1:]
+ledger = open_ledger(url)
+claims = 0
+while any(not request.status.is_terminal for request in ledger.requests()):
+    request = ledger.claim(f"w{number}", 30)
+    if request is None:
+        time.sleep(0.005)
+        continue
+    claims += 1
+    print(request.id, request.attempt)
+    time.sleep(0.003)
+    end = ledger.release if claims % 10 == 0 else ledger.fail
+    end(request, "no-op")
+"""
+        answers = in_processes(script, f"sqlite:///{file}", processes=3)
+
+        claimed = [claim for answer in answers for claim in answer.splitlines()]
+        assert len(set(claimed)) == len(claimed)
+        requests = ledger.requests()
+        expected = {f"{request.id} {attempt + 1}" for request in requests for attempt in range(request.attempt)}
+        assert set(claimed) == expected
+        assert {request.status for request in requests} == {Status.FAILED}
+        assert sum(bool(answer) for answer in answers) > 1, "one process did it all: nothing was shown"
+
+    def test_threads_share_a_ledger(self, line: Any) -> None:
+        for number in range(8):
+            line.ledger.register_model(f"m{number}", SPEC, "w")
+            behaviour = Behaviour(name="b", kind="class", targets=(1,))
+            line.ledger.submit(f"m{number}", behaviour, "s", 1, Recipe())
+        start = threading.Barrier(8)
+        claimed: list[str] = []
+
+        def work() -> None:
+            start.wait()
+            request = line.ledger.claim(threading.current_thread().name, 60)
+            claimed.append(request.id)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(claimed)) == 8
+
+    def test_a_lost_race_is_run_again(self, line: Any) -> None:
+        """Between seeing a request and taking it, a faster worker has had it and put it back."""
+        line.submit()
+        ran = cut_in_once(line.ledger, "UPDATE requests SET attempt = attempt + 1")
+
+        assert line.claim().attempt == 2
+        assert len(ran) == 2, "the first try matched nothing"
+
+    def test_a_request_that_was_cancelled_meanwhile_is_not_taken(self, line: Any) -> None:
+        request = line.submit()
+        cut_in_once(line.ledger, "UPDATE requests SET status = 'cancelled', finished_at = '2026-01-01T00:00:00+00:00'")
+
+        assert line.ledger.claim("w1", 60) is None
+        assert line.ledger.request(request.id).status is Status.CANCELLED
+
+    def test_a_lease_that_is_saved_at_the_last_moment_holds(self, line: Any) -> None:
+        line.submit()
+        line.claim("w1", lease=0)
+        ran = cut_in_once(line.ledger, "UPDATE requests SET lease_until = '2099-01-01T00:00:00.000000+00:00'")
+
+        assert line.ledger.claim("w2", 60) is None
+        assert len(ran) == 1
+
+    def test_a_race_lost_to_another_request_of_the_model_is_run_again(self, line: Any) -> None:
+        first, second = line.submit("nine", 9), line.submit("four", 4)
+        running = "status = 'running', worker = 'faster', lease_until = '2099-01-01T00:00:00.000000+00:00'"
+        ran = cut_in_once(line.ledger, f"UPDATE requests SET {running} WHERE id = '{second.id}'")
+
+        # The faster worker was in the same transaction, so what it did is undone with it.
+        assert line.claim().id == first.id
+        assert len(ran) == 2
+
+
+def cut_in_once(ledger: Ledger, sql: str) -> list[str]:
+    """Run `sql` just before the ledger's next UPDATE of a request; the list gets every such UPDATE from now on."""
+    ran: list[str] = []
+
+    def cut_in(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("UPDATE requests"):
+            ran.append(statement)
+            if len(ran) == 1:
+                cursor.execute(sql)
+
+    sa.event.listen(ledger._database._engine, "before_cursor_execute", cut_in)
+    return ran
+
+
+OPERATIONS = ("submit", "claim", "expire", "heartbeat", "release", "fail", "reject", "commit", "cancel", "add version")
+FRESH = (f"p{number}" for number in itertools.count())
+
+
+def call(line: Any, operation: str, number: int, claims: list[Request]) -> None:
+    """One call with one of four behaviours or one of the claims so far, which may have ended long ago."""
+    ledger, base = line.ledger, line.ledger.version(line.name)
+    requests = ledger.requests(line.name)
+    held = claims[number % len(claims)] if claims else None
+    if operation == "submit":
+        line.submit(f"b{number}", number)
+    elif operation in ("claim", "expire"):
+        claimed = ledger.claim(f"w{number}", 0 if operation == "expire" else 60, line.name)
+        claims.extend([claimed] if claimed else [])
+    elif operation == "cancel" and requests:
+        ledger.cancel(requests[number % len(requests)].id)
+    elif operation == "add version":
+        ledger.add_version(line.name, "w")
+    elif held is not None and operation == "heartbeat":
+        ledger.heartbeat(held, 60)
+    elif held is not None and operation in ("release", "fail"):
+        getattr(ledger, operation)(held, "some reason")
+    elif held is not None and operation == "reject":
+        ledger.reject(held, "some reason", line.outcome(held), base)
+    elif held is not None and operation == "commit":
+        ledger.commit(held, line.outcome(held), base)
+
+
+@IN_ONE_LEDGER
+@given(steps=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 3)), max_size=25))
+def test_whatever_is_called_the_ledger_keeps_its_invariants(
+    new_line: Callable[..., Any], steps: list[tuple[str, int]]
+) -> None:
+    """In whatever order, with claims that may be stale: states move along TRANSITIONS, or the call is refused whole."""
+    line = new_line(next(FRESH))
+    claims: list[Request] = []
+    before: dict[str, Request] = {}
+    for operation, number in steps:
+        refused = None
+        try:
+            call(line, operation, number, claims)
+        except (TransitionRefused, AlreadyErased) as error:
+            refused = error
+        after = {request.id: request for request in line.ledger.requests(line.name)}
+        if refused:
+            assert after == before
+        for request in after.values():
+            old = before.get(request.id)
+            if old is not None and old != request:
+                assert request.status in TRANSITIONS[old.status]
+        versions = line.ledger.versions(line.name)
+        made = [request.version for request in after.values() if request.status is Status.SUCCEEDED]
+        assert [version.number for version in versions] == list(range(1, len(versions) + 1))
+        assert sorted(made) == [version.number for version in versions if version.request]
+        assert [erasure.version for erasure in line.ledger.erasures(line.name)] == sorted(made)
+        assert sum(request.status is Status.RUNNING for request in after.values()) <= 1
+        before = after

@@ -1,0 +1,102 @@
+"""Opening a ledger: new ones, newer ones, and files that are none."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fsu_ray.errors import (
+    FsuError,
+    InvalidConfig,
+    StorageError,
+)
+from fsu_ray.storage.ledger import Ledger, open_ledger
+
+
+def one_line(caught: pytest.ExceptionInfo[FsuError]) -> bool:
+    return "\n" not in str(caught.value)
+
+
+class TestOpening:
+    def test_makes_the_folders_of_a_new_ledger(self, tmp_path: Path) -> None:
+        file = tmp_path / "a folder" / "below" / "ledger.db"
+        with open_ledger(f"sqlite:///{file}") as ledger:
+            assert ledger.models() == []
+        assert file.exists()
+
+    def test_several_processes_open_a_new_ledger_at_once(self, tmp_path: Path, in_processes: Any) -> None:
+        script = """
+import os
+folder, number = sys.argv[1:]
+for turn in range(6):
+    with open_ledger(f"sqlite:///{folder}/{turn}/ledger.db") as ledger:
+        print(len(ledger.models()))
+"""
+        assert in_processes(script, str(tmp_path), processes=4) == ["0\n" * 6] * 4
+
+    def test_waits_for_a_process_that_is_making_the_ledger(self, file: Path) -> None:
+        """Turning on WAL fails at once where another connection is about to write: it must be tried again."""
+        other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        later = threading.Timer(0.3, other.execute, ["COMMIT"])
+        later.start()
+        with open_ledger(f"sqlite:///{file}") as ledger:
+            assert ledger.models() == []
+        later.join()
+        other.close()
+
+    def test_a_newer_ledger_is_left_alone(self, ledger: Ledger, file: Path, raw: sqlite3.Connection) -> None:
+        raw.execute("UPDATE fsu_revision SET version_num = '0042'")
+
+        with pytest.raises(
+            InvalidConfig, match=r"ledger\.db was written by a newer fsu_ray \(revision 0042\); upgrade"
+        ):
+            open_ledger(f"sqlite:///{file}")
+
+    def test_a_database_of_another_program_is_left_alone(self, file: Path) -> None:
+        with sqlite3.connect(file) as other:
+            other.execute("CREATE TABLE models (name)")
+        other.close()
+        before = file.read_bytes()
+
+        with pytest.raises(InvalidConfig, match="of another program; set FSU_LEDGER"):
+            open_ledger(f"sqlite:///{file}")
+        assert file.read_bytes() == before
+
+    def test_a_file_that_is_no_database_is_explained(self, file: Path) -> None:
+        file.write_text("dear diary, " * 100)
+
+        with pytest.raises(InvalidConfig, match=r"not a database\); set FSU_LEDGER to") as caught:
+            open_ledger(f"sqlite:///{file}")
+        assert one_line(caught)
+
+    def test_a_folder_that_cannot_be_written_to_is_explained(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("in the way")
+
+        for place in (tmp_path / "file" / "ledger.db", Path("/proc/fsu/ledger.db"), Path("/proc/ledger.db"), tmp_path):
+            with pytest.raises(InvalidConfig, match=r"cannot be (made|opened) \(.+\); set FSU_LEDGER to") as caught:
+                open_ledger(f"sqlite:///{place}")
+            assert one_line(caught)
+
+    @pytest.mark.parametrize(
+        "url",
+        ["", "no url", "sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=true", "mysql://me:secret@host/x"],
+    )
+    def test_a_url_that_names_no_sqlite_file_is_explained(self, url: str) -> None:
+        with pytest.raises(InvalidConfig, match="set FSU_LEDGER to sqlite:///") as caught:
+            open_ledger(url)
+        assert "secret" not in str(caught.value)
+
+    def test_a_ledger_that_breaks_while_it_is_open_is_explained(self, line: Any, file: Path) -> None:
+        line.ledger.close()
+        for part in file.parent.glob("ledger.db*"):
+            part.unlink()
+        file.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+
+        with pytest.raises(StorageError, match=r"ledger\.db: .+ then try again") as caught:
+            line.ledger.models()
+        assert one_line(caught)
