@@ -1,0 +1,1 @@
+"""Where it runs: Ray. Nothing here knows of the ledger."""

@@ -1,0 +1,213 @@
+"""Ray Train: one `TorchTrainer` run carries out one work order, all its stages in one worker group.
+
+Starting a group costs 10-20 s, so no stage gets one of its own. A run's name is its request's id: the
+same name finds its checkpoints again, so a later attempt goes on where the last one was cut off.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fsu_ray.errors import FsuError, RunFailed
+from fsu_ray.records import BlobStore, Outcome, WorkOrder
+
+Tell = Callable[[str, int, int, dict[str, float]], None]
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the controller's next look: 2 s by default
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+
+
+def connect(cpus: int | None = None) -> None:
+    """Join the cluster that RAY_ADDRESS names (a Ray job has it set), else start one on this machine.
+
+    Ray's own cluster is private to this process: no dashboard, no authentication token, no usage report.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    if ray.is_initialized():
+        return
+    if address:
+        ray.init(address=address, log_to_driver=False)
+        return
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=200 * 2**20,
+    )
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that `connect` started ends."""
+    import ray
+
+    ray.shutdown()
+
+
+def resources() -> tuple[bool, dict[str, float]]:
+    """Whether to use a GPU, and what one worker takes: a GPU with two CPUs, else all CPUs of the largest node.
+
+    Ray gives a worker as many threads as it has CPUs.
+    """
+    import ray
+
+    if ray.cluster_resources().get("GPU", 0) >= 1:
+        return True, {"GPU": 1, "CPU": 2}
+    cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+    return False, {"CPU": max(1, int(cpus))}
+
+
+def execute(order: WorkOrder, store: BlobStore, runs: Path | str, name: str, every: int, tell: Tell) -> Outcome:
+    """Carry out `order` in one Ray Train run called `name` and return its outcome.
+
+    `runs` is an absolute folder (shared by all nodes) for checkpoints. `tell(stage, done, total,
+    figures)` is called in this process. Errors raised on purpose in the worker come back as they
+    are; anything else is RunFailed, after Ray has restarted the worker twice.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import ControllerError
+    from ray.util.queue import Queue
+
+    use_gpu, each = resources()
+    queue: Any = Queue(actor_options={"num_cpus": 0})
+    listener = _Listener(queue, tell)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"order": order, "store": store, "every": every, "queue": queue},
+        scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu, resources_per_worker=each),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(runs),
+            failure_config=FailureConfig(max_failures=2, controller_failure_limit=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        with listener:
+            answer = trainer.fit().return_value
+    except (TrainingFailedError, ControllerError) as error:
+        raise RunFailed(f"run {name} broke: {_cause(error)}; see {runs}/{name}") from error
+    finally:
+        if ray.is_initialized():
+            queue.shutdown(force=True)
+    if isinstance(answer, dict) and "error" in answer:
+        raise pickle.loads(answer["error"])  # our own exception, from our own worker
+    if not isinstance(answer, dict):
+        raise RunFailed(f"run {name} ended without an outcome; see {runs}/{name}")
+    return Outcome(**answer["outcome"])
+
+
+def _work(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The loop of one worker; rank 0 alone has something to say."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from fsu_ray.method.unlearn import Saved, unlearn
+
+    if ray.train.get_context().get_world_rank() != 0:
+        return None
+    last = 0.0
+
+    def progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done in (0, total) or now - last > 0.5:
+            last = now
+            config["queue"].put_nowait((stage, done, total, figures))
+
+    def keep(saved: Saved) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(asdict(saved), Path(folder) / "state.pt")
+            ray.train.report({"seconds": sum(saved.seconds.values())}, checkpoint=ray.train.Checkpoint(folder))
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        device = ray.train.torch.get_device()
+        progress("start", 1, 1, {"threads": torch.get_num_threads()})
+        outcome = unlearn(config["order"], config["store"], device, progress, keep, _resume(), config["every"])
+    except FsuError as error:  # not for Ray to retry
+        return {"error": pickle.dumps(error)}
+    return {"outcome": asdict(outcome)}
+
+
+def _resume() -> Any:
+    """The state of the last checkpoint of this run, if there is one."""
+    import ray.train
+    import torch
+
+    from fsu_ray.method.unlearn import Saved
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
+    saved = Saved(**state)
+    if saved.inversion is None:
+        stages = list(saved.seconds)
+        saved.resumed_at.append(f"after {stages[-1]}" if stages else "start")
+    return saved
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message of a failed run, on one line."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    first: BaseException = next(iter(failures.values()))
+    while True:
+        inner = getattr(first, "cause", None) or first.__cause__
+        if not isinstance(inner, BaseException) or inner is first:
+            break
+        first = inner
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    return lines[-1] if lines else type(first).__name__
+
+
+class _Listener:
+    """Hands what workers put into a queue to a function of this process, while the block runs."""
+
+    def __init__(self, queue: Any, tell: Tell) -> None:
+        self._queue, self._tell = queue, tell
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> _Listener:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join(timeout=10)
+
+    def _listen(self) -> None:
+        from ray.exceptions import RayError
+
+        finished = False
+        while not finished:
+            finished = self._done.wait(0.3)  # one last look after the end
+            try:
+                waiting = self._queue.qsize()
+                for item in self._queue.get_nowait_batch(waiting) if waiting else []:
+                    self._tell(*item)
+            except RayError:
+                return
