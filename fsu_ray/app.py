@@ -1,0 +1,154 @@
+"""The composition root: the only place that opens a ledger, an artifact store or a Ray cluster.
+
+The command line and the jobs come through `App`; what it does is in `pipeline`, `storage` and `method`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsu_ray.config import CHECKPOINT_STEPS, Settings, make_recipe, read_settings
+from fsu_ray.errors import InvalidData, InvalidWeights
+from fsu_ray.pipeline import Execute, Result, drain, run_request
+from fsu_ray.records import Behaviour, BlobStore, Model, ModelSpec, ModelVersion, Outcome, Recipe, Request, WorkOrder
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.ledger import Ledger, open_ledger
+
+Tell = Any  # (stage, done, total, figures) -> None
+
+
+@dataclass(frozen=True)
+class App:
+    """One ledger and one artifact store, opened from `settings`."""
+
+    settings: Settings
+    ledger: Ledger
+    artifacts: Artifacts
+
+    @classmethod
+    def open(cls, settings: Settings | None = None) -> App:
+        """Open what the settings name, making it on first use; raises InvalidConfig or StorageError."""
+        settings = settings or read_settings()
+        return cls(settings, open_ledger(settings.ledger), Artifacts.open(settings.artifacts))
+
+    def recipe(self, preset: str = "default", changes: tuple[dict[str, Any], ...] = ()) -> Recipe:
+        """The recipe `preset` under the [recipe] table of fsu.toml and `changes`."""
+        return make_recipe(preset, [self.settings.recipe, *changes])
+
+    def register(self, name: str, spec: ModelSpec, weights: bytes, test_set: str | None = None) -> Model:
+        """Register a model line; the weights are tried on the architecture before anything is written."""
+        from fsu_ray.method.networks import Classifier
+
+        self.ledger.check_name_free(name)
+        Classifier.from_bytes(spec, weights)
+        if test_set is not None:
+            self._try_test_set(test_set, spec)
+        return self.ledger.register_model(name, spec, self.artifacts.put(weights), test_set)
+
+    def update(self, name: str, weights: bytes) -> ModelVersion:
+        """Add a version that was trained further outside; it is the root of what is erased from now on."""
+        from fsu_ray.method.networks import Classifier
+
+        model = self.ledger.model(name)
+        Classifier.from_bytes(model.spec, weights)
+        return self.ledger.add_version(name, self.artifacts.put(weights))
+
+    def _try_test_set(self, name: str, spec: ModelSpec) -> None:
+        from fsu_ray.method.datasets import load
+
+        labels = load(name, "test", spec.shape).labels
+        if int(labels.max()) >= spec.classes:
+            raise InvalidData(
+                f"test set {name} has the class {int(labels.max())}, the model has {spec.classes} classes"
+            )
+
+    def submit(self, name: str, behaviour: Behaviour, samples: str, recipe: Recipe) -> tuple[Request, bool]:
+        """Queue a request; returns it and whether it is new. Samples are read and checked first."""
+        from fsu_ray.method.datasets import read_samples
+        from fsu_ray.method.unlearn import save_samples
+
+        model = self.ledger.model(name)
+        self.ledger.check_behaviour(name, behaviour)
+        pixels = read_samples(samples, model.spec.shape)
+        digest = self.artifacts.put(save_samples(pixels))
+        return self.ledger.submit(name, behaviour, digest, len(pixels), recipe)
+
+    def train(
+        self, data: str, arch: str, epochs: int, seed: int, shape: tuple[int, int, int] | None = None, tell: Tell = None
+    ) -> tuple[ModelSpec, bytes]:
+        """Train a classifier on `data` in this process: its spec and its weights as safetensors."""
+        import torch
+
+        from fsu_ray.method.datasets import load
+        from fsu_ray.method.fit import Schedule, fit
+        from fsu_ray.method.networks import Classifier
+
+        shape = shape or ((3, 32, 32) if data == "cifar10" else (1, 32, 32))
+        images = load(data, "train", shape)
+        unit = images.pixels.float() / 255
+        spec = ModelSpec(
+            arch=arch,
+            channels=shape[0],
+            height=shape[1],
+            width=shape[2],
+            classes=int(images.labels.max()) + 1,
+            mean=tuple(round(float(v), 4) for v in unit.mean((0, 2, 3))),
+            std=tuple(max(round(float(v), 4), 0.01) for v in unit.std((0, 2, 3))),
+            flip=data == "cifar10",
+        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(seed)
+        classifier = Classifier(spec).to(device)
+        schedule = Schedule(epochs=epochs, batch=min(128, max(16, len(images) // 20)), seed=seed)
+        fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, progress=tell)
+        return spec, classifier.to_bytes()
+
+    @contextmanager
+    def on_ray(self, tell: Tell, cpus: int | None = None) -> Iterator[Execute]:
+        """An `execute` for the pipeline that runs on the cluster of RAY_ADDRESS, or on one of its own."""
+        from fsu_ray.cluster import workers
+
+        if "RAY_JOB_ID" not in os.environ:
+            self.settings.runs.mkdir(parents=True, exist_ok=True)
+        workers.connect(cpus)
+
+        def execute(order: WorkOrder, store: BlobStore, name: str) -> Outcome:
+            return workers.execute(order, store, self.settings.runs, name, CHECKPOINT_STEPS, tell)
+
+        try:
+            yield execute
+        finally:
+            workers.disconnect()
+
+    def run(
+        self, execute: Execute, most: int | None = None, model: str | None = None, started: Any = None
+    ) -> list[Result]:
+        """Claim and carry out what is queued; `started(request)` hears of each claim."""
+        if model is not None:
+            self.ledger.model(model)
+
+        def one(request: Request) -> Result:
+            if started:
+                started(request)
+            return run_request(self.ledger, self.artifacts, execute, request)
+
+        return drain(self.ledger, worker_name(), most, model, one)
+
+
+def worker_name() -> str:
+    """This process's name in leases: host and process id."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def read_weights(path: Path) -> bytes:
+    """The bytes of a weights file; raises InvalidWeights where there is none."""
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise InvalidWeights(f"no weights at {path} ({error.strerror}): give a safetensors file") from None

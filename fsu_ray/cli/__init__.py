@@ -1,0 +1,113 @@
+"""`fsu`: parse and print. What commands do is in `app`; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fsu_ray import console
+from fsu_ray.cli.generators import generator_app
+from fsu_ray.cli.models import model_app
+from fsu_ray.cli.requests import request_app
+from fsu_ray.cli.shared import Cpus, Json, one_line, open_app
+from fsu_ray.records import Status
+
+REJECTED = 4
+
+app = typer.Typer(
+    help="Make a registered classifier forget, request after request, and keep a ledger of what is gone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.add_typer(model_app, name="model")
+app.add_typer(request_app, name="request")
+app.add_typer(generator_app, name="generator")
+
+
+@app.command(epilog="Example: fsu demo")
+@one_line
+def demo(json: Json = False, seed: int = 0, cpus: Cpus = None) -> None:
+    """Train LeNet5 on scikit-learn's digits, then erase two classes in sequence."""
+    from fsu_ray import demo as show
+
+    opened = open_app()
+    with console.watching() as watcher:
+        shown = show.demo(opened, watcher, seed, cpus)
+    if json:
+        history = opened.ledger.history(shown.model.name)
+        console.print_json({"model": shown.model, "results": console.results_json(shown.results), "history": history})
+    else:
+        show.print_demo(opened, shown)
+    _exit_for(shown.results)
+
+
+@app.command(epilog="Example: fsu run --model m --max 5")
+@one_line
+def run(
+    model: Annotated[str | None, typer.Option(help="Only requests of this model.")] = None,
+    most: Annotated[int | None, typer.Option("--max", min=1, help="End after this many requests.")] = None,
+    cpus: Cpus = None,
+    json: Json = False,
+) -> None:
+    """Claim what is queued and carry it out on Ray, one request after another.
+
+    Exit code 0: all succeeded, or nothing was queued; 1: one failed; 4: one was rejected.
+    """
+    opened = open_app()
+    if model is not None:
+        opened.ledger.model(model)
+    results: list[Any] = []
+    if opened.ledger.claimable(model):
+        with console.watching() as watcher:
+
+            def started(request: Any) -> None:
+                watcher.begin()
+                console.err.print(
+                    f"request {request.id}: {request.behaviour.name} of {request.model}, attempt {request.attempt}"
+                )
+
+            with opened.on_ray(watcher.tell, cpus) as execute:
+                results = opened.run(execute, most, model, started)
+    if json:
+        console.print_json(console.results_json(results))
+    elif not results:
+        console.out.print("nothing is queued; `fsu request submit` queues a request")
+    for result in [] if json else results:
+        console.print_result(result)
+    if not json and results:
+        table = console.accuracy_table(results, opened.ledger.model(results[0].request.model).spec.classes)
+        if table is not None and len({r.request.model for r in results}) == 1:
+            console.out.print(table)
+    _exit_for(results)
+
+
+def _exit_for(results: list[Any]) -> None:
+    states = {result.request.status for result in results}
+    if Status.FAILED in states:
+        raise typer.Exit(1)
+    if Status.REJECTED in states:
+        raise typer.Exit(REJECTED)
+
+
+@app.command(epilog="Example: fsu history digits-demo")
+@one_line
+def history(model: str, json: Json = False) -> None:
+    """What happened to MODEL, oldest first."""
+    events = open_app().ledger.history(model)
+    if json:
+        console.print_json(events)
+    else:
+        console.out.print(console.history_table(model, events))
+
+
+def main() -> None:
+    """The entry point of `fsu`."""
+    try:
+        app()
+    except BrokenPipeError:  # `fsu history m | head`
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,47 @@
+"""What all commands share: opening the app, `--json`, errors as one line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from fsu_ray import console
+from fsu_ray.errors import FsuError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of the Ray of this process. Default: all.")]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def one_line(command: F) -> F:
+    """End a command with an error's own exit code and its one line, without a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except FsuError as error:
+            console.err.print(f"[red]error:[/] {_escaped(str(error))}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            console.err.print(
+                "[yellow]interrupted:[/] a running request goes on from its last checkpoint at the next fsu run"
+            )
+            raise typer.Exit(130) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(text.split()))
+
+
+def open_app() -> Any:
+    from fsu_ray.app import App
+
+    return App.open()

@@ -1,0 +1,213 @@
+"""What people see: tables, progress, JSON. Bars on a terminal, plain lines without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+WIDTH = 160  # of tables where no terminal says how wide it is
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else WIDTH)
+QUIET_SECONDS = 10.0  # between two plain lines of one stage
+
+
+def plain(value: Any) -> Any:
+    """Records as JSON can hold them."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: plain(item) for key, item in vars(value).items()}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """A table of text; numbers stand on the right."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    rows = [list(row) for row in rows]
+    for i, column in enumerate(columns):
+        right = bool(rows) and all(isinstance(row[i], int | float) or row[i] in (None, "") for row in rows)
+        made.add_column(column, justify="right" if right else "left")
+    for row in rows:
+        made.add_row(*("" if cell is None else str(cell) for cell in row))
+    return made
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with two decimals; a dash for none."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def when(moment: datetime | None) -> str:
+    """A moment for people, in local time."""
+    return "" if moment is None else moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+class Watcher:
+    """Turns `tell(stage, done, total, figures)` into bars or lines."""
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+        self._spoken: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """A new request: its stages get bars of their own."""
+        self._tasks.clear()
+        self._spoken.clear()
+
+    def tell(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        """A stage has come to `done` of `total`."""
+        said = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if self._bars is not None:
+            task = self._tasks.get(stage)
+            if task is None:
+                task = self._tasks[stage] = self._bars.add_task(stage, total=total, figures="")
+            self._bars.update(task, completed=done, total=total, figures=said)
+            return
+        now = time.monotonic()
+        if done == total or now - self._spoken.setdefault(stage, now) >= QUIET_SECONDS:
+            self._spoken[stage] = now
+            err.print(f"  {stage} {done}/{total}  {said}")
+
+
+@contextmanager
+def watching() -> Iterator[Watcher]:
+    """A `Watcher` for standard error: bars with time left on a terminal, lines otherwise."""
+    if not err.is_terminal:
+        yield Watcher(None)
+        return
+    columns = (
+        TextColumn("  {task.description:<10}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=err) as bars:
+        yield Watcher(bars)
+
+
+def print_result(result: Any) -> None:
+    """One ended request in a few lines."""
+    request, outcome = result.request, result.outcome
+    name = f"{request.behaviour.name} of {request.model}"
+    if result.version is not None:
+        out.print(f"[green]erased[/] {name}: version {result.version.number} (request {request.id})")
+    else:
+        out.print(f"[red]{request.status}[/] {name} (request {request.id}): {request.reason}")
+    if outcome is None:
+        return
+    use = {"trained": "trained", "reused": "reused", "warm_started": "trained from an older one's weights"}
+    refused = f" (the one on offer was refused: {'; '.join(outcome.refused)})" if outcome.refused else ""
+    figures = outcome.figures
+    out.print(f"  generator {use[outcome.generator_use]}{refused}")
+    out.print(
+        f"  D' for this version: acceptance >= {figures['acceptance']:.3f}, coverage {figures['coverage']:.3f}, "
+        f"BN distance {figures['bn_distance']:.3f}, agreement {figures['agreement']:.3f}"
+    )
+    out.print("  seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in outcome.seconds.items()))
+    report = outcome.report
+    if not report:
+        return
+    forgot, kept = report["forgetting"], report["retention"]
+    held = forgot["samples_held_out"]
+    which = (
+        f"{held} held-out target samples"
+        if held
+        else f"the {forgot['samples_given']} target samples (used: too few to hold out)"
+    )
+    out.print(
+        f"  still in a target class: {percent(forgot['samples_in_target'])} % of {which}, "
+        f"{percent(forgot['probes_in_target'])} % of {forgot['probes']} probes"
+    )
+    out.print(
+        f"  agreement with the parent {percent(kept['agreement'])} % on {kept['samples']} held-out samples of D', "
+        f"KL {kept['kl_to_parent']:.4f}; membership attack AUC "
+        f"{_auc(forgot['attack_auc_before'])} -> {_auc(forgot['attack_auc'])}"
+    )
+    for prior in report["earlier"]:
+        out.print(
+            f"  earlier erasure {prior['behaviour']}: {percent(prior['probes_in_target'])} % of its probes "
+            f"({percent(prior['recorded'])} % when erased)"
+        )
+
+
+def _auc(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def accuracy_table(results: Sequence[Any], classes: int) -> Table | None:
+    """Test accuracy by class before the first request and after each; None without a test set."""
+    reports = [(r.request.behaviour, r.outcome.report) for r in results if r.outcome and r.outcome.report]
+    reports = [(b, report) for b, report in reports if report.get("test")]
+    if not reports:
+        return None
+    steps = [("before", reports[0][1]["test"]["before"])]
+    steps += [(f"after {behaviour.name}", report["test"]["after"]) for behaviour, report in reports]
+    gone: list[set[int]] = [set()]
+    for behaviour, _ in reports:
+        gone.append(gone[-1] | (set(behaviour.targets) if behaviour.kind == "class" else set()))
+    rows = []
+    for k in range(classes):
+        label = f"class {k}" + (" (erased)" if k in gone[-1] else "")
+        rows.append([label, *(percent(step["by_class"][k]) for _, step in steps)])
+    for label, erased in (("mean of what is kept", False), ("mean of what is erased", True)):
+        means = []
+        for (_, step), away in zip(steps, gone, strict=True):
+            found = [v for k, v in enumerate(step["by_class"]) if v is not None and (k in away) == erased]
+            means.append(percent(sum(found) / len(found)) if found else "-")
+        rows.append([label, *means])
+    return table("Accuracy on the test split, %", ["", *(name for name, _ in steps)], rows)
+
+
+def history_table(model: str, events: Iterable[Mapping[str, Any]]) -> Table:
+    """The ledger's history of a model."""
+    rows = []
+    for event in events:
+        detail = {k: v for k, v in event["detail"].items() if v is not None}
+        said = ", ".join(f"{k} {v[:12] if k in ('weights',) else v}" for k, v in detail.items())
+        version = "" if event["version"] is None else str(event["version"])
+        rows.append([when(event["at"]), event["event"], version, event["request"] or "", said])
+    return table(f"History of {model}", ["at", "event", "version", "request", "detail"], rows)
+
+
+def results_json(results: Iterable[Any]) -> list[dict[str, Any]]:
+    """Ended requests as `--json` prints them."""
+    return [
+        {
+            "request": plain(r.request) | {"report": None},
+            "version": plain(r.version),
+            "outcome": plain(asdict(r.outcome)) if r.outcome else None,
+        }
+        for r in results
+    ]

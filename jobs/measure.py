@@ -1,0 +1,46 @@
+"""`FSU_DATA=... python -m jobs.measure class9 --seeds 3`: scenarios of `experiments.mnist`, a JSON line a request."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from fsu_ray import console
+from fsu_ray.app import App
+from fsu_ray.config import parse_change
+from fsu_ray.errors import FsuError
+
+
+def main() -> int:
+    """Run the scenarios and print their rows; 0, or the error's exit code."""
+    from fsu_ray.experiments.mnist import SCENARIOS, read_bench, scenario
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scenarios", nargs="+", choices=list(SCENARIOS))
+    parser.add_argument("--arch", default="lenet5")
+    parser.add_argument("--epochs", type=int, default=6, help="of the classifier")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--set", action="append", default=[], dest="changes", help="a recipe's value, KEY=VALUE")
+    options = parser.parse_args()
+    try:
+        app = App.open()
+        recipe = app.recipe(options.recipe, tuple(parse_change(text) for text in options.changes))
+        bench = read_bench(Path(os.environ.get("FSU_DATA", ".")))
+        with console.watching() as watcher, app.on_ray(watcher.tell) as execute:
+            for name in options.scenarios:
+                for seed in range(options.seeds):
+                    arguments = (bench, name, options.arch, options.epochs, seed, recipe, console.err.print)
+                    for row in scenario(app.ledger, app.artifacts, execute, *arguments):
+                        print(json.dumps(row), flush=True)
+    except FsuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

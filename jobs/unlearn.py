@@ -1,0 +1,36 @@
+"""`ray job submit --working-dir . -- python -m jobs.unlearn --max 5`: carry out what is queued, as `fsu run`.
+
+The ledger, the artifacts and the runs must be reachable from the cluster: set FSU_HOME to a shared folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fsu_ray import console
+from fsu_ray.app import App
+from fsu_ray.errors import FsuError
+from fsu_ray.records import Status
+
+
+def main() -> int:
+    """Run and print one JSON document; 0 all succeeded, 1 one failed, 4 one was rejected, 2 bad input."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="only requests of this model")
+    parser.add_argument("--max", type=int, dest="most", help="end after this many requests")
+    options = parser.parse_args()
+    try:
+        app = App.open()
+        with console.watching() as watcher, app.on_ray(watcher.tell) as execute:
+            results = app.run(execute, options.most, options.model)
+    except FsuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    console.print_json(console.results_json(results))
+    states = {result.request.status for result in results}
+    return 1 if Status.FAILED in states else 4 if Status.REJECTED in states else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The README's first command, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fsu_ray import demo
+from fsu_ray.app import App
+from fsu_ray.records import ModelSpec
+
+
+@pytest.mark.ray
+def test_the_demo_erases_two_classes_with_one_generator(home: Path) -> None:
+    """Exit 0; each erased class at most 2 %, what is kept within 2 points; the second request reuses the generator."""
+    command = [str(Path(sys.executable).parent / "fsu"), "demo", "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+    shown = json.loads(ended.stdout)
+    first, second = (result["outcome"] for result in shown["results"])
+    assert (first["generator_use"], second["generator_use"]) == ("trained", "reused")
+    assert "invert" not in second["seconds"]
+    gone: list[int] = []
+    for outcome, target in ((first, demo.ERASED[0]), (second, demo.ERASED[1])):
+        gone.append(target)
+        before, after = first["report"]["test"]["before"]["by_class"], outcome["report"]["test"]["after"]["by_class"]
+        assert all(after[k] <= 0.02 for k in gone)
+        kept = [k for k in range(10) if k not in gone]
+        assert sum(before[k] - after[k] for k in kept) / len(kept) <= 0.02
+    assert [e["event"] for e in shown["history"]].count("erased") == 2
+
+
+def test_a_second_demo_takes_a_new_name(app: App, trained: object) -> None:
+    """`fsu demo` can be run twice in one folder."""
+    assert demo._free_name(app) == "digits-demo"
+    spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
+    app.register("digits-demo", spec, trained.weights)  # type: ignore[attr-defined]
+    assert demo._free_name(app) == "digits-demo-2"
