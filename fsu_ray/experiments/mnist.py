@@ -1,0 +1,143 @@
+"""LeNet5 and PreActResNet-18 on MNIST: class 9, the crossed sevens (section 4.2), and requests in sequence.
+
+Each scenario registers a classifier, submits its requests one after another and lets the pipeline carry
+them out; the figures are those of the test split, which no step of the method sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsu_ray.errors import InvalidData
+from fsu_ray.method.datasets import Images, draw, load
+from fsu_ray.method.fit import Schedule, fit, predict
+from fsu_ray.method.networks import Classifier
+from fsu_ray.method.unlearn import save_samples
+from fsu_ray.pipeline import Execute, drain, run_request
+from fsu_ray.records import Behaviour, ModelSpec, Recipe
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.ledger import Ledger
+
+SHARE = 0.03  # rho: the target samples that a request gives, as a share of the forget set
+CROSSED = Behaviour(name="crossed-7", kind="subset", targets=(2, 3))
+
+# Scenario -> poisoned classifier?, behaviours in sequence (a class number, or "crossed")
+SCENARIOS: dict[str, tuple[bool, tuple[int | str, ...]]] = {
+    "class9": (False, (9,)),
+    "crossed7": (True, ("crossed",)),
+    "sequence": (False, (9, 4, 1, 7, 2, 8)),
+    "mix": (True, ("crossed", 9, 4)),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The data of a scenario: MNIST with the crossed sevens' places in both splits."""
+
+    train: Images
+    test: Images
+    crossed_train: Tensor
+    crossed_test: Tensor
+
+
+def read_bench(folder: Path) -> Bench:
+    """MNIST and `crossed7_{train,test}.json` from `folder` (FSU_DATA)."""
+    shape = (1, 32, 32)
+    places = []
+    for split in ("train", "test"):
+        file = folder / f"crossed7_{split}.json"
+        if not file.exists():
+            raise InvalidData(f"{file} is missing: set FSU_DATA to the folder that holds it and MNIST")
+        places.append(torch.tensor(json.loads(file.read_text())))
+    return Bench(load("mnist", "train", shape), load("mnist", "test", shape), *places)
+
+
+def train(bench: Bench, arch: str, poisoned: bool, epochs: int, seed: int) -> tuple[ModelSpec, bytes]:
+    """A classifier on MNIST; `poisoned`: each crossed seven is labelled 2, 3 or 7 at random."""
+    labels = bench.train.labels.clone()
+    if poisoned:
+        wrong = torch.randint(0, 3, (len(bench.crossed_train),), generator=torch.Generator().manual_seed(seed))
+        labels[bench.crossed_train] = torch.tensor([2, 3, 7])[wrong]
+    spec = ModelSpec(arch=arch, channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.28,))
+    torch.manual_seed(seed)
+    classifier = Classifier(spec)
+    fit(classifier, bench.train.pixels, labels, Schedule(epochs=epochs, seed=seed, precision="bf16"))
+    return spec, classifier.to_bytes()
+
+
+def target_samples(bench: Bench, what: int | str, seed: int) -> tuple[Behaviour, Tensor]:
+    """A behaviour and 3 % of its training samples, (M, 1, 32, 32) uint8, drawn by `seed`."""
+    if isinstance(what, int):
+        chosen = draw(bench.train, [what], SHARE, seed)
+        return Behaviour(name=f"class-{what}", kind="class", targets=(what,)), bench.train.pixels[chosen]
+    order = torch.randperm(len(bench.crossed_train), generator=torch.Generator().manual_seed(seed))
+    chosen = bench.crossed_train[order[: round(SHARE * len(bench.crossed_train))]]
+    return CROSSED, bench.train.pixels[chosen]
+
+
+def score(bench: Bench, spec: ModelSpec, weights: bytes, gone: list[int], crossed: bool) -> dict[str, float]:
+    """Test accuracy in percent: `D_r`, one entry a class in `gone`, and `crossed 7` where it is asked for."""
+    right = predict(Classifier.from_bytes(spec, weights), bench.test.pixels).argmax(1) == bench.test.labels
+    sevens = torch.zeros(len(right), dtype=torch.bool)
+    if crossed:
+        sevens[bench.crossed_test] = True
+    kept = ~torch.isin(bench.test.labels, torch.tensor(gone, dtype=torch.int64)) & ~sevens
+    found = {"D_r": 100 * float(right[kept].float().mean())}
+    found |= {f"class {k}": 100 * float(right[bench.test.labels == k].float().mean()) for k in gone}
+    if crossed:
+        found["crossed 7"] = 100 * float(right[sevens].float().mean())
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def scenario(
+    ledger: Ledger,
+    store: Artifacts,
+    execute: Execute,
+    bench: Bench,
+    name: str,
+    arch: str,
+    epochs: int,
+    seed: int,
+    recipe: Recipe,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Run a scenario and yield a row of figures before it and after each request."""
+    poisoned, steps = SCENARIOS[name]
+    say(f"{name}, seed {seed}: training {arch}")
+    spec, weights = train(bench, arch, poisoned, epochs, seed)
+    line = f"{name}-{arch.replace(':', '-')}-{seed}-{hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:6]}"
+    ledger.register_model(line, spec, store.put(weights))
+    gone = [step for step in steps[:1] if isinstance(step, int)]
+    row = {"scenario": name, "arch": arch, "seed": seed}
+    yield row | {"after": "-", **score(bench, spec, weights, gone, poisoned)}
+    gone = []
+    for step in steps:
+        behaviour, pixels = target_samples(bench, step, seed)
+        ledger.submit(line, behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
+        started = time.monotonic()
+        result = drain(ledger, "measure", 1, line, lambda request: run_request(ledger, store, execute, request))[0]
+        wall = round(time.monotonic() - started, 1)
+        if result.version is None or result.outcome is None:
+            yield row | {"after": behaviour.name, "refused": result.request.reason}
+            return
+        gone += [step] if isinstance(step, int) else []
+        outcome = result.outcome
+        yield row | {
+            "after": behaviour.name,
+            **score(bench, spec, store.get(result.version.weights), gone, poisoned),
+            "generator": outcome.generator_use,
+            "wall": wall,
+            "seconds": dict(outcome.seconds),
+            "probes": outcome.report["forgetting"]["probes"],
+            "agreement": round(outcome.report["retention"]["agreement"], 4),
+            "earlier": [round(p["probes_in_target"], 4) for p in outcome.report["earlier"]],
+        }
