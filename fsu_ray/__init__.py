@@ -6,6 +6,7 @@ Importing this loads neither Ray nor torch.
 from __future__ import annotations
 
 from fsu_ray.errors import FsuError
+from fsu_ray.recipes import Recipe
 from fsu_ray.records import (
     Behaviour,
     Erasure,
@@ -14,7 +15,6 @@ from fsu_ray.records import (
     ModelSpec,
     ModelVersion,
     Outcome,
-    Recipe,
     Request,
     Status,
     WorkOrder,

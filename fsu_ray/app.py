@@ -16,7 +16,8 @@ from typing import Any
 from fsu_ray.config import CHECKPOINT_STEPS, Settings, make_recipe, read_settings
 from fsu_ray.errors import InvalidData, InvalidWeights
 from fsu_ray.pipeline import Execute, Result, drain, run_request
-from fsu_ray.records import Behaviour, BlobStore, Model, ModelSpec, ModelVersion, Outcome, Recipe, Request, WorkOrder
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, BlobStore, Model, ModelSpec, ModelVersion, Outcome, Request, WorkOrder
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
 

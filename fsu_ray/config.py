@@ -18,7 +18,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.records import Recipe
+from fsu_ray.recipes import Recipe
 
 LEASE_SECONDS = 120.0
 """How long a claim holds without a heartbeat; the driver renews it every third of that."""

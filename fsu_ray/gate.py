@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fsu_ray.records import GateRecipe
+from fsu_ray.recipes import GateRecipe
 
 
 def refuse_generator(figures: Mapping[str, Any], gate: GateRecipe) -> tuple[str, ...]:

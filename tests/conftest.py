@@ -16,7 +16,8 @@ from fsu_ray.errors import StorageError
 from fsu_ray.method.datasets import Images, load
 from fsu_ray.method.fit import Schedule, fit
 from fsu_ray.method.networks import Classifier
-from fsu_ray.records import ModelSpec, Recipe
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import ModelSpec
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

@@ -8,7 +8,7 @@ import pytest
 
 from fsu_ray.config import PRESETS, make_recipe, parse_change, read_settings
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.records import Recipe
+from fsu_ray.recipes import Recipe
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fsu_ray.gate import refuse_generator, refuse_result
-from fsu_ray.records import GateRecipe
+from fsu_ray.recipes import GateRecipe
 
 GATE = GateRecipe()
 GOOD = {"starved": [], "agreement": 0.99, "coverage": 0.8, "acceptance": 0.3, "bn_distance": 0.2}

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import those of a lower layer, and those of its own part.
 LAYERS = [
-    {"errors", "records"},
+    {"errors", "recipes", "records"},
     {"config", "gate"},
     {"method", "storage"},
     {"pipeline", "cluster"},
@@ -81,7 +81,7 @@ def test_the_inversion_sees_no_data() -> None:
 def test_files_and_functions_stay_short(file: Path) -> None:
     """Files to about 350 lines, functions to about 60, no words that say nothing."""
     text = file.read_text()
-    assert len(text.splitlines()) <= 385, "split this file"
+    assert len(text.splitlines()) <= 350, "split this file"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno <= 65, f"{node.name} is too long"

@@ -15,7 +15,8 @@ from fsu_ray.errors import AlreadyErased, LeaseLost, RunFailed
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import Execute, Result, run_request
-from fsu_ray.records import Behaviour, Outcome, Recipe, Request, Status, WorkOrder
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, Outcome, Request, Status, WorkOrder
 
 
 def here(order: WorkOrder, store: Any, name: str) -> Outcome:

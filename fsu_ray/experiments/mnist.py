@@ -23,7 +23,8 @@ from fsu_ray.method.fit import Schedule, fit, predict
 from fsu_ray.method.networks import Classifier
 from fsu_ray.method.unlearn import save_samples
 from fsu_ray.pipeline import Execute, drain, run_request
-from fsu_ray.records import Behaviour, ModelSpec, Recipe
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, ModelSpec
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from fsu_ray.method import invert
 from fsu_ray.method.augment import random_view, seeded
 from fsu_ray.method.networks import Classifier, Generator, UpsampledConv, observe
-from fsu_ray.records import InvertRecipe, ModelSpec
+from fsu_ray.recipes import InvertRecipe
+from fsu_ray.records import ModelSpec
 
 
 class PlainConv(UpsampledConv):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fsu_ray.errors import StorageError
 from fsu_ray.method.networks import Classifier, observe
-from fsu_ray.records import Behaviour, FilterRecipe
+from fsu_ray.recipes import FilterRecipe
+from fsu_ray.records import Behaviour
 
 LADDER = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # kneed's sensitivity S: a higher one finds a later knee
 

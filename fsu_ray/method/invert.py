@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fsu_ray.method.augment import random_view, seeded
 from fsu_ray.method.networks import Classifier, Generator, observe
-from fsu_ray.records import InvertRecipe
+from fsu_ray.recipes import InvertRecipe
 
 Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fsu_ray.method.fit import Progress, Schedule, fit
 from fsu_ray.method.networks import Classifier
-from fsu_ray.records import RelearnRecipe
+from fsu_ray.recipes import RelearnRecipe
 
 
 def relearn(

@@ -16,18 +16,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from fsu_ray.errors import AlreadyExists, InvalidConfig, TransitionRefused
-from fsu_ray.records import (
-    Behaviour,
-    Erasure,
-    Generator,
-    Model,
-    ModelSpec,
-    ModelVersion,
-    Outcome,
-    Recipe,
-    Request,
-    Status,
-)
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, Erasure, Generator, Model, ModelSpec, ModelVersion, Outcome, Request, Status
 from fsu_ray.storage import claims, results, rows, submissions
 from fsu_ray.storage import history as events
 from fsu_ray.storage.database import Database

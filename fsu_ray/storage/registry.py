@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fsu_ray.records import Generator, GeneratorRef, Model, ModelVersion, PriorErasure, Recipe
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Generator, GeneratorRef, Model, ModelVersion, PriorErasure
 from fsu_ray.storage.ledger import Ledger
 
 

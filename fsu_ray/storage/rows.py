@@ -13,7 +13,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from fsu_ray.errors import NotFound
-from fsu_ray.records import Behaviour, Erasure, Generator, Model, ModelSpec, ModelVersion, Recipe, Request, Status
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, Erasure, Generator, Model, ModelSpec, ModelVersion, Request, Status
 from fsu_ray.storage.schema import erasures, generators, model_versions, models, requests
 
 

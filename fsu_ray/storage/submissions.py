@@ -7,7 +7,8 @@ import hashlib
 import sqlalchemy as sa
 
 from fsu_ray.errors import AlreadyErased, InvalidBehaviour
-from fsu_ray.records import Behaviour, Model, Recipe, Request, Status
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, Model, Request, Status
 from fsu_ray.storage import rows
 from fsu_ray.storage.claims import fetch
 from fsu_ray.storage.schema import LIVE, requests

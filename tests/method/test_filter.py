@@ -23,7 +23,8 @@ from fsu_ray.method.filter import (
     select,
 )
 from fsu_ray.method.networks import observe
-from fsu_ray.records import Behaviour, FilterRecipe
+from fsu_ray.recipes import FilterRecipe
+from fsu_ray.records import Behaviour
 
 METRICS = ["rbf", "cosine", "l2"]
 

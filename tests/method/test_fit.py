@@ -12,7 +12,7 @@ from fsu_ray.method.filter import relabel
 from fsu_ray.method.fit import Schedule, fit, predict
 from fsu_ray.method.networks import batch_norms
 from fsu_ray.method.relearn import relearn
-from fsu_ray.records import RelearnRecipe
+from fsu_ray.recipes import RelearnRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,7 +23,7 @@ from fsu_ray.method.invert import (
     tv_loss,
 )
 from fsu_ray.method.networks import observe
-from fsu_ray.records import InvertRecipe
+from fsu_ray.recipes import InvertRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,8 @@ from fsu_ray.errors import StorageError
 from fsu_ray.method import synthesize as synthesis
 from fsu_ray.method.fit import predict
 from fsu_ray.method.synthesize import Synthetic, entropy, starved_classes, synthesize, trustworthy
-from fsu_ray.records import ModelSpec, SynthesizeRecipe
+from fsu_ray.recipes import SynthesizeRecipe
+from fsu_ray.records import ModelSpec
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=16, width=16, classes=3)
 pytestmark = pytest.mark.usefixtures("one_thread")

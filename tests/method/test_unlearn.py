@@ -13,7 +13,8 @@ from fsu_ray.method.filter import Mask
 from fsu_ray.method.networks import Classifier
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.method.unlearn import Saved, save_samples, unlearn
-from fsu_ray.records import Behaviour, GeneratorRef, ModelSpec, Outcome, PriorErasure, Recipe, WorkOrder
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, GeneratorRef, ModelSpec, Outcome, PriorErasure, WorkOrder
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import fsu_ray.storage
-from fsu_ray.records import Behaviour, ModelSpec, ModelVersion, Outcome, Recipe, Request
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, ModelSpec, ModelVersion, Outcome, Request
 from fsu_ray.storage.ledger import Ledger, open_ledger
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)

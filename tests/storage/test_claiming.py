@@ -21,7 +21,8 @@ from fsu_ray.errors import (
     NotFound,
     TransitionRefused,
 )
-from fsu_ray.records import TRANSITIONS, Behaviour, ModelSpec, Recipe, Request, Status
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import TRANSITIONS, Behaviour, ModelSpec, Request, Status
 from fsu_ray.storage.ledger import Ledger
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)

@@ -16,7 +16,8 @@ from fsu_ray.errors import (
     NotFound,
     TransitionRefused,
 )
-from fsu_ray.records import Behaviour, ModelSpec, Recipe, RelearnRecipe, Status
+from fsu_ray.recipes import Recipe, RelearnRecipe
+from fsu_ray.records import Behaviour, ModelSpec, Status
 from fsu_ray.storage.ledger import Ledger
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fsu_ray.records import FilterRecipe, InvertRecipe, Recipe, RelearnRecipe, SynthesizeRecipe
+from fsu_ray.recipes import FilterRecipe, InvertRecipe, Recipe, RelearnRecipe, SynthesizeRecipe
 from fsu_ray.storage.registry import Offer, offer, priors
 
 
