@@ -71,8 +71,8 @@ class App:
 
     def submit(self, name: str, behaviour: Behaviour, samples: str, recipe: Recipe) -> tuple[Request, bool]:
         """Queue a request; returns it and whether it is new. Samples are read and checked first."""
+        from fsu_ray.method.context import save_samples
         from fsu_ray.method.datasets import read_samples
-        from fsu_ray.method.unlearn import save_samples
 
         model = self.ledger.model(name)
         self.ledger.check_behaviour(name, behaviour)

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Networks with many BatchNorm layers, whose statistics would drown the other losses.
     "deep": {
         "invert": {
-            "steps": 800,
+            "steps": 1000,
             "weights": {"bn": 3.0, "entropy": 3.0, "augmentation": 1.0, "diversity": 1.0, "tv": 0.06},
         }
     },
@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "synthesize": {"entropy_threshold": 0.5},
         "filter": {"policy": "knee", "runner_up": 0.0},
-        "relearn": {"sample_repeats": 0, "mask_repeats": 0, "lr": 0.003},
+        "relearn": {"sample_repeats": 0, "subset_repeats": 0, "lr": 0.003},
     },
 }
 

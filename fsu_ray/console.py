@@ -136,6 +136,8 @@ def print_result(result: Any) -> None:
         f"BN distance {figures['bn_distance']:.3f}, agreement {figures['agreement']:.3f}"
     )
     out.print("  seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in outcome.seconds.items()))
+    if outcome.resumed:
+        out.print(f"  resumed from a checkpoint: {', '.join(outcome.resumed)}")
     report = outcome.report
     if not report:
         return

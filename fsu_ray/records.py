@@ -246,7 +246,8 @@ class WorkOrder:
 class Outcome:
     """What a run of the method brought back. `reason` is set where it ended without a result to judge.
 
-    `report` holds the measures (see `method.evaluate`), `seconds` the time of each stage.
+    `report` holds the measures (see `method.evaluate`), `seconds` the time of each stage, `resumed` where
+    the run went on from a checkpoint, such as `invert 200`.
     """
 
     reason: str | None
@@ -260,3 +261,4 @@ class Outcome:
     probes: str | None
     report: Mapping[str, Any]
     seconds: Mapping[str, float]
+    resumed: tuple[str, ...] = ()

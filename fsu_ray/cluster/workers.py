@@ -123,7 +123,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | None:
     import ray.train.torch
     import torch
 
-    from fsu_ray.method.unlearn import Saved, unlearn
+    from fsu_ray.method.context import Saved
+    from fsu_ray.method.unlearn import unlearn
 
     if ray.train.get_context().get_world_rank() != 0:
         return None
@@ -156,7 +157,7 @@ def _resume() -> Any:
     import ray.train
     import torch
 
-    from fsu_ray.method.unlearn import Saved
+    from fsu_ray.method.context import Saved
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:

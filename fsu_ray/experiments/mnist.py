@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fsu_ray.errors import InvalidData
+from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import Images, draw, load
 from fsu_ray.method.fit import Schedule, fit, predict
 from fsu_ray.method.networks import Classifier
-from fsu_ray.method.unlearn import save_samples
 from fsu_ray.pipeline import Execute, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fsu_ray.method.fit import Progress, Schedule, fit
@@ -14,17 +13,13 @@ def relearn(
     classifier: Classifier,
     pixels: Tensor,
     targets: Tensor,
-    samples: Tensor,
-    sample_targets: Tensor,
     recipe: RelearnRecipe,
     progress: Progress | None = None,
 ) -> None:
     """Train `classifier` in place on D_unlearn; BatchNorm keeps its statistics, which describe the real data.
 
-    pixels (N, C, H, W) uint8 with soft labels targets (N, K): D' under all masks. samples (M, C, H, W)
-    with sample_targets (M, K): the given samples, relabelled; they come in `sample_repeats` times.
+    pixels (N, C, H, W) uint8 with soft labels targets (N, K): D' under all masks and the given samples, relabelled.
     """
-    repeats = recipe.sample_repeats
     schedule = Schedule(
         epochs=recipe.epochs,
         batch=recipe.batch,
@@ -35,11 +30,4 @@ def relearn(
         frozen_statistics=True,
         seed=recipe.seed,
     )
-    fit(
-        classifier,
-        torch.cat([pixels, *[samples] * repeats]),
-        torch.cat([targets, *[sample_targets] * repeats]),
-        schedule,
-        flip=classifier.spec.flip,
-        progress=progress,
-    )
+    fit(classifier, pixels, targets, schedule, flip=classifier.spec.flip, progress=progress)

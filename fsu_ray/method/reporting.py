@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from fsu_ray.method import evaluate
+from fsu_ray.method.context import load_samples
 from fsu_ray.method.datasets import load
 from fsu_ray.method.filter import Mask
 from fsu_ray.method.fit import predict
@@ -54,7 +54,7 @@ def forgetting(
 
 def earlier(store: BlobStore, child: Classifier, prior: PriorErasure) -> dict[str, Any]:
     """An earlier erasure's probes on the new classifier, beside the share recorded when it was erased."""
-    pixels = load_tensors(store.get(prior.probes))["pixels"]
+    pixels = load_samples(store.get(prior.probes))
     return {
         "behaviour": prior.behaviour.name,
         "request": prior.request,

@@ -41,7 +41,8 @@ class Ended:
         """The outcome's report as the ledger keeps it.
 
         Beside what `outcome.report` says: `generator` (`id`, `use`, `refused`: why the one that was offered
-        was not reused, `figures`: as measured in this run) and `seconds`, the time of each stage.
+        was not reused, `figures`: as measured in this run), `seconds`, the time of each stage, and `resumed`:
+        where the run went on from a checkpoint.
         """
         generator = {
             "id": self.generator,
@@ -49,7 +50,8 @@ class Ended:
             "refused": list(self.outcome.refused),
             "figures": dict(self.outcome.figures),
         }
-        return {**self.outcome.report, "generator": generator, "seconds": dict(self.outcome.seconds)}
+        run = {"seconds": dict(self.outcome.seconds), "resumed": list(self.outcome.resumed)}
+        return {**self.outcome.report, "generator": generator, **run}
 
     def keep_generator(self, connection: sa.Connection, model: Model, root: int, moment: datetime) -> None:
         """Insert the generator, unless it is one that the ledger has already."""

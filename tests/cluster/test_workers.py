@@ -13,8 +13,9 @@ import torch
 
 from fsu_ray.cluster import workers
 from fsu_ray.errors import StorageError
+from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
-from fsu_ray.method.unlearn import save_samples, unlearn
+from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, WorkOrder
 from fsu_ray.storage.artifacts import Artifacts

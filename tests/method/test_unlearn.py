@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from fsu_ray.method.context import Saved, save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.filter import Mask
 from fsu_ray.method.networks import Classifier
 from fsu_ray.method.synthesize import Synthetic
-from fsu_ray.method.unlearn import Saved, save_samples, unlearn
+from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, GeneratorRef, ModelSpec, Outcome, PriorErasure, WorkOrder
 
@@ -63,6 +64,37 @@ def test_a_second_request_reuses_generator_and_data_set(trained: Any, store: Any
     assert set(two.seconds) == {"gate", "filter", "relearn", "evaluate"}
     assert [e["behaviour"] for e in two.report["earlier"]] == ["class-8"]
     assert two.report["retention"]["by_class"][8] is None
+
+
+@pytest.mark.parametrize(("kind", "policy"), [("class", "leave-one-out"), ("subset", "leave-one-out")])
+def test_the_few_samples_come_in_as_often_as_asked(
+    trained: Any, store: Any, quick: Recipe, monkeypatch: pytest.MonkeyPatch, kind: str, policy: str
+) -> None:
+    """A class's given samples `sample_repeats` times; a subset's, and its D_e-like samples again, `subset_repeats`
+    times; an earlier subset's too. Nothing that is given or masked keeps a target label."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def learn(child: Classifier, pixels: torch.Tensor, targets: torch.Tensor, *_: Any) -> None:
+        seen.append((pixels, targets))
+
+    monkeypatch.setattr("fsu_ray.method.unlearn.relearn", learn)
+    repeats = {"sample_repeats": 2, "subset_repeats": 3}
+    recipe = changed(quick, relearn=repeats, filter={"policy": policy, "runner_up": 0.0})
+    behaviour = Behaviour(name="b", kind=kind, targets=(8,))  # type: ignore[arg-type]
+    order = order_for(trained, store, recipe, behaviour=behaviour)
+    first = unlearn(order, store, CPU)
+    dataset, mask = Synthetic.from_bytes(store.get(first.dataset)), Mask.from_bytes(store.get(first.mask or ""))
+    usable, like = int((~dataset.holdout).sum()), int((mask.like & ~dataset.holdout).sum())
+    assert like
+    own = 3 * (like + 8) if kind == "subset" else 2 * 8
+    pixels, targets = seen[0]
+    assert len(pixels) == len(targets) == usable + own
+    assert float(targets[usable:, 8].max()) == 0
+
+    later = order_for(trained, store, recipe, 3, priors=(prior(order, first),), reuse=ref(first))
+    unlearn(later, store, CPU)
+    again = own if kind == "subset" else 0
+    assert len(seen[1][0]) == usable + again + 2 * 8
 
 
 def test_same_order_same_digests(trained: Any, store: Any, quick: Recipe) -> None:

@@ -1,0 +1,101 @@
+"""What the stages of one run share: the work order, its classifiers and samples, progress and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from fsu_ray.method.augment import seeded
+from fsu_ray.method.networks import Classifier
+from fsu_ray.records import BlobStore, GeneratorUse, PriorErasure, WorkOrder
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+FEWEST_TO_HOLD_OUT = 10  # with fewer target samples none is held out
+
+
+@dataclass
+class Saved:
+    """What a checkpoint holds: the stages that are done, by their results, and a running inversion."""
+
+    use: GeneratorUse | None = None
+    generator: str | None = None
+    dataset: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    mask: str | None = None
+    weights: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    resumed_at: list[str] = field(default_factory=list)
+    inversion: dict[str, Any] | None = None
+
+
+Checkpoint = Callable[[Saved], None]
+
+
+def save_samples(pixels: Tensor) -> bytes:
+    """Target samples (M, C, H, W) uint8 as an artifact."""
+    return save_tensors({"pixels": pixels.contiguous()})
+
+
+def load_samples(data: bytes) -> Tensor:
+    """What `save_samples` wrote: (M, C, H, W) uint8."""
+    return load_tensors(data)["pixels"]
+
+
+class Context:
+    """One run of `order`. `current` is the classifier to relearn, `labeller` the one that labels D': the root,
+    or the current version in the paper's form, which knows no earlier masks either."""
+
+    def __init__(
+        self,
+        order: WorkOrder,
+        store: BlobStore,
+        device: torch.device,
+        progress: Progress | None,
+        checkpoint: Checkpoint | None,
+        saved: Saved,
+        every: int,
+    ) -> None:
+        self.order, self.store, self.device = order, store, device
+        self.progress, self.checkpoint, self.saved, self.every = progress, checkpoint, saved, every
+        self.recipe = order.recipe
+        paper = self.recipe.form == "paper"
+        self.current = self.classifier(order.current_weights)
+        self.labeller = self.current if paper else self.classifier(order.root_weights)
+        self.samples = load_samples(store.get(order.samples))
+        self.held_out = self._hold_out()
+        self.priors: tuple[PriorErasure, ...] = () if paper else order.priors
+        self.gone = sorted({t for p in order.priors if p.behaviour.kind == "class" for t in p.behaviour.targets})
+
+    def classifier(self, digest: str) -> Classifier:
+        """The classifier with the weights of `digest`, on this run's device."""
+        found = Classifier.from_bytes(self.order.spec, self.store.get(digest))
+        return found.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def _hold_out(self) -> Tensor:
+        """(M,) bool: the target samples that are only measured on."""
+        m = len(self.samples)
+        chosen = torch.zeros(m, dtype=torch.bool)
+        if m >= FEWEST_TO_HOLD_OUT:
+            number = max(1, round(self.recipe.gate.holdout_samples * m))
+            chosen[torch.randperm(m, generator=seeded(self.recipe.relearn.seed, m))[:number]] = True
+        return chosen
+
+    def tell(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
+        """A stage has come to `done` of `total`."""
+        if self.progress:
+            self.progress(stage, done, total, figures or {})
+
+    def finish(self, stage: str, started: float) -> None:
+        """A stage is done: note its time and save the state."""
+        self.saved.seconds[stage] = self.saved.seconds.get(stage, 0.0) + time.monotonic() - started
+        self.saved.inversion = None
+        if self.checkpoint:
+            self.checkpoint(self.saved)

@@ -1,0 +1,51 @@
+"""The masks of one run over one D': that of its own behaviour and those of every earlier erasure."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import Tensor
+
+from fsu_ray.method.context import Context, load_samples
+from fsu_ray.method.filter import Mask, allowed_classes, extract_features, select
+from fsu_ray.method.fit import predict
+from fsu_ray.method.synthesize import Synthetic
+from fsu_ray.recipes import FilterRecipe
+from fsu_ray.records import Behaviour, PriorErasure
+
+
+class Masking:
+    """`dataset` (D', N samples), known to the store as `digest`, under the masks of a run."""
+
+    def __init__(self, context: Context, dataset: Synthetic, digest: str) -> None:
+        self.context, self.dataset, self.digest = context, dataset, digest
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(N, F): f_e of D' by the version that labelled it."""
+        return extract_features(self.context.labeller, self.dataset.pixels)
+
+    def select(self, recipe: FilterRecipe, behaviour: Behaviour, examples: Tensor) -> Mask:
+        """The mask of `behaviour`, given by `examples` (M, C, H, W)."""
+        labeller = self.context.labeller
+        logits = (self.dataset.logits, predict(labeller, examples))
+        known = extract_features(labeller, examples)
+        return select(recipe, behaviour, self.features, self.dataset.predicted, known, logits)
+
+    @cached_property
+    def earlier(self) -> list[Mask]:
+        """The masks of the earlier erasures, in their order."""
+        return [self._prior(prior) for prior in self.context.priors]
+
+    def _prior(self, prior: PriorErasure) -> Mask:
+        """The recorded mask where it was made for this D', else one rebuilt from the target samples, or from
+        the probes once those have been purged."""
+        store = self.context.store
+        if prior.dataset == self.digest:
+            return Mask.from_bytes(store.get(prior.mask))
+        kept = prior.samples if store.has(prior.samples) else prior.probes
+        return self.select(prior.filter, prior.behaviour, load_samples(store.get(kept)))
+
+    def allowed(self, *own: Mask) -> Tensor:
+        """(N, K) bool: the classes left to each sample under the earlier masks and `own`."""
+        return allowed_classes([*self.earlier, *own], len(self.dataset), self.context.order.spec.classes)
