@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "synthesize": {"entropy_threshold": 0.5},
         "filter": {"policy": "knee", "runner_up": 0.0},
-        "relearn": {"sample_repeats": 0, "subset_repeats": 0, "lr": 0.003},
+        "relearn": {"repeats": 0, "lr": 0.003, "augment": "all"},
     },
 }
 

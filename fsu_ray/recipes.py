@@ -91,8 +91,8 @@ class FilterRecipe(Frozen):
 
 
 class RelearnRecipe(Frozen):
-    """How the classifier relearns D_unlearn (eq. 10), and how often the few samples that matter most are added to it:
-    `sample_repeats` the given samples of a class, `subset_repeats` those of a subset and its D_e-like samples.
+    """How the classifier relearns D_unlearn (eq. 10). D' is best taken as it is: turned and shifted, its samples lie
+    further from what they stand for, and the classifier drifts with them. The few given samples gain by it.
     """
 
     epochs: int = Field(5, ge=1)
@@ -100,8 +100,8 @@ class RelearnRecipe(Frozen):
     lr: float = Field(1e-3, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(2e-5, ge=0)
-    sample_repeats: int = Field(1, ge=0)
-    subset_repeats: int = Field(10, ge=0)
+    repeats: int = Field(5, ge=0, description="of the given samples, and of a subset's D_e-like ones")
+    augment: Literal["samples", "all"] = Field("samples", description="the given samples alone, or all of D_unlearn")
     seed: int = 0
 
 

@@ -22,7 +22,8 @@ def main() -> int:
     parser.add_argument("scenarios", nargs="+", choices=list(SCENARIOS))
     parser.add_argument("--arch", default="lenet5")
     parser.add_argument("--epochs", type=int, default=6, help="of the classifier")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, each with a classifier and samples of its own")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--set", action="append", default=[], dest="changes", help="a recipe's value, KEY=VALUE")
     options = parser.parse_args()
@@ -32,7 +33,7 @@ def main() -> int:
         bench = read_bench(Path(os.environ.get("FSU_DATA", ".")))
         with console.watching() as watcher, app.on_ray(watcher.tell) as execute:
             for name in options.scenarios:
-                for seed in range(options.seeds):
+                for seed in range(options.first_seed, options.first_seed + options.seeds):
                     arguments = (bench, name, options.arch, options.epochs, seed, recipe, console.err.print)
                     for row in scenario(app.ledger, app.artifacts, execute, *arguments):
                         print(json.dumps(row), flush=True)

@@ -39,10 +39,12 @@ def fit(
     schedule: Schedule,
     flip: bool = False,
     progress: Progress | None = None,
+    as_they_are: Tensor | None = None,
 ) -> None:
     """Train `classifier` in place with SGD and cross entropy on augmented samples.
 
-    pixels (N, C, H, W) uint8; targets (N,) class numbers or (N, K) probabilities. With
+    pixels (N, C, H, W) uint8; targets (N,) class numbers or (N, K) probabilities; as_they_are (N,) bool:
+    samples that are not augmented. With
     `frozen_statistics` BatchNorm stays in eval mode, so its running statistics keep describing the
     data they came from. Deterministic on the CPU for a seed and a number of threads.
     """
@@ -70,7 +72,10 @@ def fit(
         for index in torch.tensor_split(order, batches):  # even parts: BatchNorm cannot train on a batch of one
             for group in optimiser.param_groups:
                 group["lr"] = schedule.lr * _shape(step / total, schedule.one_cycle)
-            view = random_view(pixels[index].float() / 255, rng, flip)
+            plain = pixels[index].float() / 255
+            view = random_view(plain, rng, flip)
+            if as_they_are is not None:
+                view = torch.where(as_they_are[index.cpu()].view(-1, 1, 1, 1).to(device), plain, view)
             with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
                 logits = classifier(view)
             loss = F.cross_entropy(logits.float(), targets[index])

@@ -13,13 +13,16 @@ def relearn(
     classifier: Classifier,
     pixels: Tensor,
     targets: Tensor,
+    synthetic: Tensor,
     recipe: RelearnRecipe,
     progress: Progress | None = None,
 ) -> None:
     """Train `classifier` in place on D_unlearn; BatchNorm keeps its statistics, which describe the real data.
 
     pixels (N, C, H, W) uint8 with soft labels targets (N, K): D' under all masks and the given samples, relabelled.
+    synthetic (N,) bool tells which is which: where `recipe.augment` is `samples`, those of D' are not augmented.
     """
+    still = synthetic if recipe.augment == "samples" else None
     schedule = Schedule(
         epochs=recipe.epochs,
         batch=recipe.batch,
@@ -30,4 +33,4 @@ def relearn(
         frozen_statistics=True,
         seed=recipe.seed,
     )
-    fit(classifier, pixels, targets, schedule, flip=classifier.spec.flip, progress=progress)
+    fit(classifier, pixels, targets, schedule, flip=classifier.spec.flip, progress=progress, as_they_are=still)

@@ -98,8 +98,8 @@ def _nothing_found(mask: Mask) -> str | None:
     if bool(mask.like.any()):
         return None
     return (
-        "nothing_found: no sample of D' resembles the target samples; give more samples, "
-        "or set filter.policy to class (whole classes) or manual (with filter.threshold)"
+        "nothing_found: no sample of D' resembles the target samples; give more samples, set filter.policy to class "
+        "(whole classes) or manual (with filter.threshold), or lower filter.runner_up (subsets)"
     )
 
 
@@ -125,11 +125,11 @@ def _relearn(context: Context, masking: Masking, mask: Mask) -> str | None:
     return None
 
 
-def _training_set(context: Context, masking: Masking, mask: Mask) -> tuple[Tensor, Tensor]:
-    """D_unlearn: pixels (N, C, H, W) and soft labels (N, K). D' under all masks, and the given samples.
+def _training_set(context: Context, masking: Masking, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
+    """D_unlearn: pixels (N, C, H, W), soft labels (N, K), and which are of D' (N,): the others are the given samples.
 
-    A subset has few D_e-like samples and is given by few, so both come in `subset_repeats` times; those given
-    for earlier subsets are among them while they have not been purged, which keeps them from coming back.
+    The given samples come in `repeats` times, and the few D_e-like samples of a subset that often again. The samples
+    of earlier subsets are given too while they have not been purged, which keeps those from coming back.
     """
     dataset, recipe, store = masking.dataset, context.recipe.relearn, context.store
     allowed = masking.allowed(mask)
@@ -139,7 +139,7 @@ def _training_set(context: Context, masking: Masking, mask: Mask) -> tuple[Tenso
     for behaviour, each in zip(behaviours, (*masking.earlier, mask), strict=True):
         if behaviour.kind == "subset":
             few |= each.like
-    train = torch.cat([usable.nonzero(), *[(few & usable).nonzero()] * recipe.subset_repeats]).flatten()
+    train = torch.cat([usable.nonzero(), *[(few & usable).nonzero()] * recipe.repeats]).flatten()
     pixels, labels = [dataset.pixels[train]], [relabel(dataset.logits[train], allowed[train])]
     given = [(context.samples[~context.held_out], context.order.behaviour)]
     for prior in context.priors:
@@ -149,10 +149,10 @@ def _training_set(context: Context, masking: Masking, mask: Mask) -> tuple[Tenso
         left = torch.ones((len(samples), dataset.logits.shape[1]), dtype=torch.bool)
         left[:, [*behaviour.targets, *context.gone]] = False
         if bool(left.any()):
-            repeats = recipe.subset_repeats if behaviour.kind == "subset" else recipe.sample_repeats
-            pixels += [samples] * repeats
-            labels += [relabel(predict(context.labeller, samples), left)] * repeats
-    return torch.cat(pixels), torch.cat(labels)
+            pixels += [samples] * recipe.repeats
+            labels += [relabel(predict(context.labeller, samples), left)] * recipe.repeats
+    found = torch.cat(pixels)
+    return found, torch.cat(labels), torch.arange(len(found)) < len(train)
 
 
 def _evaluate(context: Context, masking: Masking, mask: Mask) -> dict[str, Any]:

@@ -119,7 +119,8 @@ def test_relearning_moves_mass_off_the_target(learned):
     allowed = torch.ones(len(pixels), 3, dtype=torch.bool)
     allowed[:, 2] = False
     before, logits = statistics(network), predict(network, pixels)
-    relearn(network, pixels, relabel(logits, allowed), RelearnRecipe(epochs=12, batch=8, lr=1.5e-3))
+    drawn = torch.zeros(len(pixels), dtype=torch.bool)
+    relearn(network, pixels, relabel(logits, allowed), drawn, RelearnRecipe(epochs=12, batch=8, lr=1.5e-3))
     after = predict(network, pixels)
     mass = after.softmax(1)[labels == 2, 2].mean() / logits.softmax(1)[labels == 2, 2].mean()
     assert float(mass) < 0.3
@@ -131,11 +132,35 @@ def test_relearning_moves_mass_off_the_target(learned):
 
 
 def test_relearning_trains_as_the_recipe_says(learned, monkeypatch):
-    """Its learning rate and seed, held and then let down, with BatchNorm's statistics frozen."""
+    """Its learning rate and seed, held and then let down, with BatchNorm's statistics frozen; D' is augmented where
+    the recipe says so, the given samples always are."""
     network, pixels, _ = learned
     seen = []
-    monkeypatch.setattr("fsu_ray.method.relearn.fit", lambda c, p, t, s, **_: seen.append(s))
-    relearn(network, pixels[:4], torch.rand(4, 3), RelearnRecipe(lr=0.01, seed=5))
-    (schedule,) = seen
+    monkeypatch.setattr("fsu_ray.method.relearn.fit", lambda c, p, t, s, **more: seen.append((s, more["as_they_are"])))
+    synthetic = torch.tensor([True, True, False, False])
+    for augment in ("samples", "all"):
+        recipe = RelearnRecipe(lr=0.01, seed=5, augment=augment)
+        relearn(network, pixels[:4], torch.rand(4, 3), synthetic, recipe)
+    schedule, still = seen[0]
     assert schedule.frozen_statistics
     assert (schedule.one_cycle, schedule.lr, schedule.seed) == (False, 0.01, 5)
+    assert still is synthetic
+    assert seen[1][1] is None
+
+
+def test_what_is_to_stay_as_it_is_is_not_augmented():
+    """The classifier sees those samples to the bit, and the others turned and shifted."""
+    pixels = torch.randint(0, 256, (6, 1, 32, 32), dtype=torch.uint8)
+    met = []
+
+    class Watch(torch.nn.Linear):
+        def forward(self, x):
+            met.append(x.detach().clone())
+            return super().forward(x.flatten(1))
+
+    still = torch.tensor([True, False] * 3)
+    fit(Watch(32 * 32, 2), pixels, torch.zeros(6, dtype=torch.int64), Schedule(1, 6), as_they_are=still)
+    (batch,) = met
+    unit = pixels.float() / 255
+    unchanged = [any(torch.equal(seen, one) for seen in batch) for one in unit]
+    assert unchanged == still.tolist()

@@ -70,31 +70,31 @@ def test_a_second_request_reuses_generator_and_data_set(trained: Any, store: Any
 def test_the_few_samples_come_in_as_often_as_asked(
     trained: Any, store: Any, quick: Recipe, monkeypatch: pytest.MonkeyPatch, kind: str, policy: str
 ) -> None:
-    """A class's given samples `sample_repeats` times; a subset's, and its D_e-like samples again, `subset_repeats`
-    times; an earlier subset's too. Nothing that is given or masked keeps a target label."""
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    """The given samples come in `repeats` times, a subset's D_e-like samples that often again, an earlier subset's
+    too. Nothing that is given keeps a target label, and what is of D' is told from what is given."""
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def learn(child: Classifier, pixels: torch.Tensor, targets: torch.Tensor, *_: Any) -> None:
-        seen.append((pixels, targets))
+    def learn(child: Classifier, *data: Any) -> None:
+        seen.append(data[:3])
 
     monkeypatch.setattr("fsu_ray.method.unlearn.relearn", learn)
-    repeats = {"sample_repeats": 2, "subset_repeats": 3}
-    recipe = changed(quick, relearn=repeats, filter={"policy": policy, "runner_up": 0.0})
+    recipe = changed(quick, relearn={"repeats": 3}, filter={"policy": policy, "runner_up": 0.0})
     behaviour = Behaviour(name="b", kind=kind, targets=(8,))  # type: ignore[arg-type]
     order = order_for(trained, store, recipe, behaviour=behaviour)
     first = unlearn(order, store, CPU)
     dataset, mask = Synthetic.from_bytes(store.get(first.dataset)), Mask.from_bytes(store.get(first.mask or ""))
     usable, like = int((~dataset.holdout).sum()), int((mask.like & ~dataset.holdout).sum())
     assert like
-    own = 3 * (like + 8) if kind == "subset" else 2 * 8
-    pixels, targets = seen[0]
-    assert len(pixels) == len(targets) == usable + own
+    again = 3 * like if kind == "subset" else 0
+    pixels, targets, synthetic = seen[0]
+    assert len(pixels) == len(targets) == usable + again + 3 * 8
     assert float(targets[usable:, 8].max()) == 0
+    assert synthetic.tolist() == [True] * (usable + again) + [False] * 3 * 8
 
     later = order_for(trained, store, recipe, 3, priors=(prior(order, first),), reuse=ref(first))
     unlearn(later, store, CPU)
-    again = own if kind == "subset" else 0
-    assert len(seen[1][0]) == usable + again + 2 * 8
+    earlier = 3 * 8 if kind == "subset" else 0
+    assert len(seen[1][0]) == usable + again + earlier + 3 * 8
 
 
 def test_same_order_same_digests(trained: Any, store: Any, quick: Recipe) -> None:
@@ -117,7 +117,7 @@ def test_a_refused_generator_is_trained_anew_from_its_weights(trained: Any, stor
 
 def test_masks_of_earlier_erasures_are_rebuilt_on_a_new_data_set(trained: Any, store: Any, quick: Recipe) -> None:
     """On a new D' an earlier subset's mask comes from its samples, and from its probes once they are purged."""
-    recipe = changed(quick, filter={"quantile": 1.0}, relearn={"epochs": 1})
+    recipe = changed(quick, filter={"runner_up": 0.0}, relearn={"epochs": 1})
     first = order_for(trained, store, recipe, count=20)
     first = (
         copy.replace(first, behaviour=Behaviour(name="odd", kind="subset", targets=(8,)))
