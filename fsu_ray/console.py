@@ -24,6 +24,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from fsu_ray.records import Status
+
 WIDTH = 160  # of tables where no terminal says how wide it is
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
@@ -213,3 +215,9 @@ def results_json(results: Iterable[Any]) -> list[dict[str, Any]]:
         }
         for r in results
     ]
+
+
+def exit_code(results: Iterable[Any]) -> int:
+    """What a process that ran requests ends with: 1 one failed, 4 one was rejected, 0 all succeeded."""
+    states = {result.request.status for result in results}
+    return 1 if Status.FAILED in states else 4 if Status.REJECTED in states else 0

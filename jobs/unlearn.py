@@ -11,7 +11,6 @@ import sys
 from fsu_ray import console
 from fsu_ray.app import App
 from fsu_ray.errors import FsuError
-from fsu_ray.records import Status
 
 
 def main() -> int:
@@ -28,8 +27,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     console.print_json(console.results_json(results))
-    states = {result.request.status for result in results}
-    return 1 if Status.FAILED in states else 4 if Status.REJECTED in states else 0
+    return console.exit_code(results)
 
 
 if __name__ == "__main__":

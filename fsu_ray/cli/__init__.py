@@ -12,9 +12,6 @@ from fsu_ray.cli.generators import generator_app
 from fsu_ray.cli.models import model_app
 from fsu_ray.cli.requests import request_app
 from fsu_ray.cli.shared import Cpus, Json, one_line, open_app
-from fsu_ray.records import Status
-
-REJECTED = 4
 
 app = typer.Typer(
     help="Make a registered classifier forget, request after request, and keep a ledger of what is gone.",
@@ -42,7 +39,7 @@ def demo(json: Json = False, seed: int = 0, cpus: Cpus = None) -> None:
         console.print_json({"model": shown.model, "results": console.results_json(shown.results), "history": history})
     else:
         show.print_demo(opened, shown)
-    _exit_for(shown.results)
+    raise typer.Exit(console.exit_code(shown.results))
 
 
 @app.command(epilog="Example: fsu run --model m --max 5")
@@ -82,15 +79,7 @@ def run(
         table = console.accuracy_table(results, opened.ledger.model(results[0].request.model).spec.classes)
         if table is not None and len({r.request.model for r in results}) == 1:
             console.out.print(table)
-    _exit_for(results)
-
-
-def _exit_for(results: list[Any]) -> None:
-    states = {result.request.status for result in results}
-    if Status.FAILED in states:
-        raise typer.Exit(1)
-    if Status.REJECTED in states:
-        raise typer.Exit(REJECTED)
+    raise typer.Exit(console.exit_code(results))
 
 
 @app.command(epilog="Example: fsu history digits-demo")

@@ -60,7 +60,8 @@ def fit(
         nesterov=schedule.momentum > 0,
     )
     if device.type == "cpu":
-        # torch 2.14 corrupts memory in the weight gradients of channels_last convolutions with odd batches.
+        # oneDNN's issue 6035: the weight gradient of a strided 1x1 convolution of few channels writes out of bounds
+        # where the input is channels_last, as in PreActResNet-18 of width 8.
         classifier.to(memory_format=torch.contiguous_format)
     pixels, targets = pixels.to(device), targets.to(device)
     classifier.train(not schedule.frozen_statistics)
