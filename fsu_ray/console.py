@@ -150,9 +150,11 @@ def print_result(result: Any) -> None:
         if held
         else f"the {forgot['samples_given']} target samples (used: too few to hold out)"
     )
+    unseen = forgot["probes_held_out"]
+    probes = f"{unseen} held out: {percent(forgot['probes_held_out_in_target'])} %" if unseen else "none held out"
     out.print(
         f"  still in a target class: {percent(forgot['samples_in_target'])} % of {which}, "
-        f"{percent(forgot['probes_in_target'])} % of {forgot['probes']} probes"
+        f"{percent(forgot['probes_in_target'])} % of {forgot['probes']} probes ({probes})"
     )
     out.print(
         f"  agreement with the parent {percent(kept['agreement'])} % on {kept['samples']} held-out samples of D', "

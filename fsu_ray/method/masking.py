@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from fsu_ray.method.context import Context, load_samples
@@ -12,6 +13,8 @@ from fsu_ray.method.fit import predict
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.recipes import FilterRecipe
 from fsu_ray.records import Behaviour, PriorErasure
+
+FEWEST_PROBES = 100  # of a subset: with fewer D_e-like samples none is held out
 
 
 class Masking:
@@ -45,6 +48,27 @@ class Masking:
             return Mask.from_bytes(store.get(prior.mask))
         kept = prior.samples if store.has(prior.samples) else prior.probes
         return self.select(prior.filter, prior.behaviour, load_samples(store.get(kept)))
+
+    def _subsets(self, own: Mask) -> list[Mask]:
+        behaviours = [*(prior.behaviour for prior in self.context.priors), self.context.order.behaviour]
+        masks = zip(behaviours, (*self.earlier, own), strict=True)
+        return [mask for behaviour, mask in masks if behaviour.kind == "subset"]
+
+    def few(self, own: Mask) -> Tensor:
+        """(N,) bool: the D_e-like samples of the subsets among the earlier behaviours and this run's, whose mask is
+        `own`."""
+        found = torch.zeros(len(self.dataset), dtype=torch.bool)
+        for mask in self._subsets(own):
+            found |= mask.like
+        return found
+
+    def held_out(self, own: Mask) -> Tensor:
+        """(N,) bool: the samples that are never trained on. A subset with too few D_e-like ones spares none of them."""
+        found = self.dataset.holdout.clone()
+        for mask in self._subsets(own):
+            if int(mask.like.sum()) < FEWEST_PROBES:
+                found &= ~mask.like
+        return found
 
     def allowed(self, *own: Mask) -> Tensor:
         """(N, K) bool: the classes left to each sample under the earlier masks and `own`."""

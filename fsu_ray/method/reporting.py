@@ -13,7 +13,6 @@ from fsu_ray.method.datasets import load
 from fsu_ray.method.filter import Mask
 from fsu_ray.method.fit import predict
 from fsu_ray.method.networks import Classifier
-from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.records import BlobStore, PriorErasure, WorkOrder
 
 
@@ -23,19 +22,18 @@ def forgetting(
     child: Classifier,
     samples: Tensor,
     held_out: Tensor,
-    dataset: Synthetic,
     mask: Mask,
+    unseen: Tensor,
     before: Tensor,
     after: Tensor,
 ) -> dict[str, Any]:
     """Shares that still get a target class, and the membership attack on the target samples.
 
     Of the target samples (M, C, H, W) those in `held_out` (M,) are measured, all where there are none;
-    of D' the probes, by their logits (N, K) before and after.
+    of D' the probes, and of these those `unseen` (N,) in training, by their logits (N, K) before and after.
     """
     targets = order.behaviour.targets
     measured = samples[held_out] if bool(held_out.any()) else samples
-    unseen = mask.like & dataset.holdout
     return {
         "samples_in_target": evaluate.share_in(predict(child, measured), targets),
         "samples_in_target_before": evaluate.share_in(predict(current, measured), targets),
@@ -45,6 +43,7 @@ def forgetting(
         "probes_in_target_before": evaluate.share_in(before[mask.like], targets),
         "probes_held_out_in_target": evaluate.share_in(after[unseen], targets),
         "probes": int(mask.like.sum()),
+        "probes_held_out": int(unseen.sum()),
         "policy": mask.policy,
         "threshold": mask.threshold,
         "attack_auc_before": evaluate.attack_auc(predict(current, samples), before[mask.like]),

@@ -133,13 +133,9 @@ def _training_set(context: Context, masking: Masking, mask: Mask) -> tuple[Tenso
     """
     dataset, recipe, store = masking.dataset, context.recipe.relearn, context.store
     allowed = masking.allowed(mask)
-    usable = ~dataset.holdout & allowed.any(1)
-    few = torch.zeros_like(usable)
-    behaviours = [*(prior.behaviour for prior in context.priors), context.order.behaviour]
-    for behaviour, each in zip(behaviours, (*masking.earlier, mask), strict=True):
-        if behaviour.kind == "subset":
-            few |= each.like
-    train = torch.cat([usable.nonzero(), *[(few & usable).nonzero()] * recipe.repeats]).flatten()
+    usable = ~masking.held_out(mask) & allowed.any(1)
+    again = (masking.few(mask) & usable).nonzero()
+    train = torch.cat([usable.nonzero(), *[again] * recipe.repeats]).flatten()
     pixels, labels = [dataset.pixels[train]], [relabel(dataset.logits[train], allowed[train])]
     given = [(context.samples[~context.held_out], context.order.behaviour)]
     for prior in context.priors:
@@ -168,7 +164,15 @@ def _evaluate(context: Context, masking: Masking, mask: Mask) -> dict[str, Any]:
         kept &= ~each.like
     report: dict[str, Any] = {
         "forgetting": reporting.forgetting(
-            order, context.current, child, context.samples, context.held_out, dataset, mask, before, after
+            order,
+            context.current,
+            child,
+            context.samples,
+            context.held_out,
+            mask,
+            mask.like & masking.held_out(mask),
+            before,
+            after,
         ),
         "retention": evaluate.retention(before[kept], after[kept], order.spec.classes),
         "earlier": [reporting.earlier(context.store, child, prior) for prior in order.priors],

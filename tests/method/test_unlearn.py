@@ -66,9 +66,9 @@ def test_a_second_request_reuses_generator_and_data_set(trained: Any, store: Any
     assert two.report["retention"]["by_class"][8] is None
 
 
-@pytest.mark.parametrize(("kind", "policy"), [("class", "leave-one-out"), ("subset", "leave-one-out")])
+@pytest.mark.parametrize("kind", ["class", "subset"])
 def test_the_few_samples_come_in_as_often_as_asked(
-    trained: Any, store: Any, quick: Recipe, monkeypatch: pytest.MonkeyPatch, kind: str, policy: str
+    trained: Any, store: Any, quick: Recipe, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The given samples come in `repeats` times, a subset's D_e-like samples that often again, an earlier subset's
     too. Nothing that is given keeps a target label, and what is of D' is told from what is given."""
@@ -78,13 +78,14 @@ def test_the_few_samples_come_in_as_often_as_asked(
         seen.append(data[:3])
 
     monkeypatch.setattr("fsu_ray.method.unlearn.relearn", learn)
-    recipe = changed(quick, relearn={"repeats": 3}, filter={"policy": policy, "runner_up": 0.0})
+    recipe = changed(quick, relearn={"repeats": 3}, filter={"policy": "leave-one-out", "runner_up": 0.0})
     behaviour = Behaviour(name="b", kind=kind, targets=(8,))  # type: ignore[arg-type]
     order = order_for(trained, store, recipe, behaviour=behaviour)
     first = unlearn(order, store, CPU)
     dataset, mask = Synthetic.from_bytes(store.get(first.dataset)), Mask.from_bytes(store.get(first.mask or ""))
-    usable, like = int((~dataset.holdout).sum()), int((mask.like & ~dataset.holdout).sum())
-    assert like
+    assert (mask.like & dataset.holdout).any()
+    trained_on = ~dataset.holdout | mask.like if kind == "subset" else ~dataset.holdout
+    usable, like = int(trained_on.sum()), int(mask.like.sum())
     again = 3 * like if kind == "subset" else 0
     pixels, targets, synthetic = seen[0]
     assert len(pixels) == len(targets) == usable + again + 3 * 8
@@ -95,6 +96,22 @@ def test_the_few_samples_come_in_as_often_as_asked(
     unlearn(later, store, CPU)
     earlier = 3 * 8 if kind == "subset" else 0
     assert len(seen[1][0]) == usable + again + earlier + 3 * 8
+
+
+@pytest.mark.parametrize("fewest", [1000, 1])
+def test_a_subset_with_few_probes_spares_none(
+    trained: Any, store: Any, quick: Recipe, monkeypatch: pytest.MonkeyPatch, fewest: int
+) -> None:
+    """Under `FEWEST_PROBES` all D_e-like samples of a subset are trained on, and the report says so."""
+    monkeypatch.setattr("fsu_ray.method.masking.FEWEST_PROBES", fewest)
+    recipe = changed(quick, relearn={"epochs": 1}, filter={"runner_up": 0.0})
+    behaviour = Behaviour(name="b", kind="subset", targets=(8,))
+    found = unlearn(order_for(trained, store, recipe, count=20, behaviour=behaviour), store, CPU)
+    holdout = Synthetic.from_bytes(store.get(found.dataset)).holdout
+    like = Mask.from_bytes(store.get(found.mask or "")).like
+    forgetting = found.report["forgetting"]
+    assert forgetting["probes_held_out"] == (0 if fewest == 1000 else int((like & holdout).sum()))
+    assert (forgetting["probes_held_out_in_target"] is None) == (fewest == 1000)
 
 
 def test_same_order_same_digests(trained: Any, store: Any, quick: Recipe) -> None:
