@@ -53,6 +53,7 @@ class TestResults:
                 "figures": outcome.figures,
             },
             "seconds": {"invert": 60.0},
+            "resumed": [],
         }
         assert line.ledger.generator(generator.id[:-1]) == generator
 
