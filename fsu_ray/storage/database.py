@@ -1,92 +1,91 @@
 """The database under the ledger: opening, bringing the schema up to date, transactions, errors.
 
-All that only SQLite needs is here and in the triggers of `schema`: writers take the write lock at
-`BEGIN IMMEDIATE`, so what they read stays true until they commit; readers see one snapshot and wait
-for nobody (WAL).
+What is different between SQLite and PostgreSQL is in `engines`, and in the triggers of `schema`.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 
 from fsu_ray.errors import AlreadyExists, FsuError, InvalidConfig, StorageError, TransitionRefused
-from fsu_ray.storage import schema
+from fsu_ray.storage import engines, schema
+from fsu_ray.storage.engines import BUSY_SECONDS, ELSEWHERE, Engines
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-BUSY_SECONDS = 30.0
-"""How long a connection waits for another one's write lock."""
-
-_BEGIN = "fsu_begin"  # the execution option that says how a transaction begins; writers do not set it
-
-# What SQLite says when a constraint refuses: whose fault it is, and what to tell them.
-_REFUSALS: tuple[tuple[str, type[FsuError], str], ...] = (
-    ("UNIQUE constraint failed: models.name", AlreadyExists, "{} exists already; choose another name"),
-    ("UNIQUE constraint failed: requests.model_id", TransitionRefused, "{}: another request was faster; try again"),
+# The constraint, by its name or in SQLite's words, that refuses: whose fault it is, and what to tell them.
+_REFUSALS: tuple[tuple[tuple[str, str], type[FsuError], str], ...] = (
+    (
+        ("uq_models_name", "UNIQUE constraint failed: models.name"),
+        AlreadyExists,
+        "{} exists already; choose another name",
+    ),
+    (
+        ("uq_requests_running", "UNIQUE constraint failed: requests.model_id"),
+        TransitionRefused,
+        "{}: another request was faster; try again",
+    ),
 )
 
 
 class Database:
     """One ledger's database. `Database.open` makes it; `reading` and `writing` are its transactions."""
 
-    def __init__(self, engine: sa.Engine, where: str) -> None:
-        self._engine = engine
-        self._reader = engine.execution_options(**{_BEGIN: "BEGIN"})
-        self._where = where
+    def __init__(self, connected: Engines) -> None:
+        self._engines = connected
 
     @classmethod
     def open(cls, url: str) -> Database:
-        """The database at a SQLAlchemy `url`, made where it is missing, its schema brought to `schema.REVISION`.
+        """The database at a SQLAlchemy `url`, its schema brought to `schema.REVISION`; a missing file is made.
 
-        Raises InvalidConfig where the URL, the folder or the file is unusable, or of a newer fsu_ray.
+        Raises InvalidConfig where the URL, the folder, the file or the server is unusable, or of a newer fsu_ray.
         """
-        engine, where = _engine(url)
-        database = cls(engine, where)
+        connected = engines.connect(url)
+        database, where = cls(connected), connected.where
         deadline = time.monotonic() + BUSY_SECONDS
         try:
-            Path(where).parent.mkdir(parents=True, exist_ok=True)
+            if connected.is_sqlite:
+                Path(where).parent.mkdir(parents=True, exist_ok=True)
             while not database._up_to_date():
                 # Turning on WAL does not wait for a lock as other statements do, so this waits instead.
                 if time.monotonic() > deadline:
                     raise InvalidConfig(f"ledger {where} is locked; end the program that holds it, then try again")
                 time.sleep(0.02)
         except BaseException as error:
-            engine.dispose()
+            connected.dispose()
             if isinstance(error, OSError):
-                raise InvalidConfig(f"ledger {where} cannot be made ({error.strerror}); {_ELSEWHERE}") from error
+                raise InvalidConfig(f"ledger {where} cannot be made ({error.strerror}); {ELSEWHERE}") from error
             if isinstance(error, DatabaseError):
-                raise InvalidConfig(f"ledger {where} cannot be opened ({error.orig}); {_ELSEWHERE}") from error
+                reason = engines.said(error.orig)
+                raise InvalidConfig(f"ledger {where} cannot be opened ({reason}); {ELSEWHERE}") from error
             raise
         return database
 
     def close(self) -> None:
         """Close every connection."""
-        self._engine.dispose()
+        self._engines.dispose()
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """A transaction that only reads, on one snapshot."""
-        with self._translated("the ledger"), self._reader.begin() as connection:
+        with self._translated("the ledger"), self._engines.reader.begin() as connection:
             yield connection
 
     @contextmanager
     def writing(self, subject: str) -> Iterator[sa.Connection]:
-        """A transaction that writes: committed at the end of the block, rolled back on any exception.
+        """A transaction that writes, alone: committed at the end of the block, rolled back on any exception.
 
         `subject` is what the block is about, in words that a refusal by a constraint can start with.
         """
-        with self._translated(subject), self._engine.begin() as connection:
+        with self._translated(subject), self._engines.writer.begin() as connection:
             yield connection
 
     @contextmanager
@@ -95,26 +94,28 @@ class Database:
         try:
             yield
         except IntegrityError as error:
-            for said, kind, message in _REFUSALS:
-                if said in str(error.orig):
+            violated = engines.violated(error.orig)
+            for names, kind, message in _REFUSALS:
+                if any(name in violated for name in names):
                     raise kind(message.format(subject)) from error
             raise
         except DatabaseError as error:
             if isinstance(error, OperationalError) or type(error) is DatabaseError:
                 raise StorageError(
-                    f"ledger {self._where}: {error.orig}; check its disk and the programs that use it, then try again"
+                    f"ledger {self._engines.where}: {engines.said(error.orig)}; "
+                    "check its disk or server and the programs that use it, then try again"
                 ) from error
             raise
 
     def _up_to_date(self) -> bool:
         """Bring the schema up to date; False where another process held the file, so that it must be tried again."""
         try:
-            with self._reader.connect() as connection:
+            with self._engines.reader.connect() as connection:
                 revision = self._revision(connection)
             if revision != schema.REVISION:
                 self._upgrade(revision)
         except OperationalError as error:
-            if "locked" in str(error.orig):
+            if self._engines.is_sqlite and "locked" in str(error.orig):
                 return False
             raise
         return True
@@ -125,7 +126,7 @@ class Database:
         if schema.VERSION_TABLE in tables:
             return str(connection.scalar(sa.text(f"SELECT version_num FROM {schema.VERSION_TABLE}")))
         if tables:
-            raise InvalidConfig(f"ledger {self._where} is a database of another program; {_ELSEWHERE}")
+            raise InvalidConfig(f"ledger {self._engines.where} is a database of another program; {ELSEWHERE}")
         return None
 
     def _upgrade(self, revision: str | None) -> None:
@@ -136,11 +137,12 @@ class Database:
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
         if revision is not None and revision not in known:
             raise InvalidConfig(
-                f"ledger {self._where} was written by a newer fsu_ray (revision {revision}); upgrade fsu_ray"
+                f"ledger {self._engines.where} was written by a newer fsu_ray (revision {revision}); upgrade fsu_ray"
             )
-        with self._engine.execution_options(**{_BEGIN: None}).connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")  # for good; not within a transaction
-        with self._engine.begin() as connection:
+        if self._engines.is_sqlite:
+            with self._engines.bare.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode = WAL")  # for good; not within a transaction
+        with self._engines.writer.begin() as connection:
             # A second process that opens a new ledger waits for the lock in this line, and finds the work done.
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -154,46 +156,3 @@ def migrations() -> Config:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
-
-
-_ELSEWHERE = "set FSU_LEDGER to sqlite:///FOLDER/ledger.db in a folder that you can write to"
-
-
-def _engine(url: str) -> tuple[sa.Engine, str]:
-    """An engine for `url`, and the file that it names."""
-    try:
-        parsed = sa.make_url(url)
-    except ArgumentError as error:
-        raise InvalidConfig(f"ledger {url!r} is not a URL; {_ELSEWHERE}") from error
-    if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
-        raise InvalidConfig(f"ledger {parsed.render_as_string()} is not SQLite; {_ELSEWHERE}")
-    if not parsed.database or parsed.database.startswith((":memory:", "file:")):
-        raise InvalidConfig(f"ledger {url!r} does not name a file; {_ELSEWHERE}")
-    engine = sa.create_engine(parsed, json_serializer=lambda value: json.dumps(_finite(value), allow_nan=False))
-    event.listen(engine, "connect", _connected)
-    event.listen(engine, "begin", _begun)
-    return engine, parsed.database
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for NaN and infinities, which JSON has no words for."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _connected(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN comes too late: `_begun` sends ours
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
-    cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.execute("PRAGMA recursive_triggers = ON")
-    cursor.close()
-
-
-def _begun(connection: sa.Connection) -> None:
-    begin = connection.get_execution_options().get(_BEGIN, "BEGIN IMMEDIATE")
-    if begin:
-        connection.exec_driver_sql(begin)

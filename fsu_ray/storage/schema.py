@@ -7,6 +7,7 @@ that keep history insert-only and requests on the paths of `records.TRANSITIONS`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -183,36 +184,65 @@ erasures = _table(
 )
 
 
-def _trigger(name: str, moment: str, table: sa.Table, message: str, when: str | None = None) -> str:
-    condition = f" WHEN {when}" if when else ""
-    refusal = f"SELECT RAISE(ABORT, '{message}');"
-    return f"CREATE TRIGGER {name} BEFORE {moment} ON {table.name}{condition} BEGIN {refusal} END"
+@dataclass(frozen=True)
+class Trigger:
+    """A refusal: `moment` on `table` ends with `message` (where `when` holds), on one engine or on both."""
+
+    name: str
+    moment: str
+    table: str
+    message: str
+    when: str | None = None
+    engine: str | None = None
+
+    def sql(self, engine: str) -> str:
+        """The statement that makes it on `sqlite` or `postgresql`."""
+        begin = f"CREATE TRIGGER {self.name} BEFORE {self.moment} ON {self.table}"
+        if engine == "sqlite":
+            condition = f" WHEN {self.when}" if self.when else ""
+            return f"{begin}{condition} BEGIN SELECT RAISE(ABORT, '{self.message}'); END"
+        each = "STATEMENT" if self.moment == "TRUNCATE" else "ROW"
+        condition = f" WHEN ({self.when})" if self.when else ""
+        return f"{begin} FOR EACH {each}{condition} EXECUTE FUNCTION fsu_refuse('{self.message}')"
 
 
-def _insert_only(table: sa.Table, keys: str) -> list[str]:
-    """The triggers that refuse UPDATE, DELETE and, in whatever connection, INSERT OR REPLACE over `keys`."""
-    message, name = f"{table.name} is insert-only", table.name
+REFUSE = """
+CREATE FUNCTION fsu_refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN RAISE EXCEPTION '%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation'; END $$
+"""
+"""The function behind PostgreSQL's triggers."""
+
+
+def _insert_only(table: sa.Table, keys: str) -> list[Trigger]:
+    """What refuses UPDATE, DELETE, TRUNCATE and, in whatever connection, SQLite's INSERT OR REPLACE over `keys`."""
+    name = table.name
+    message = f"{name} is insert-only"
     taken = f"EXISTS (SELECT 1 FROM {name} WHERE {keys})"
     return [
-        _trigger(f"{name}_update", "UPDATE", table, message),
-        _trigger(f"{name}_delete", "DELETE", table, message),
-        _trigger(f"{name}_replace", "INSERT", table, f"{message}: the key is taken", taken),
+        Trigger(f"{name}_update", "UPDATE", name, message),
+        Trigger(f"{name}_delete", "DELETE", name, message),
+        Trigger(f"{name}_truncate", "TRUNCATE", name, message, engine="postgresql"),
+        Trigger(f"{name}_replace", "INSERT", name, f"{message}: the key is taken", taken, "sqlite"),
     ]
 
 
-def _requests_triggers() -> list[str]:
-    """The triggers that keep a request on the paths of `records.TRANSITIONS`, and its terms as submitted."""
+def _requests_triggers() -> list[Trigger]:
+    """What keeps a request on the paths of `records.TRANSITIONS`, and its terms as submitted."""
     steps = tuple(f"{old}>{new}" for old in Status for new in Status if new in TRANSITIONS[old])
-    ended = _among("OLD.status", TERMINAL)
     fixed = ", ".join(column.name for column in requests.columns if column.name not in _CHANGING)
-    start = f"NEW.status <> '{Status.SUBMITTED}' OR EXISTS (SELECT 1 FROM requests WHERE id = NEW.id)"
+    start, once = f"NEW.status <> '{Status.SUBMITTED}'", "a request begins as submitted, once"
+    again = f"{start} OR EXISTS (SELECT 1 FROM requests WHERE id = NEW.id)"
+    terms = "the terms of a request do not change"
+    ended = _among("OLD.status", TERMINAL)
     step = f"NOT ({_among(_STEP, steps)})"
     return [
-        _trigger("requests_insert", "INSERT", requests, "a request begins as submitted, once", start),
-        _trigger("requests_final", "UPDATE", requests, "a request that has ended is final", ended),
-        _trigger("requests_step", "UPDATE OF status", requests, "no such step between states of a request", step),
-        _trigger("requests_terms", f"UPDATE OF {fixed}", requests, "the terms of a request do not change"),
-        _trigger("requests_delete", "DELETE", requests, "requests are never deleted"),
+        Trigger("requests_insert", "INSERT", "requests", once, again, "sqlite"),
+        Trigger("requests_insert", "INSERT", "requests", once, start, "postgresql"),
+        Trigger("requests_final", "UPDATE", "requests", "a request that has ended is final", ended),
+        Trigger("requests_step", "UPDATE OF status", "requests", "no such step between states of a request", step),
+        Trigger("requests_terms", f"UPDATE OF {fixed}", "requests", terms),
+        Trigger("requests_delete", "DELETE", "requests", "requests are never deleted"),
+        Trigger("requests_truncate", "TRUNCATE", "requests", "requests are never deleted", engine="postgresql"),
     ]
 
 
@@ -230,7 +260,15 @@ TRIGGERS = (
     *_insert_only(generators, "id = NEW.id OR request_id = NEW.request_id"),
     *_insert_only(erasures, "id = NEW.id OR request_id = NEW.request_id"),
 )
-"""The triggers in SQLite's words."""
 
-for _sql in TRIGGERS:
-    sa.event.listen(metadata, "after_create", sa.DDL(_sql).execute_if(dialect="sqlite"))  # type: ignore[no-untyped-call]
+
+def triggers(engine: str) -> list[str]:
+    """The statements that make the triggers on `sqlite` or `postgresql`, in order."""
+    made = [trigger.sql(engine) for trigger in TRIGGERS if trigger.engine in (None, engine)]
+    return made if engine == "sqlite" else [REFUSE, *made]
+
+
+for _engine in ("sqlite", "postgresql"):
+    for _sql in triggers(_engine):
+        _ddl = sa.DDL(_sql.replace("%", "%%")).execute_if(dialect=_engine)  # type: ignore[no-untyped-call]
+        sa.event.listen(metadata, "after_create", _ddl)

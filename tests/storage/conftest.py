@@ -1,10 +1,10 @@
-"""A real ledger in a temporary folder, and what it takes to fill it."""
+"""A real ledger on SQLite and on PostgreSQL, and what it takes to fill it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sqlite3
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 import fsu_ray.storage
 from fsu_ray.recipes import Recipe
@@ -32,7 +33,6 @@ class Line:
     """A ledger with one model in it, and short words for what tests do to it."""
 
     ledger: Ledger
-    file: Path
     name: str = "digits"
 
     def submit(self, name: str = "nine", *targets: int, kind: Any = "class", recipe: Recipe | None = None) -> Request:
@@ -76,22 +76,60 @@ class Line:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    """Where SQLite's ledger of this test lies."""
     return tmp_path / "ledger.db"
 
 
+SERVER = os.environ.get("FSU_POSTGRES", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[sa.Engine]:
+    """A PostgreSQL to make schemas in; skips without one, fails where FSU_REQUIRE says that it must be there."""
+    try:
+        engine = sa.create_engine(SERVER, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 5})
+        engine.connect().close()
+    except (ImportError, sa.exc.OperationalError) as error:
+        if "postgres" in os.environ.get("FSU_REQUIRE", "").split(","):
+            pytest.fail(f"FSU_REQUIRE names postgres, and there is none at {SERVER}: {error}")
+        pytest.skip(f"no PostgreSQL at {SERVER} (FSU_POSTGRES)")
+    yield engine
+    engine.dispose()
+
+
 @pytest.fixture
-def ledger(file: Path) -> Iterator[Ledger]:
-    with open_ledger(f"sqlite:///{file}") as opened:
+def postgresql(server: sa.Engine) -> Iterator[str]:
+    """The URL of a schema of this test's own, dropped at its end."""
+    name = f"fsu_test_{secrets.token_hex(6)}"
+    with server.connect() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA {name}")
+    yield f"{SERVER}?options=-csearch_path%3D{name}"
+    with server.connect() as connection:
+        connection.exec_driver_sql(f"DROP SCHEMA {name} CASCADE")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def url(request: pytest.FixtureRequest, file: Path) -> str:
+    """Where the ledger of this test lies: every test that asks runs on both engines."""
+    if request.param == "sqlite":
+        return f"sqlite:///{file}"
+    found: str = request.getfixturevalue("postgresql")
+    return found
+
+
+@pytest.fixture
+def ledger(url: str) -> Iterator[Ledger]:
+    with open_ledger(url) as opened:
         yield opened
 
 
 @pytest.fixture
-def new_line(ledger: Ledger, file: Path) -> Callable[..., Line]:
+def new_line(ledger: Ledger) -> Callable[..., Line]:
     """Registers a model, its spec with some changes, and gives its line."""
 
     def make(name: str, **changes: Any) -> Line:
         ledger.register_model(name, SPEC.model_copy(update=changes), digest("weights"), "digits")
-        return Line(ledger, file, name)
+        return Line(ledger, name)
 
     return make
 
@@ -101,12 +139,31 @@ def line(new_line: Callable[..., Line]) -> Line:
     return new_line("digits")
 
 
+@dataclass(frozen=True)
+class Raw:
+    """A plain connection to the ledger, as any program may open it: no setting of ours, each statement by itself."""
+
+    connection: sa.Connection
+
+    @property
+    def engine(self) -> str:
+        return self.connection.dialect.name
+
+    def execute(self, sql: str, parameters: dict[str, Any] | None = None) -> sa.CursorResult[Any]:
+        """One statement of SQL, with `:name` for parameters."""
+        text = sa.text(sql) if parameters else sa.text(sql.replace(":", "\\:"))
+        return self.connection.execute(text, parameters or {})
+
+    def columns(self, table: str) -> list[str]:
+        return [column["name"] for column in sa.inspect(self.connection).get_columns(table)]
+
+
 @pytest.fixture
-def raw(file: Path, ledger: Ledger) -> Iterator[sqlite3.Connection]:
-    """A plain connection to the ledger's file, as any program may open it: no pragma of ours is set."""
-    connection = sqlite3.connect(file, isolation_level=None)
-    yield connection
-    connection.close()
+def raw(url: str, ledger: Ledger) -> Iterator[Raw]:
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        yield Raw(connection)
+    engine.dispose()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,7 +139,7 @@ class TestClaiming:
         with pytest.raises(NotFound):
             line.ledger.cancel("r-nobody")
 
-    def test_processes_never_claim_the_same(self, ledger: Ledger, file: Path, in_processes: Any) -> None:
+    def test_processes_never_claim_the_same(self, ledger: Ledger, url: str, in_processes: Any) -> None:
         """Three processes empty a queue of 30 requests over 5 models; one request in ten is dropped by its worker."""
         for number in range(30):
             if number < 5:
@@ -163,7 +162,7 @@ while any(not request.status.is_terminal for request in ledger.requests()):
     end = ledger.release if claims % 10 == 0 else ledger.fail
     end(request, "no-op")
 """
-        answers = in_processes(script, f"sqlite:///{file}", processes=3)
+        answers = in_processes(script, url, processes=3)
 
         claimed = [claim for answer in answers for claim in answer.splitlines()]
         assert len(set(claimed)) == len(claimed)
@@ -236,7 +235,7 @@ def cut_in_once(ledger: Ledger, sql: str) -> list[str]:
             if len(ran) == 1:
                 cursor.execute(sql)
 
-    sa.event.listen(ledger._database._engine, "before_cursor_execute", cut_in)
+    sa.event.listen(ledger._database._engines.writer, "before_cursor_execute", cut_in)
     return ran
 
 

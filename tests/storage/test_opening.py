@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from fsu_ray.errors import (
     FsuError,
@@ -27,6 +28,29 @@ class TestOpening:
         with open_ledger(f"sqlite:///{file}") as ledger:
             assert ledger.models() == []
         assert file.exists()
+
+    def test_several_processes_open_a_new_postgresql_ledger_at_once(self, postgresql: str, in_processes: Any) -> None:
+        script = """
+with open_ledger(sys.argv[1]) as ledger:
+    print(len(ledger.models()))
+"""
+        assert in_processes(script, postgresql, processes=4) == ["0\n"] * 4
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"port": 9}, "refused"),
+            ({"database": "nowhere"}, 'database "nowhere" does not exist'),
+            ({"username": "nobody", "password": "secret"}, 'role "nobody" does not exist'),
+        ],
+    )
+    def test_a_server_that_cannot_be_used_is_explained(
+        self, server: sa.Engine, change: dict[str, Any], words: str
+    ) -> None:
+        with pytest.raises(InvalidConfig, match=words) as caught:
+            open_ledger(server.url.set(**change).render_as_string(hide_password=False))
+        assert one_line(caught)
+        assert "secret" not in str(caught.value)
 
     def test_several_processes_open_a_new_ledger_at_once(self, tmp_path: Path, in_processes: Any) -> None:
         script = """
@@ -49,23 +73,21 @@ for turn in range(6):
         later.join()
         other.close()
 
-    def test_a_newer_ledger_is_left_alone(self, ledger: Ledger, file: Path, raw: sqlite3.Connection) -> None:
+    def test_a_newer_ledger_is_left_alone(self, ledger: Ledger, url: str, raw: Any) -> None:
         raw.execute("UPDATE fsu_revision SET version_num = '0042'")
 
-        with pytest.raises(
-            InvalidConfig, match=r"ledger\.db was written by a newer fsu_ray \(revision 0042\); upgrade"
-        ):
-            open_ledger(f"sqlite:///{file}")
+        with pytest.raises(InvalidConfig, match=r"was written by a newer fsu_ray \(revision 0042\); upgrade"):
+            open_ledger(url)
 
-    def test_a_database_of_another_program_is_left_alone(self, file: Path) -> None:
-        with sqlite3.connect(file) as other:
-            other.execute("CREATE TABLE models (name)")
-        other.close()
-        before = file.read_bytes()
+    def test_a_database_of_another_program_is_left_alone(self, url: str) -> None:
+        engine = sa.create_engine(url)
+        with engine.begin() as other:
+            other.exec_driver_sql("CREATE TABLE models (name text)")
 
         with pytest.raises(InvalidConfig, match="of another program; set FSU_LEDGER"):
-            open_ledger(f"sqlite:///{file}")
-        assert file.read_bytes() == before
+            open_ledger(url)
+        assert sa.inspect(engine).get_table_names() == ["models"]
+        engine.dispose()
 
     def test_a_file_that_is_no_database_is_explained(self, file: Path) -> None:
         file.write_text("dear diary, " * 100)
@@ -86,17 +108,18 @@ for turn in range(6):
         "url",
         ["", "no url", "sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=true", "mysql://me:secret@host/x"],
     )
-    def test_a_url_that_names_no_sqlite_file_is_explained(self, url: str) -> None:
+    def test_a_url_that_names_no_ledger_is_explained(self, url: str) -> None:
         with pytest.raises(InvalidConfig, match="set FSU_LEDGER to sqlite:///") as caught:
             open_ledger(url)
         assert "secret" not in str(caught.value)
 
-    def test_a_ledger_that_breaks_while_it_is_open_is_explained(self, line: Any, file: Path) -> None:
-        line.ledger.close()
+    def test_a_ledger_that_breaks_while_it_is_open_is_explained(self, file: Path) -> None:
+        ledger = open_ledger(f"sqlite:///{file}")
+        ledger.close()
         for part in file.parent.glob("ledger.db*"):
             part.unlink()
         file.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
 
         with pytest.raises(StorageError, match=r"ledger\.db: .+ then try again") as caught:
-            line.ledger.models()
+            ledger.models()
         assert one_line(caught)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from fsu_ray.errors import (
     TransitionRefused,
 )
 from fsu_ray.records import ModelSpec, Status
+from fsu_ray.storage.schema import Trigger
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 
@@ -86,10 +86,10 @@ class TestResults:
         assert line.ledger.requests()[0].status is Status.RUNNING
 
     @pytest.mark.parametrize("table", ["generators", "model_versions", "erasures"])
-    def test_a_commit_is_whole_or_nothing(self, line: Any, raw: sqlite3.Connection, table: str) -> None:
+    def test_a_commit_is_whole_or_nothing(self, line: Any, raw: Any, table: str) -> None:
         line.submit()
         request = line.claim()
-        raw.execute(f"CREATE TRIGGER broken BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'broken'); END")
+        raw.execute(Trigger("broken", "INSERT", table, "broken").sql(raw.engine))
         base = line.ledger.version("digits")
 
         with pytest.raises(sa.exc.IntegrityError, match="broken"):
@@ -98,7 +98,7 @@ class TestResults:
         assert line.ledger.request(request.id) == request
         assert line.ledger.versions("digits") == [base]
         assert (line.ledger.generators(), line.ledger.erasures("digits")) == ([], [])
-        raw.execute("DROP TRIGGER broken")
+        raw.execute("DROP TRIGGER broken" + (f" ON {table}" if raw.engine == "postgresql" else ""))
         assert line.ledger.commit(request, line.outcome(request), base).number == 2
 
     def test_a_commit_upon_an_older_version_is_refused(self, line: Any) -> None:
@@ -155,7 +155,7 @@ class TestResults:
         assert names() == ["nine", "four"]
         assert line.ledger.erasures("other") == []
 
-    def test_a_sibling_does_not_inherit(self, line: Any, raw: sqlite3.Connection) -> None:
+    def test_a_sibling_does_not_inherit(self, line: Any, raw: Any) -> None:
         """No method makes branches yet; the query follows parents, not numbers, all the same."""
         line.erase("nine", 9)
         raw.execute(
