@@ -47,7 +47,7 @@ class Painter(nn.Module):
 
 def recipe(**changes: object) -> SynthesizeRecipe:
     """Small and without rotation, which would darken flat images at the border."""
-    return SynthesizeRecipe(**{"per_class": 20, "rotation": 0.0, "max_draws": 30} | changes)
+    return SynthesizeRecipe(**{"per_class": 20, "entropy_threshold": 0.867, "rotation": 0.0, "max_draws": 30} | changes)
 
 
 def same(a: Synthetic, b: Synthetic) -> bool:
