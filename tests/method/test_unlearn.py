@@ -18,6 +18,7 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, GeneratorRef, ModelSpec, Outcome, PriorErasure, WorkOrder
 
 CPU = torch.device("cpu")
+EVERY = {"policy": "manual", "threshold": 1.0, "runner_up": 0.0}  # all of D' that gets a target class
 
 
 def changed(recipe: Recipe, **parts: dict[str, Any]) -> Recipe:
@@ -78,7 +79,7 @@ def test_the_few_samples_come_in_as_often_as_asked(
         seen.append(data[:3])
 
     monkeypatch.setattr("fsu_ray.method.unlearn.relearn", learn)
-    recipe = changed(quick, relearn={"repeats": 3}, filter={"policy": "leave-one-out", "runner_up": 0.0})
+    recipe = changed(quick, relearn={"repeats": 3}, synthesize={"holdout": 0.5}, filter=EVERY)
     behaviour = Behaviour(name="b", kind=kind, targets=(8,))  # type: ignore[arg-type]
     order = order_for(trained, store, recipe, behaviour=behaviour)
     first = unlearn(order, store, CPU)
@@ -104,7 +105,7 @@ def test_a_subset_with_few_probes_spares_none(
 ) -> None:
     """Under `FEWEST_PROBES` all D_e-like samples of a subset are trained on, and the report says so."""
     monkeypatch.setattr("fsu_ray.method.masking.FEWEST_PROBES", fewest)
-    recipe = changed(quick, relearn={"epochs": 1}, filter={"runner_up": 0.0})
+    recipe = changed(quick, relearn={"epochs": 1}, synthesize={"holdout": 0.5}, filter=EVERY)
     behaviour = Behaviour(name="b", kind="subset", targets=(8,))
     found = unlearn(order_for(trained, store, recipe, count=20, behaviour=behaviour), store, CPU)
     holdout = Synthetic.from_bytes(store.get(found.dataset)).holdout
