@@ -7,18 +7,8 @@ from __future__ import annotations
 
 from fsu_ray.errors import FsuError
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import (
-    Behaviour,
-    Erasure,
-    Generator,
-    Model,
-    ModelSpec,
-    ModelVersion,
-    Outcome,
-    Request,
-    Status,
-    WorkOrder,
-)
+from fsu_ray.records import Behaviour, Erasure, Generator, Model, ModelSpec, ModelVersion, Request, Status
+from fsu_ray.work import Outcome, WorkOrder
 
 __all__ = [
     "Behaviour",

@@ -23,6 +23,18 @@ from fsu_ray.recipes import Recipe
 LEASE_SECONDS = 120.0
 """How long a claim holds without a heartbeat; the driver renews it every third of that."""
 
+POLL_SECONDS = 2.0
+"""How often the driver looks whether a running request is to be cancelled."""
+
+WAIT_SECONDS = 900.0
+"""How long the end of a run waits for a ledger whose database is away."""
+
+MOST_FAILURES = 3
+"""A request whose run has broken this often, or whose worker has vanished, ends as failed."""
+
+BACKOFF_SECONDS = 30.0
+"""How long a request waits after its first failure; each further one doubles it."""
+
 CHECKPOINT_STEPS = 100
 """Inversion steps between two checkpoints."""
 

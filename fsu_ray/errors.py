@@ -12,8 +12,11 @@
     │   ├── InvalidData                    a data set that cannot be read
     │   └── InvalidConfig                  settings or a recipe that do not parse, an unusable folder or ledger
     ├── StorageError              exit 2   artifacts: not writable, disk full, missing, or not what their digest says
+    │   └── LedgerUnavailable              the ledger's database is away or locked: what was asked may be tried again
     ├── TransitionRefused         exit 1   a guarded update matched nothing: somebody else was faster
     │   └── LeaseLost                      this worker's claim on a request has ended
+    ├── Stopped                   exit 1   a run ended at its next step because it was told to
+    ├── AuditFailed               exit 3   the ledger, an artifact or a bundle is not what the audit chain says
     └── RunFailed                 exit 1   a Ray run broke
 
 All of them take one message, so they survive pickling between Ray processes unchanged.
@@ -76,12 +79,26 @@ class StorageError(FsuError):
     exit_code = 2
 
 
+class LedgerUnavailable(StorageError):
+    """The ledger's database is away or locked; what was asked may be tried again."""
+
+
 class TransitionRefused(FsuError):
     """A guarded update matched nothing: the row was no longer in the state it had to be in."""
 
 
 class LeaseLost(TransitionRefused):
     """The claim of this worker on its request ended before its work did."""
+
+
+class Stopped(FsuError):
+    """A run was told to stop, and has at its next step."""
+
+
+class AuditFailed(FsuError):
+    """The ledger, an artifact or a bundle is not what the audit chain says."""
+
+    exit_code = 3
 
 
 class RunFailed(FsuError):

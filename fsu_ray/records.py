@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from fsu_ray.recipes import FilterRecipe, Frozen, Recipe
+from fsu_ray.recipes import Frozen, Recipe
 
 Kind = Literal["class", "subset"]
 GeneratorUse = Literal["trained", "reused", "warm_started"]
@@ -101,6 +101,42 @@ class Behaviour(Frozen):
         return tuple(sorted(set(targets)))
 
 
+ACTOR = r"^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,99}$"
+"""An opaque id of a person or a process. Not an e-mail address or a full name: the ledger holds no personal data."""
+
+
+class Terms(Frozen):
+    """How a request is to be treated. `key` makes submissions of one model the same; without one it is derived."""
+
+    key: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$")
+    priority: int = Field(0, ge=-1000, le=1000, description="higher is earlier")
+    not_before: AwareDatetime | None = None
+    due_at: AwareDatetime | None = None
+    requested_by: str | None = Field(None, pattern=ACTOR)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Terms:
+        if self.not_before and self.due_at and self.due_at <= self.not_before:
+            raise ValueError("due_at must be later than not_before")
+        return self
+
+
+class Policy(Frozen):
+    """What a model line wants done besides its erasures; `Ledger.set_policy` keeps every one there was."""
+
+    approval: bool = Field(False, description="requests wait for the approval of somebody else than the requester")
+    samples_days: float | None = Field(None, ge=0, description="after the end, samples are purged; 0: at once")
+    generators: Literal["keep", "retire-after-erasure", "max-age"] = "keep"
+    generator_days: float | None = Field(None, gt=0, description="the age for generators = max-age")
+    seal: Literal["dataset", "root"] = Field("dataset", description="what a seal destroys: D' and G, or the root too")
+
+    @model_validator(mode="after")
+    def _age(self) -> Policy:
+        if (self.generators == "max-age") != (self.generator_days is not None):
+            raise ValueError("generator_days goes with generators = max-age, and only with it")
+        return self
+
+
 @dataclass(frozen=True)
 class Model:
     """A named line of versions."""
@@ -146,11 +182,44 @@ class Request:
     submitted_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    key: str
+    priority: int
+    not_before: datetime | None
+    due_at: datetime | None
+    requested_by: str | None
+    lead: str | None
+    alone: bool
+    failures: int
+    retry_at: datetime | None
+    cancel_by: str | None
+    changes: int
+
+    def overdue(self, moment: datetime) -> bool:
+        """Whether it was due before `moment` and had not ended by then."""
+        return self.due_at is not None and self.due_at < (self.finished_at or moment)
+
+
+@dataclass(frozen=True)
+class RequestEvent:
+    """A step of a request between two states; the first has no `old`."""
+
+    request: str
+    number: int
+    attempt: int
+    old: Status | None
+    new: Status
+    at: datetime
+    actor: str
+    reason: str | None
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A trained inverter G and the D' drawn from it, with the figures that the gate judges them by."""
+    """A trained inverter G and the D' drawn from it, with the figures that the gate judges them by.
+
+    `retired` says why it is not offered any more; `sealed` is the version as of which its D' was rewritten
+    (`dataset` is the new one then); `taints` counts the erasures since its training, all of which it can still draw.
+    """
 
     id: str
     model: str
@@ -164,6 +233,9 @@ class Generator:
     figures: Mapping[str, Any]
     request: str
     created_at: datetime
+    retired: str | None = None
+    sealed: int | None = None
+    taints: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,81 +256,58 @@ class Erasure:
     created_at: datetime
 
 
-class BlobStore(Protocol):
-    """Content-addressed bytes. Pickles to Ray workers, which see this protocol and nothing of the storage behind it."""
+@dataclass(frozen=True)
+class Recheck:
+    """An erasure's probes measured again on a version: `share` of `probes` in a target class, None without any."""
 
-    def put(self, data: bytes) -> str:
-        """Write `data` once and return its SHA-256 in hex."""
-
-    def get(self, digest: str) -> bytes:
-        """The bytes of `digest`, verified; raises StorageError where they are missing or damaged."""
-
-    def has(self, digest: str) -> bool:
-        """Whether `digest` is there."""
+    erasure: str
+    version: int
+    probes: int
+    share: float | None
+    passed: bool
+    actor: str
+    created_at: datetime
 
 
 @dataclass(frozen=True)
-class PriorErasure:
-    """An earlier erasure as a worker needs it: its mask is rebuilt on a new D', its probes are re-measured."""
+class AliasMove:
+    """An alias came to point to `version`; `previous` is where it pointed before."""
 
-    request: str
-    behaviour: Behaviour
-    filter: FilterRecipe
-    samples: str
-    mask: str
-    probes: str
-    dataset: str
-    recorded: float
+    model: str
+    alias: str
+    version: int
+    previous: int | None
+    forced: bool
+    reason: str | None
+    actor: str
+    created_at: datetime
 
 
 @dataclass(frozen=True)
-class GeneratorRef:
-    """A generator that the registry offers to a run: its own id and artifacts, and the figures of its D'."""
+class Schedule:
+    """When the requests of a model are carried out: from each time of `cron` in `timezone` on, for `minutes`."""
 
     id: str
-    weights: str
-    dataset: str
-    figures: Mapping[str, Any]
+    model: str
+    cron: str
+    timezone: str
+    max_requests: int | None
+    minutes: int | None
+    state: Literal["active", "paused", "removed"]
+    actor: str
+    created_at: datetime
+    changed_at: datetime
 
 
 @dataclass(frozen=True)
-class WorkOrder:
-    """Everything that one run of the method needs; digests instead of objects, so it is small and picklable.
+class Window:
+    """One firing of a schedule. `missed` counts the earlier times that it stands for besides its own."""
 
-    `reuse` is the generator to try; `warm` the one whose weights start a new training if `reuse` is
-    missing or refused.
-    """
-
-    request: str
-    spec: ModelSpec
-    root_weights: str
-    current_weights: str
-    behaviour: Behaviour
-    samples: str
-    recipe: Recipe
-    priors: tuple[PriorErasure, ...] = ()
-    reuse: GeneratorRef | None = None
-    warm: GeneratorRef | None = None
-    test_set: str | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run of the method brought back. `reason` is set where it ended without a result to judge.
-
-    `report` holds the measures (see `method.evaluate`), `seconds` the time of each stage, `resumed` where
-    the run went on from a checkpoint, such as `invert 200`.
-    """
-
-    reason: str | None
-    generator_use: GeneratorUse
-    generator_weights: str
-    dataset: str
-    figures: Mapping[str, Any]
-    refused: tuple[str, ...]
-    weights: str | None
-    mask: str | None
-    probes: str | None
-    report: Mapping[str, Any]
-    seconds: Mapping[str, float]
-    resumed: tuple[str, ...] = ()
+    schedule: str
+    starts_at: datetime
+    missed: int
+    fired_at: datetime
+    worker: str
+    lease_until: datetime | None
+    finished_at: datetime | None
+    requests: int

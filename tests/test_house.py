@@ -16,10 +16,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import those of a lower layer, and those of its own part.
 LAYERS = [
-    {"errors", "recipes", "records"},
+    {"errors", "recipes", "records", "work"},
     {"config", "gate"},
     {"method", "storage"},
-    {"pipeline", "cluster"},
+    {"upkeep", "cluster"},
+    {"pipeline"},
     {"search", "schedule", "experiments", "report"},
     {"app", "console"},
     {"demo"},

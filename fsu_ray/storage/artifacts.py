@@ -13,6 +13,7 @@ import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -92,6 +93,33 @@ class Artifacts:
         if not info.is_file:
             raise self._missing(digest)
         return int(info.size)
+
+    def delete(self, digest: str) -> bool:
+        """Take `digest` out of the store; whether it was there. Raises StorageError where it cannot be."""
+        filesystem, _ = self._place
+        file = self._file(digest)
+        try:
+            if not filesystem.get_file_info(file).is_file:
+                return False
+            filesystem.delete_file(file)
+            self._settle(file.rpartition("/")[0])
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"artifact {self.path(digest)} cannot be deleted ({_cause(error)}); check that place and try again"
+            ) from error
+        return True
+
+    def digests(self) -> dict[str, tuple[int, datetime]]:
+        """Every artifact in the store: its size in bytes and when it was written. Raises StorageError."""
+        filesystem, root = self._place
+        try:
+            found = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"artifacts {self.location} cannot be listed ({_cause(error)}); check that place and try again"
+            ) from error
+        return {info.base_name: (info.size, info.mtime) for info in found
+                if info.is_file and _DIGEST.fullmatch(info.base_name)}  # fmt: skip
 
     def path(self, digest: str) -> str:
         """Where `digest` lies, for people to read: a file's path, or `type://path` off this machine."""

@@ -1,6 +1,6 @@
 """The database under the ledger: opening, bringing the schema up to date, transactions, errors.
 
-What is different between SQLite and PostgreSQL is in `engines`, and in the triggers of `schema`.
+What is different between SQLite and PostgreSQL is in `engines`, and in `triggers`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError, InterfaceError, OperationalError
 
-from fsu_ray.errors import AlreadyExists, FsuError, InvalidConfig, StorageError, TransitionRefused
-from fsu_ray.storage import engines, schema
+from fsu_ray.errors import AlreadyExists, FsuError, InvalidConfig, LedgerUnavailable, TransitionRefused
+from fsu_ray.storage import chain, engines, schema
 from fsu_ray.storage.engines import BUSY_SECONDS, ELSEWHERE, Engines
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # The constraint, by its name or in SQLite's words, that refuses: whose fault it is, and what to tell them.
 _REFUSALS: tuple[tuple[tuple[str, str], type[FsuError], str], ...] = (
     (
-        ("uq_models_name", "UNIQUE constraint failed: models.name"),
+        ("uq_models_name", "models is insert-only: the key is taken"),
         AlreadyExists,
         "{} exists already; choose another name",
     ),
@@ -34,6 +34,13 @@ _REFUSALS: tuple[tuple[tuple[str, str], type[FsuError], str], ...] = (
         "{}: another request was faster; try again",
     ),
 )
+
+
+class Part:
+    """Some of the ledger's methods, on the database that all its parts share."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
 
 class Database:
@@ -83,10 +90,14 @@ class Database:
     def writing(self, subject: str) -> Iterator[sa.Connection]:
         """A transaction that writes, alone: committed at the end of the block, rolled back on any exception.
 
+        What it notes (`chain.note`) is appended to the audit chain with it.
+
         `subject` is what the block is about, in words that a refusal by a constraint can start with.
         """
         with self._translated(subject), self._engines.writer.begin() as connection:
+            chain.begin(connection)
             yield connection
+            chain.append_noted(connection)
 
     @contextmanager
     def _translated(self, subject: str) -> Iterator[None]:
@@ -99,9 +110,9 @@ class Database:
                 if any(name in violated for name in names):
                     raise kind(message.format(subject)) from error
             raise
-        except DatabaseError as error:
-            if isinstance(error, OperationalError) or type(error) is DatabaseError:
-                raise StorageError(
+        except (DatabaseError, InterfaceError) as error:
+            if isinstance(error, OperationalError | InterfaceError) or type(error) is DatabaseError:
+                raise LedgerUnavailable(
                     f"ledger {self._engines.where}: {engines.said(error.orig)}; "
                     "check its disk or server and the programs that use it, then try again"
                 ) from error

@@ -119,13 +119,13 @@ def _postgresql_begun(connection: sa.Connection) -> None:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(_finite(value), allow_nan=False)
+    return json.dumps(finite(value), allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with null for NaN and infinities, which JSON has no words for."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,9 +8,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from fsu_ray.records import Model, ModelVersion, Outcome, Request
-from fsu_ray.storage import rows
+from fsu_ray.records import Model, ModelVersion, Request
+from fsu_ray.storage import chain, rows
+from fsu_ray.storage.policies import OPERATOR
 from fsu_ray.storage.schema import erasures, generators, model_versions
+from fsu_ray.work import Outcome, Part
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,15 @@ class Ended:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The outcome's report as the ledger keeps it.
+        """What `report_of` says of the run's own request."""
+        return self.report_of(None)
+
+    def report_of(self, part: Part | None) -> dict[str, Any]:
+        """The outcome's report, or that of a part of it, as the ledger keeps it.
 
         Beside what `outcome.report` says: `generator` (`id`, `use`, `refused`: why the one that was offered
         was not reused, `figures`: as measured in this run), `seconds`, the time of each stage, and `resumed`:
-        where the run went on from a checkpoint.
+        where the run went on from a checkpoint; of a coalesced run also `coalesced`: all of its requests.
         """
         generator = {
             "id": self.generator,
@@ -50,47 +56,62 @@ class Ended:
             "refused": list(self.outcome.refused),
             "figures": dict(self.outcome.figures),
         }
-        run = {"seconds": dict(self.outcome.seconds), "resumed": list(self.outcome.resumed)}
-        return {**self.outcome.report, "generator": generator, **run}
+        run: dict[str, Any] = {"seconds": dict(self.outcome.seconds), "resumed": list(self.outcome.resumed)}
+        if self.outcome.also:
+            run["coalesced"] = [self.request.id, *(each.request for each in self.outcome.also)]
+        own = self.outcome.report if part is None else part.report
+        return {**own, "generator": generator, **run}
 
     def keep_generator(self, connection: sa.Connection, model: Model, root: int, moment: datetime) -> None:
         """Insert the generator, unless it is one that the ledger has already."""
         if self.outcome.generator_use == "reused":
             return
-        connection.execute(
-            sa.insert(generators).values(
-                id=self.generator,
-                model_id=model.id,
-                root=root,
-                spec=model.spec.model_dump(mode="json"),
-                recipe_digest=self.request.recipe.generator_digest,
-                weights=self.outcome.generator_weights,
-                dataset=self.outcome.dataset,
-                origin=self.outcome.generator_use,
-                warm_started_from=self.warm_started_from,
-                figures=dict(self.outcome.figures),
-                request_id=self.request.id,
-                created_at=moment,
-            )
-        )
+        values: dict[str, Any] = {
+            "id": self.generator,
+            "model_id": model.id,
+            "root": root,
+            "spec": model.spec.model_dump(mode="json"),
+            "recipe_digest": self.request.recipe.generator_digest,
+            "weights": self.outcome.generator_weights,
+            "dataset": self.outcome.dataset,
+            "origin": self.outcome.generator_use,
+            "warm_started_from": self.warm_started_from,
+            "figures": dict(self.outcome.figures),
+            "request_id": self.request.id,
+            "created_at": moment,
+        }
+        event = f"generator_{self.outcome.generator_use}"
+        chain.insert(
+            connection, event, generators, values,
+            actor=str(self.request.worker), model=model.name, request=self.request.id,
+        )  # fmt: skip
 
-    def keep_erasure(self, connection: sa.Connection, model: Model, version: ModelVersion) -> None:
-        """Insert the erasure that `version` stands for."""
-        connection.execute(
-            sa.insert(erasures).values(
-                id=rows.new_id("e"),
-                model_id=model.id,
-                version=version.number,
-                request_id=self.request.id,
-                **rows.behaviour_columns(self.request.behaviour),
-                samples=self.request.samples,
-                mask=self.outcome.mask,
-                probes=self.outcome.probes,
-                generator_id=self.generator,
-                generator_use=self.outcome.generator_use,
-                report=self.report,
-                created_at=version.created_at,
-            )
+    def keep_erasure(
+        self,
+        connection: sa.Connection,
+        model: Model,
+        version: ModelVersion,
+        request: Request,
+        part: Part | None = None,
+    ) -> None:
+        """Insert the erasure of `request` that `version` stands for: the run's own, or `part` of a coalesced one."""
+        found = part or self.outcome
+        values: dict[str, Any] = {
+            "id": rows.new_id("e"),
+            "model_id": model.id,
+            "version": version.number,
+            "request_id": request.id,
+            **rows.behaviour_columns(request.behaviour),
+            "samples": request.samples,
+            "mask": found.mask,
+            "probes": found.probes,
+            "generator_id": self.generator,
+            "generator_use": self.outcome.generator_use,
+            "report": self.report_of(part),
+            "created_at": version.created_at,
+        }
+        chain.insert(
+            connection, "erased", erasures, values, actor=str(self.request.worker), model=model.name, request=request.id
         )
 
 
@@ -101,6 +122,7 @@ def keep_version(
     weights: str,
     moment: datetime,
     request: str | None = None,
+    actor: str = OPERATOR,
 ) -> ModelVersion:
     """Insert the version after `parent` and return it: of its root if a request made it, else a root of its own."""
     number = 1 if parent is None else parent.number + 1
@@ -114,16 +136,15 @@ def keep_version(
         request=request,
         created_at=moment,
     )
-    connection.execute(
-        sa.insert(model_versions).values(
-            id=version.id,
-            model_id=model.id,
-            number=version.number,
-            parent=version.parent,
-            root=version.root,
-            weights=weights,
-            request_id=request,
-            created_at=moment,
-        )
-    )
+    values = {
+        "id": version.id,
+        "model_id": model.id,
+        "number": version.number,
+        "parent": version.parent,
+        "root": version.root,
+        "weights": weights,
+        "request_id": request,
+        "created_at": moment,
+    }
+    chain.insert(connection, "version_added", model_versions, values, actor=actor, model=model.name, request=request)
     return version

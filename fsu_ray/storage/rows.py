@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,8 +15,28 @@ import sqlalchemy as sa
 
 from fsu_ray.errors import NotFound
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Erasure, Generator, Model, ModelSpec, ModelVersion, Request, Status
-from fsu_ray.storage.schema import erasures, generators, model_versions, models, requests
+from fsu_ray.records import (
+    Behaviour,
+    Erasure,
+    Generator,
+    Model,
+    ModelSpec,
+    ModelVersion,
+    Recheck,
+    Request,
+    RequestEvent,
+    Status,
+)
+from fsu_ray.storage.schema import (
+    erasures,
+    generator_retirements,
+    generators,
+    model_versions,
+    models,
+    request_events,
+    requests,
+    seals,
+)
 
 
 def _with_model(table: sa.Table) -> sa.Select[Any]:
@@ -24,8 +45,36 @@ def _with_model(table: sa.Table) -> sa.Select[Any]:
 
 VERSIONS = _with_model(model_versions)
 REQUESTS = _with_model(requests)
-GENERATORS = _with_model(generators)
 ERASURES = _with_model(erasures)
+EVENTS = sa.select(request_events)
+
+
+def _generators() -> sa.Select[Any]:
+    """Generators with what has become of them: why they were retired, the seal of their D', the erasures since."""
+    since = (
+        sa.select(sa.func.count())
+        .where(
+            erasures.c.model_id == generators.c.model_id,
+            erasures.c.created_at >= generators.c.created_at,
+            sa.or_(seals.c.version.is_(None), erasures.c.version > seals.c.version),
+        )
+        .correlate(generators, seals)
+        .scalar_subquery()
+    )
+    return (
+        _with_model(generators)
+        .outerjoin(generator_retirements, generator_retirements.c.generator_id == generators.c.id)
+        .outerjoin(seals, seals.c.generator_id == generators.c.id)
+        .add_columns(
+            generator_retirements.c.reason.label("retired"),
+            seals.c.version.label("sealed"),
+            seals.c.dataset.label("sealed_dataset"),
+            since.label("taints"),
+        )
+    )
+
+
+GENERATORS = _generators()
 
 
 def new_id(prefix: str) -> str:
@@ -47,7 +96,7 @@ def behaviour_columns(behaviour: Behaviour) -> dict[str, Any]:
     }
 
 
-def _behaviour(row: sa.RowMapping) -> Behaviour:
+def _behaviour(row: Mapping[Any, Any]) -> Behaviour:
     return Behaviour(name=row["behaviour_name"], kind=row["behaviour_kind"], targets=tuple(row["behaviour_targets"]))
 
 
@@ -74,7 +123,7 @@ def to_version(row: sa.RowMapping) -> ModelVersion:
     )
 
 
-def to_request(row: sa.RowMapping) -> Request:
+def to_request(row: Mapping[Any, Any]) -> Request:
     return Request(
         id=row["id"],
         model=row["model"],
@@ -92,6 +141,42 @@ def to_request(row: sa.RowMapping) -> Request:
         submitted_at=row["submitted_at"],
         started_at=row["started_at"],
         finished_at=row["finished_at"],
+        key=row["idempotency_key"],
+        priority=row["priority"],
+        not_before=row["not_before"],
+        due_at=row["due_at"],
+        requested_by=row["requested_by"],
+        lead=row["lead"],
+        alone=row["alone"],
+        failures=row["failures"],
+        retry_at=row["retry_at"],
+        cancel_by=row["cancel_by"],
+        changes=row["changes"],
+    )
+
+
+def to_event(row: sa.RowMapping) -> RequestEvent:
+    return RequestEvent(
+        request=row["request_id"],
+        number=row["number"],
+        attempt=row["attempt"],
+        old=None if row["old"] is None else Status(row["old"]),
+        new=Status(row["new"]),
+        at=row["at"],
+        actor=row["actor"],
+        reason=row["reason"],
+    )
+
+
+def to_recheck(row: sa.RowMapping) -> Recheck:
+    return Recheck(
+        erasure=row["erasure_id"],
+        version=row["version"],
+        probes=row["probes"],
+        share=row["share"],
+        passed=row["passed"],
+        actor=row["actor"],
+        created_at=row["created_at"],
     )
 
 
@@ -103,12 +188,15 @@ def to_generator(row: sa.RowMapping) -> Generator:
         spec=ModelSpec.model_validate(row["spec"]),
         recipe_digest=row["recipe_digest"],
         weights=row["weights"],
-        dataset=row["dataset"],
+        dataset=row["sealed_dataset"] or row["dataset"],
         origin=row["origin"],
         warm_started_from=row["warm_started_from"],
         figures=row["figures"],
         request=row["request_id"],
         created_at=row["created_at"],
+        retired=row["retired"],
+        sealed=row["sealed"],
+        taints=row["taints"],
     )
 
 
@@ -161,18 +249,27 @@ def fetch_by_id(connection: sa.Connection, query: sa.Select[Any], table: sa.Tabl
     raise NotFound(f"no {what} {id_or_prefix!r}; `fsu {what} list` shows the ids")
 
 
-def fetch_erasures(connection: sa.Connection, model: Model, number: int) -> list[Erasure]:
-    """What is gone as of a version: the erasures of it and of its parents up to the first, oldest first."""
+def line_of(model: Model, number: int) -> sa.CTE:
+    """The numbers of a version and of its parents up to the first, as a recursive query."""
     line = (
         sa.select(model_versions.c.number, model_versions.c.parent)
         .where(model_versions.c.model_id == model.id, model_versions.c.number == number)
         .cte("line", recursive=True)
     )
-    line = line.union_all(
+    return line.union_all(
         sa.select(model_versions.c.number, model_versions.c.parent).where(
             model_versions.c.model_id == model.id, model_versions.c.number == line.c.parent
         )
     )
-    inherited = ERASURES.where(erasures.c.model_id == model.id, erasures.c.version.in_(sa.select(line.c.number)))
-    oldest_first = inherited.order_by(erasures.c.version, erasures.c.id)
-    return [to_erasure(row) for row in connection.execute(oldest_first).mappings()]
+
+
+def inherited(model: Model, number: int) -> sa.Select[Any]:
+    """What is gone as of a version, oldest first."""
+    line = line_of(model, number)
+    of_line = ERASURES.where(erasures.c.model_id == model.id, erasures.c.version.in_(sa.select(line.c.number)))
+    return of_line.order_by(erasures.c.version, erasures.c.id)
+
+
+def fetch_erasures(connection: sa.Connection, model: Model, number: int) -> list[Erasure]:
+    """What is gone as of a version: the erasures of it and of its parents up to the first, oldest first."""
+    return [to_erasure(row) for row in connection.execute(inherited(model, number)).mappings()]

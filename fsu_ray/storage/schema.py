@@ -1,23 +1,30 @@
-"""The ledger's tables as they are now; `migrations` says how a database gets there.
+"""The ledger's tables as they are now; `migrations` says how a database gets there, `triggers` what guards them.
 
-The rules of the ledger stand in the database: one running request a model and one live request an
-idempotency key (partial unique indexes), one erasure a request, no cascade into history, and triggers
-that keep history insert-only and requests on the paths of `records.TRANSITIONS`.
+The rules of the ledger stand in the database: one running request a model, one live request an idempotency
+key (partial unique indexes), one erasure a request, one firing a window, no cascade into history. All but
+`requests` and `schedule_windows` are insert-only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
-
 import sqlalchemy as sa
-from sqlalchemy.engine import Dialect
-from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from fsu_ray.records import TRANSITIONS, Status
+from fsu_ray.records import Status
+from fsu_ray.storage.columns import (
+    Instant,
+    among,
+    digest,
+    json,
+    key,
+    made,
+    moment,
+    of,
+    of_version,
+    table,
+    unique_where,
+)
 
-REVISION = "0001"
+REVISION = "0003"
 """The revision in `migrations` that `metadata` describes."""
 
 VERSION_TABLE = "fsu_revision"
@@ -26,249 +33,261 @@ VERSION_TABLE = "fsu_revision"
 TERMINAL = tuple(status.value for status in Status if status.is_terminal)
 LIVE = tuple(status.value for status in Status if not status.is_terminal)
 
-
-class Instant(TypeDecorator[datetime]):
-    """A moment, always an aware `datetime` in UTC. SQLite has no such type: there it is ISO text that sorts by time."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        return dialect.type_descriptor(sa.String(32) if dialect.name == "sqlite" else sa.DateTime(timezone=True))
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError(f"the ledger takes no time without a zone: {value.isoformat()}")
-        moment = value.astimezone(UTC)
-        return moment.isoformat(timespec="microseconds") if dialect.name == "sqlite" else moment
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-        return moment.astimezone(UTC)
-
-
-metadata = sa.MetaData(
-    naming_convention={
-        "pk": "pk_%(table_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "ck": "ck_%(table_name)s_%(constraint_name)s",
-    }
-)
-
-
-def _among(column: str, values: tuple[str, ...]) -> str:
-    return f"{column} IN ({', '.join(repr(value) for value in values)})"
-
-
-def _unique_where(name: str, columns: tuple[str, ...], where: str) -> sa.Index:
-    return sa.Index(name, *columns, unique=True, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
-
-
-def _table(name: str, *parts: sa.schema.SchemaItem) -> sa.Table:
-    # Without a rowid: a hidden second key would let INSERT OR REPLACE reach a row past the triggers below.
-    return sa.Table(name, metadata, *parts, sqlite_with_rowid=False)
-
-
-def _json(name: str, *, nullable: bool = False) -> sa.Column[Any]:
-    return sa.Column(name, sa.JSON(none_as_null=True), nullable=nullable)
-
-
-models = _table(
+models = table(
     "models",
-    sa.Column("id", sa.String(40), primary_key=True),
+    key(),
     sa.Column("name", sa.String(100), nullable=False, unique=True),
-    _json("spec"),
+    json("spec"),
     sa.Column("test_set", sa.Text),
-    sa.Column("created_at", Instant, nullable=False),
+    moment("created_at"),
 )
 
-requests = _table(
+model_policies = table(
+    "model_policies",
+    key(),
+    of("model_id", "models.id"),
+    json("policy"),
+    *made(),
+    sa.Index("ix_model_policies_model_id_created_at", "model_id", "created_at"),
+)
+
+requests = table(
     "requests",
-    sa.Column("id", sa.String(40), primary_key=True),
-    sa.Column("model_id", sa.ForeignKey("models.id"), nullable=False),
+    key(),
+    of("model_id", "models.id"),
     sa.Column("behaviour_name", sa.String(100), nullable=False),
     sa.Column("behaviour_kind", sa.String(10), nullable=False),
-    _json("behaviour_targets"),
-    sa.Column("samples", sa.String(64), nullable=False),
+    json("behaviour_targets"),
+    digest("samples"),
     sa.Column("sample_count", sa.Integer, nullable=False),
-    _json("recipe"),
+    json("recipe"),
     sa.Column("idempotency_key", sa.String(64), nullable=False),
-    sa.Column("submitted_at", Instant, nullable=False),
+    moment("submitted_at"),
     sa.Column("status", sa.String(20), nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
     sa.Column("worker", sa.String(200)),
-    sa.Column("lease_until", Instant),
+    moment("lease_until", nullable=True),
     sa.Column("reason", sa.Text),
     sa.Column("version", sa.Integer),
-    _json("report", nullable=True),
-    sa.Column("started_at", Instant),
-    sa.Column("finished_at", Instant),
-    sa.CheckConstraint(_among("status", tuple(status.value for status in Status)), name="status"),
-    sa.CheckConstraint(_among("behaviour_kind", ("class", "subset")), name="kind"),
+    json("report", nullable=True),
+    moment("started_at", nullable=True),
+    moment("finished_at", nullable=True),
+    # From here on: revision 0002.
+    sa.Column("key_given", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
+    moment("not_before", nullable=True),
+    moment("due_at", nullable=True),
+    sa.Column("requested_by", sa.String(100)),
+    sa.Column("lead", sa.String(40)),  # the request whose run this one is part of (coalescing)
+    sa.Column("alone", sa.Boolean, nullable=False, server_default=sa.false()),  # a coalesced run of it was refused
+    sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
+    moment("retry_at", nullable=True),
+    sa.Column("cancel_by", sa.String(100)),
+    sa.Column("changes", sa.Integer, nullable=False, server_default="0"),
+    moment("changed_at", nullable=True),
+    sa.Column("changed_by", sa.String(200)),
+    sa.CheckConstraint(among("status", tuple(status.value for status in Status)), name="status"),
+    sa.CheckConstraint(among("behaviour_kind", ("class", "subset")), name="kind"),
     sa.CheckConstraint("sample_count >= 1", name="sample_count"),
     sa.CheckConstraint("attempt >= 0", name="attempt"),
     sa.CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name="lease"),
     sa.CheckConstraint("status <> 'running' OR worker IS NOT NULL", name="worker"),
     sa.CheckConstraint("(status = 'succeeded') = (version IS NOT NULL)", name="version"),
-    sa.CheckConstraint(f"({_among('status', TERMINAL)}) = (finished_at IS NOT NULL)", name="finished"),
-    sa.Index("ix_requests_status_submitted_at", "status", "submitted_at"),
+    sa.CheckConstraint(f"({among('status', TERMINAL)}) = (finished_at IS NOT NULL)", name="finished"),
+    sa.Index("ix_requests_queue", "status", "priority", "submitted_at"),
     sa.Index("ix_requests_model_id_submitted_at", "model_id", "submitted_at"),
-    _unique_where("uq_requests_running", ("model_id",), "status = 'running'"),
-    _unique_where("uq_requests_live_key", ("model_id", "idempotency_key"), _among("status", LIVE)),
+    sa.Index("ix_requests_lead", "lead"),
+    # The requests of a coalesced run are all running; the one that leads it stands for them.
+    unique_where("uq_requests_running", ("model_id",), "status = 'running' AND lead IS NULL"),
+    unique_where("uq_requests_live_key", ("model_id", "idempotency_key"), among("status", LIVE)),
+    unique_where("uq_requests_given_key", ("model_id", "idempotency_key"), "key_given"),
 )
 
-model_versions = _table(
+TERMS = (
+    "id", "model_id", "behaviour_name", "behaviour_kind", "behaviour_targets", "samples", "sample_count", "recipe",
+    "idempotency_key", "submitted_at", "key_given", "priority", "not_before", "due_at", "requested_by",
+)  # fmt: skip
+"""The columns of a request that never change."""
+
+request_events = table(
+    "request_events",
+    sa.Column("request_id", sa.ForeignKey("requests.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("old", sa.String(20)),
+    sa.Column("new", sa.String(20), nullable=False),
+    moment("at"),
+    sa.Column("actor", sa.String(200), nullable=False),
+    sa.Column("reason", sa.Text),
+)
+
+model_versions = table(
     "model_versions",
-    sa.Column("id", sa.String(40), primary_key=True),
-    sa.Column("model_id", sa.ForeignKey("models.id"), nullable=False),
+    key(),
+    of("model_id", "models.id"),
     sa.Column("number", sa.Integer, nullable=False),
     sa.Column("parent", sa.Integer),
     sa.Column("root", sa.Integer, nullable=False),
-    sa.Column("weights", sa.String(64), nullable=False),
-    sa.Column("request_id", sa.ForeignKey("requests.id"), unique=True),
-    sa.Column("created_at", Instant, nullable=False),
+    digest("weights"),
+    of("request_id", "requests.id", nullable=True, unique=True),
+    moment("created_at"),
     sa.UniqueConstraint("model_id", "number"),
-    sa.ForeignKeyConstraint(["model_id", "parent"], ["model_versions.model_id", "model_versions.number"]),
-    sa.ForeignKeyConstraint(["model_id", "root"], ["model_versions.model_id", "model_versions.number"]),
+    of_version("parent"),
+    of_version("root"),
     sa.CheckConstraint("(number = 1) = (parent IS NULL)", name="first"),
     sa.CheckConstraint("parent >= 1 AND parent < number", name="parent"),
     sa.CheckConstraint("root >= 1 AND root <= number", name="root"),
 )
 
-generators = _table(
+generators = table(
     "generators",
-    sa.Column("id", sa.String(40), primary_key=True),
-    sa.Column("model_id", sa.ForeignKey("models.id"), nullable=False),
+    key(),
+    of("model_id", "models.id"),
     sa.Column("root", sa.Integer, nullable=False),
-    _json("spec"),
-    sa.Column("recipe_digest", sa.String(64), nullable=False),
-    sa.Column("weights", sa.String(64), nullable=False),
-    sa.Column("dataset", sa.String(64), nullable=False),
+    json("spec"),
+    digest("recipe_digest"),
+    digest("weights"),
+    digest("dataset"),
     sa.Column("origin", sa.String(20), nullable=False),
-    sa.Column("warm_started_from", sa.ForeignKey("generators.id")),
-    _json("figures"),
-    sa.Column("request_id", sa.ForeignKey("requests.id"), nullable=False, unique=True),
-    sa.Column("created_at", Instant, nullable=False),
-    sa.ForeignKeyConstraint(["model_id", "root"], ["model_versions.model_id", "model_versions.number"]),
-    sa.CheckConstraint(_among("origin", ("trained", "warm_started")), name="origin"),
+    of("warm_started_from", "generators.id", nullable=True),
+    json("figures"),
+    of("request_id", "requests.id", unique=True),
+    moment("created_at"),
+    of_version("root"),
+    sa.CheckConstraint(among("origin", ("trained", "warm_started")), name="origin"),
     sa.CheckConstraint("(origin = 'warm_started') = (warm_started_from IS NOT NULL)", name="warm_started_from"),
     sa.Index("ix_generators_model_id_created_at", "model_id", "created_at"),
 )
 
-erasures = _table(
+erasures = table(
     "erasures",
-    sa.Column("id", sa.String(40), primary_key=True),
-    sa.Column("model_id", sa.ForeignKey("models.id"), nullable=False),
+    key(),
+    of("model_id", "models.id"),
     sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("request_id", sa.ForeignKey("requests.id"), nullable=False, unique=True),
+    of("request_id", "requests.id", unique=True),
     sa.Column("behaviour_name", sa.String(100), nullable=False),
     sa.Column("behaviour_kind", sa.String(10), nullable=False),
-    _json("behaviour_targets"),
-    sa.Column("samples", sa.String(64), nullable=False),
-    sa.Column("mask", sa.String(64), nullable=False),
-    sa.Column("probes", sa.String(64), nullable=False),
-    sa.Column("generator_id", sa.ForeignKey("generators.id"), nullable=False),
+    json("behaviour_targets"),
+    digest("samples"),
+    digest("mask"),
+    digest("probes"),
+    of("generator_id", "generators.id"),
     sa.Column("generator_use", sa.String(20), nullable=False),
-    _json("report"),
-    sa.Column("created_at", Instant, nullable=False),
-    sa.ForeignKeyConstraint(["model_id", "version"], ["model_versions.model_id", "model_versions.number"]),
-    sa.CheckConstraint(_among("behaviour_kind", ("class", "subset")), name="kind"),
-    sa.CheckConstraint(_among("generator_use", ("trained", "reused", "warm_started")), name="generator_use"),
+    json("report"),
+    moment("created_at"),
+    of_version("version"),
+    sa.CheckConstraint(among("behaviour_kind", ("class", "subset")), name="kind"),
+    sa.CheckConstraint(among("generator_use", ("trained", "reused", "warm_started")), name="generator_use"),
     sa.Index("ix_erasures_model_id_version", "model_id", "version"),
 )
 
-
-@dataclass(frozen=True)
-class Trigger:
-    """A refusal: `moment` on `table` ends with `message` (where `when` holds), on one engine or on both."""
-
-    name: str
-    moment: str
-    table: str
-    message: str
-    when: str | None = None
-    engine: str | None = None
-
-    def sql(self, engine: str) -> str:
-        """The statement that makes it on `sqlite` or `postgresql`."""
-        begin = f"CREATE TRIGGER {self.name} BEFORE {self.moment} ON {self.table}"
-        if engine == "sqlite":
-            condition = f" WHEN {self.when}" if self.when else ""
-            return f"{begin}{condition} BEGIN SELECT RAISE(ABORT, '{self.message}'); END"
-        each = "STATEMENT" if self.moment == "TRUNCATE" else "ROW"
-        condition = f" WHEN ({self.when})" if self.when else ""
-        return f"{begin} FOR EACH {each}{condition} EXECUTE FUNCTION fsu_refuse('{self.message}')"
-
-
-REFUSE = """
-CREATE FUNCTION fsu_refuse() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN RAISE EXCEPTION '%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation'; END $$
-"""
-"""The function behind PostgreSQL's triggers."""
-
-
-def _insert_only(table: sa.Table, keys: str) -> list[Trigger]:
-    """What refuses UPDATE, DELETE, TRUNCATE and, in whatever connection, SQLite's INSERT OR REPLACE over `keys`."""
-    name = table.name
-    message = f"{name} is insert-only"
-    taken = f"EXISTS (SELECT 1 FROM {name} WHERE {keys})"
-    return [
-        Trigger(f"{name}_update", "UPDATE", name, message),
-        Trigger(f"{name}_delete", "DELETE", name, message),
-        Trigger(f"{name}_truncate", "TRUNCATE", name, message, engine="postgresql"),
-        Trigger(f"{name}_replace", "INSERT", name, f"{message}: the key is taken", taken, "sqlite"),
-    ]
-
-
-def _requests_triggers() -> list[Trigger]:
-    """What keeps a request on the paths of `records.TRANSITIONS`, and its terms as submitted."""
-    steps = tuple(f"{old}>{new}" for old in Status for new in Status if new in TRANSITIONS[old])
-    fixed = ", ".join(column.name for column in requests.columns if column.name not in _CHANGING)
-    start, once = f"NEW.status <> '{Status.SUBMITTED}'", "a request begins as submitted, once"
-    again = f"{start} OR EXISTS (SELECT 1 FROM requests WHERE id = NEW.id)"
-    terms = "the terms of a request do not change"
-    ended = _among("OLD.status", TERMINAL)
-    step = f"NOT ({_among(_STEP, steps)})"
-    return [
-        Trigger("requests_insert", "INSERT", "requests", once, again, "sqlite"),
-        Trigger("requests_insert", "INSERT", "requests", once, start, "postgresql"),
-        Trigger("requests_final", "UPDATE", "requests", "a request that has ended is final", ended),
-        Trigger("requests_step", "UPDATE OF status", "requests", "no such step between states of a request", step),
-        Trigger("requests_terms", f"UPDATE OF {fixed}", "requests", terms),
-        Trigger("requests_delete", "DELETE", "requests", "requests are never deleted"),
-        Trigger("requests_truncate", "TRUNCATE", "requests", "requests are never deleted", engine="postgresql"),
-    ]
-
-
-_STEP = "OLD.status || '>' || NEW.status"
-_CHANGING = frozenset(
-    {"status", "attempt", "worker", "lease_until", "reason", "version", "report", "started_at", "finished_at"}
+aliases_history = table(
+    "aliases_history",
+    key(),
+    of("model_id", "models.id"),
+    sa.Column("alias", sa.String(50), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("previous", sa.Integer),
+    sa.Column("forced", sa.Boolean, nullable=False),
+    sa.Column("reason", sa.String(100)),
+    *made(),
+    of_version("version"),
+    sa.Index("ix_aliases_history_model_id_alias_created_at", "model_id", "alias", "created_at"),
 )
 
-TRIGGERS = (
-    *_requests_triggers(),
-    *_insert_only(
-        model_versions,
-        "id = NEW.id OR (model_id = NEW.model_id AND number = NEW.number) OR request_id = NEW.request_id",
-    ),
-    *_insert_only(generators, "id = NEW.id OR request_id = NEW.request_id"),
-    *_insert_only(erasures, "id = NEW.id OR request_id = NEW.request_id"),
+rechecks = table(
+    "rechecks",
+    key(),
+    of("erasure_id", "erasures.id"),
+    of("model_id", "models.id"),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("probes", sa.Integer, nullable=False),
+    sa.Column("share", sa.Float),
+    sa.Column("passed", sa.Boolean, nullable=False),
+    *made(),
+    of_version("version"),
+    sa.Index("ix_rechecks_erasure_id_created_at", "erasure_id", "created_at"),
 )
 
+generator_retirements = table(
+    "generator_retirements",
+    key(),
+    of("generator_id", "generators.id", unique=True),
+    sa.Column("reason", sa.String(20), nullable=False),
+    *made(),
+    sa.CheckConstraint(among("reason", ("operator", "erasure", "age", "seal")), name="reason"),
+)
 
-def triggers(engine: str) -> list[str]:
-    """The statements that make the triggers on `sqlite` or `postgresql`, in order."""
-    made = [trigger.sql(engine) for trigger in TRIGGERS if trigger.engine in (None, engine)]
-    return made if engine == "sqlite" else [REFUSE, *made]
+seals = table(
+    "seals",
+    key(),
+    of("generator_id", "generators.id", unique=True),
+    of("model_id", "models.id"),
+    sa.Column("version", sa.Integer, nullable=False),
+    digest("dataset"),
+    *made(),
+    of_version("version"),
+    sa.UniqueConstraint("model_id", "version"),
+)
 
+removals = table(
+    "removals",
+    key(),
+    digest("digest"),
+    sa.Column("reason", sa.String(20), nullable=False),
+    of("request_id", "requests.id", nullable=True),
+    of("generator_id", "generators.id", nullable=True),
+    *made(),
+    sa.CheckConstraint(among("reason", ("purged", "retired", "sealed", "unreferenced")), name="reason"),
+    sa.Index("ix_removals_digest", "digest"),
+)
 
-for _engine in ("sqlite", "postgresql"):
-    for _sql in triggers(_engine):
-        _ddl = sa.DDL(_sql.replace("%", "%%")).execute_if(dialect=_engine)  # type: ignore[no-untyped-call]
-        sa.event.listen(metadata, "after_create", _ddl)
+schedules = table(
+    "schedules",
+    key(),
+    of("model_id", "models.id"),
+    sa.Column("cron", sa.String(100), nullable=False),
+    sa.Column("timezone", sa.String(64), nullable=False),
+    sa.Column("max_requests", sa.Integer),
+    sa.Column("minutes", sa.Integer),
+    *made(),
+    sa.CheckConstraint("max_requests >= 1", name="max_requests"),
+    sa.CheckConstraint("minutes >= 1", name="minutes"),
+)
+
+schedule_events = table(
+    "schedule_events",
+    key(),
+    of("schedule_id", "schedules.id"),
+    sa.Column("state", sa.String(10), nullable=False),
+    *made(),
+    sa.CheckConstraint(among("state", ("active", "paused", "removed")), name="state"),
+    sa.Index("ix_schedule_events_schedule_id_created_at", "schedule_id", "created_at"),
+)
+
+schedule_windows = table(
+    "schedule_windows",
+    sa.Column("schedule_id", sa.ForeignKey("schedules.id"), primary_key=True),
+    sa.Column("starts_at", Instant, primary_key=True),
+    sa.Column("missed", sa.Integer, nullable=False),
+    moment("fired_at"),
+    sa.Column("worker", sa.String(200), nullable=False),
+    moment("lease_until", nullable=True),
+    moment("finished_at", nullable=True),
+    sa.Column("requests", sa.Integer, nullable=False, server_default="0"),
+    sa.CheckConstraint("(lease_until IS NULL) = (finished_at IS NOT NULL)", name="lease"),
+)
+
+audit_events = table(
+    "audit_events",
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
+    moment("at"),
+    sa.Column("event", sa.String(40), nullable=False),
+    sa.Column("model", sa.String(100)),
+    sa.Column("request", sa.String(40)),
+    sa.Column("actor", sa.String(200), nullable=False),
+    sa.Column("detail", sa.Text, nullable=False),
+    sa.Column("previous", sa.String(64), nullable=False, unique=True),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),
+    sa.Index("ix_audit_events_model_seq", "model", "seq"),
+)

@@ -6,26 +6,43 @@ import hashlib
 
 import sqlalchemy as sa
 
-from fsu_ray.errors import AlreadyErased, InvalidBehaviour
+from fsu_ray.errors import AlreadyErased, AlreadyExists, InvalidBehaviour
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Model, Request, Status
-from fsu_ray.storage import rows
-from fsu_ray.storage.claims import fetch
-from fsu_ray.storage.schema import LIVE, requests
+from fsu_ray.records import Behaviour, Model, Request, Status, Terms
+from fsu_ray.storage import chain, rows
+from fsu_ray.storage.claims import note_step, step_waiting
+from fsu_ray.storage.schema import LIVE, TERMS, requests
 
 
-def idempotency_key(behaviour: Behaviour, samples: str) -> str:
-    """What makes two submissions the same: the behaviour, and the digest of its samples."""
+def derived_key(behaviour: Behaviour, samples: str) -> str:
+    """What makes two submissions the same where no key is given: the behaviour, and the digest of its samples."""
     return hashlib.sha256(f"{behaviour.canonical()}:{samples}".encode()).hexdigest()
 
 
-def live_twin(connection: sa.Connection, model: Model, key: str) -> Request | None:
-    """The request with this idempotency key that has not ended yet."""
-    query = rows.REQUESTS.where(
-        requests.c.model_id == model.id, requests.c.idempotency_key == key, requests.c.status.in_(LIVE)
-    )
-    row = connection.execute(query).mappings().one_or_none()
-    return None if row is None else rows.to_request(row)
+def twin(
+    connection: sa.Connection, model: Model, behaviour: Behaviour, samples: str, recipe: Recipe, key: str | None
+) -> Request | None:
+    """The request that this submission repeats, if there is one.
+
+    A key that was given stands for its request for ever, a derived one until the request has ended. Raises
+    AlreadyExists where a given key stands for something else.
+    """
+    same = rows.REQUESTS.where(requests.c.model_id == model.id)
+    if key is not None:
+        same = same.where(requests.c.idempotency_key == key)
+    else:
+        derived = derived_key(behaviour, samples)
+        same = same.where(requests.c.idempotency_key == derived, requests.c.status.in_(LIVE))
+    row = connection.execute(same.order_by(requests.c.submitted_at.desc()).limit(1)).mappings().one_or_none()
+    if row is None:
+        return None
+    found = rows.to_request(row)
+    if key is not None and (found.behaviour, found.samples, found.recipe) != (behaviour, samples, recipe):
+        raise AlreadyExists(
+            f"the idempotency key {key!r} of {model.name!r} stands for request {found.id}, which asks for something "
+            "else; give a key of its own"
+        )
+    return found
 
 
 def check_targets(behaviour: Behaviour, model: Model) -> None:
@@ -69,29 +86,41 @@ def check_line(connection: sa.Connection, behaviour: Behaviour, model: Model) ->
 
 
 def insert(
-    connection: sa.Connection, model: Model, behaviour: Behaviour, samples: str, sample_count: int, recipe: Recipe
+    connection: sa.Connection,
+    model: Model,
+    behaviour: Behaviour,
+    samples: str,
+    sample_count: int,
+    recipe: Recipe,
+    terms: Terms,
+    actor: str,
+    approval: bool,
 ) -> Request:
-    """Write a request as submitted and queue it, as two steps of `records.TRANSITIONS`."""
-    request_id = rows.new_id("r")
-    connection.execute(
-        sa.insert(requests).values(
-            id=request_id,
-            model_id=model.id,
-            **rows.behaviour_columns(behaviour),
-            samples=samples,
-            sample_count=sample_count,
-            recipe=recipe.model_dump(mode="json"),
-            idempotency_key=idempotency_key(behaviour, samples),
-            submitted_at=rows.now(),
-            status=Status.SUBMITTED,
-        )
-    )
-    connection.execute(
-        sa.update(requests)
-        .where(requests.c.id == request_id, requests.c.status == Status.SUBMITTED)
-        .values(status=Status.QUEUED)
-    )
-    return fetch(connection, request_id)
+    """Write a request as submitted and queue it, or have it wait for approval: two steps of `records.TRANSITIONS`."""
+    moment = rows.now()
+    values = {
+        "id": rows.new_id("r"),
+        "model_id": model.id,
+        **rows.behaviour_columns(behaviour),
+        "samples": samples,
+        "sample_count": sample_count,
+        "recipe": recipe.model_dump(mode="json"),
+        "idempotency_key": terms.key or derived_key(behaviour, samples),
+        "submitted_at": moment,
+        "key_given": terms.key is not None,
+        "priority": terms.priority,
+        "not_before": terms.not_before,
+        "due_at": terms.due_at,
+        "requested_by": terms.requested_by,
+    }
+    counted = {"status": Status.SUBMITTED, "changes": 1, "changed_at": moment, "changed_by": actor}
+    made = sa.insert(requests).values(**values, **counted).returning(requests)
+    row = connection.execute(made).mappings().one()
+    asked = chain.row_of(requests, values, TERMS)
+    chain.note(connection, "submitted", requests, asked, actor=actor, model=model.name, request=values["id"])
+    note_step(connection, row, None, model.name)
+    request = rows.to_request({**row, "model": model.name})
+    return step_waiting(connection, request, Status.AWAITING_APPROVAL if approval else Status.QUEUED, actor, moment)
 
 
 def _classes(targets: list[int] | tuple[int, ...]) -> str:

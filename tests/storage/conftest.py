@@ -17,8 +17,9 @@ import sqlalchemy as sa
 
 import fsu_ray.storage
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec, ModelVersion, Outcome, Request
+from fsu_ray.records import Behaviour, ModelSpec, ModelVersion, Request
 from fsu_ray.storage.ledger import Ledger, open_ledger
+from fsu_ray.work import Outcome
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 

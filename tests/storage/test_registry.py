@@ -12,8 +12,13 @@ from fsu_ray.storage.registry import Offer, offer, priors
 
 
 def offered(line: Any, recipe: Recipe | None = None) -> Offer:
-    model = line.ledger.model(line.name)
-    return offer(line.ledger, model, line.ledger.version(line.name), recipe or Recipe())
+    ledger, base = line.ledger, line.ledger.version(line.name)
+    return offer(ledger, ledger.model(line.name), base, ledger.sealed_root(line.name, base), recipe or Recipe())
+
+
+def in_force(ledger: Any, number: int | None = None) -> Any:
+    base = ledger.version("digits", number)
+    return priors(ledger, ledger.model("digits"), base, ledger.sealed_root("digits", base))
 
 
 def test_a_new_line_is_offered_nothing(line: Any) -> None:
@@ -99,7 +104,8 @@ def test_generators_serve_their_own_shape_and_classes(line: Any, changes: dict[s
     spec = model.spec.model_copy(update=changes)
     grown = type(model)(model.id, model.name, spec, model.test_set, model.created_at)
 
-    assert offer(line.ledger, grown, line.ledger.version("digits"), Recipe()) == Offer(None, None)
+    base = line.ledger.version("digits")
+    assert offer(line.ledger, grown, base, base, Recipe()) == Offer(None, None)
 
 
 def test_the_papers_form_trains_anew(line: Any) -> None:
@@ -110,7 +116,7 @@ def test_the_papers_form_trains_anew(line: Any) -> None:
 
 def test_priors_are_the_erasures_in_force(line: Any) -> None:
     ledger = line.ledger
-    assert priors(ledger, ledger.model("digits"), ledger.version("digits")) == ()
+    assert in_force(ledger) == ()
     recipe = Recipe(filter=FilterRecipe(policy="knee", metric="cosine"))
     line.erase("crossed", 7, kind="subset", recipe=recipe, report={"forgetting": {"probes_in_target": 0.04}})
     (generator,) = ledger.generators()
@@ -118,7 +124,7 @@ def test_priors_are_the_erasures_in_force(line: Any) -> None:
     line.erase("nine", 9, generator_use="reused", generator_id=generator.id, report=unmeasured)
 
     first, second = ledger.erasures("digits")
-    found = priors(ledger, ledger.model("digits"), ledger.version("digits"))
+    found = in_force(ledger)
 
     assert [(prior.request, prior.behaviour, prior.samples) for prior in found] == [
         (erasure.request, erasure.behaviour, erasure.samples) for erasure in (first, second)
@@ -127,4 +133,4 @@ def test_priors_are_the_erasures_in_force(line: Any) -> None:
     assert [prior.filter for prior in found] == [recipe.filter, FilterRecipe()]
     assert [prior.dataset for prior in found] == [generator.dataset] * 2
     assert [prior.recorded for prior in found] == [0.04, 0.0]
-    assert priors(ledger, ledger.model("digits"), ledger.version("digits", 2)) == found[:1]
+    assert in_force(ledger, 2) == found[:1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from fsu_ray.errors import (
     TransitionRefused,
 )
 from fsu_ray.records import ModelSpec, Status
-from fsu_ray.storage.schema import Trigger
+from fsu_ray.storage.triggers import Trigger
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 
@@ -62,7 +63,7 @@ class TestResults:
         (generator,) = line.ledger.generators("digits")
         line.erase("four", 4, generator_use="reused", generator_id=generator.id, warm_started_from=generator.id)
 
-        assert line.ledger.generators("digits") == [generator]
+        assert line.ledger.generators("digits") == [replace(generator, taints=2)]
         uses = [(erasure.generator, erasure.generator_use) for erasure in line.ledger.erasures("digits")]
         assert uses == [(generator.id, "trained"), (generator.id, "reused")]
 

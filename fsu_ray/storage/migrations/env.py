@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from alembic import context
 
-from fsu_ray.storage import schema
+from fsu_ray.storage import columns, schema, triggers  # noqa: F401
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=schema.metadata,
+    target_metadata=columns.metadata,
     version_table=schema.VERSION_TABLE,
     render_as_batch=True,
 )

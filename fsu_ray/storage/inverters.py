@@ -1,0 +1,223 @@
+"""Generators and their D': which there are, when they are retired or sealed, and which artifacts are really gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from fsu_ray.errors import AlreadyExists, TransitionRefused
+from fsu_ray.records import Generator, Model, ModelVersion, Request, Status
+from fsu_ray.storage import chain, rows
+from fsu_ray.storage.database import Part
+from fsu_ray.storage.policies import OPERATOR, check_actor, fetch_policy
+from fsu_ray.storage.schema import (
+    LIVE,
+    TERMINAL,
+    erasures,
+    generator_retirements,
+    generators,
+    model_versions,
+    removals,
+    requests,
+    seals,
+)
+
+Why = Literal["operator", "erasure", "age", "seal"]
+
+
+class Inverters(Part):
+    """The ledger's generators, and the artifacts that have been taken out of the store for good.
+
+    What is to be destroyed is recorded first and deleted afterwards: a crash between the two leaves a file
+    that the ledger says is gone, which `audit verify` reports and `artifacts gc` deletes.
+    """
+
+    def generators(self, model: str | None = None) -> list[Generator]:
+        """Generators, oldest first; raises NotFound for a model that is not there."""
+        query = rows.GENERATORS.order_by(generators.c.created_at, generators.c.id)
+        with self._database.reading() as connection:
+            if model is not None:
+                query = query.where(generators.c.model_id == rows.fetch_model(connection, model).id)
+            return [rows.to_generator(row) for row in connection.execute(query).mappings()]
+
+    def generator(self, id_or_prefix: str) -> Generator:
+        """One generator; raises NotFound where the prefix fits none or several."""
+        with self._database.reading() as connection:
+            return rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, id_or_prefix))
+
+    def retire(self, id_or_prefix: str, why: Why = "operator", actor: str = OPERATOR) -> tuple[Generator, list[str]]:
+        """Offer a generator to no request any more; also the digests of its artifacts, to be deleted now.
+
+        Raises NotFound, AlreadyExists where it is retired, TransitionRefused while a request of its model runs.
+        """
+        check_actor(actor)
+        with self._database.writing(f"generator {id_or_prefix}") as connection:
+            found = rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, id_or_prefix))
+            if found.retired is not None:
+                raise AlreadyExists(f"generator {found.id} is retired already ({found.retired})")
+            _check_idle(connection, found.model)
+            return _retire(connection, found, why, actor)
+
+    def due_generators(self, model: str) -> list[tuple[Generator, Why]]:
+        """The generators that the model's policy wants retired now, and why; raises NotFound."""
+        with self._database.reading() as connection:
+            line = rows.fetch_model(connection, model)
+            policy = fetch_policy(connection, line)
+            query = rows.GENERATORS.where(generators.c.model_id == line.id, generator_retirements.c.id.is_(None))
+            found = [rows.to_generator(row) for row in connection.execute(query).mappings()]
+        if policy.generators == "retire-after-erasure":
+            return [(each, "erasure") for each in found if each.taints and each.sealed is None]
+        if policy.generator_days is not None:
+            oldest = rows.now() - timedelta(days=policy.generator_days)
+            return [(each, "age") for each in found if each.created_at < oldest]
+        return []
+
+    def seal(self, generator: Generator, version: ModelVersion, dataset: str, actor: str = OPERATOR) -> list[str]:
+        """Put `dataset`, D' with all masks in it, in the place of a generator's D'; the digests to be deleted now.
+
+        `version`, the latest, becomes what later requests label and measure with. The generator itself, which
+        could draw again what was sealed away, is destroyed too, and the root's weights where the policy says so.
+        Raises AlreadyExists where it is sealed or retired, TransitionRefused while a request of its model runs or
+        where `version` is not the latest.
+        """
+        check_actor(actor)
+        with self._database.writing(f"generator {generator.id}") as connection:
+            line = rows.fetch_model(connection, generator.model)
+            now_so = rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, generator.id))
+            if now_so.sealed is not None or now_so.retired is not None:
+                raise AlreadyExists(f"generator {generator.id} is {'retired' if now_so.retired else 'sealed'} already")
+            _check_idle(connection, generator.model)
+            latest = rows.fetch_version(connection, line)
+            if latest.number != version.number:
+                raise TransitionRefused(f"version {version.number} is no longer the latest; seal again")
+            moment = rows.now()
+            values: dict[str, Any] = {"id": rows.new_id("s"), "generator_id": generator.id, "model_id": line.id}
+            values |= {"version": version.number, "dataset": dataset, "created_at": moment, "actor": actor}
+            chain.insert(connection, "sealed", seals, values, actor=actor, model=line.name)
+            gone = {generator.dataset, generator.weights}
+            if fetch_policy(connection, line).seal == "root":
+                gone |= _root_weights(connection, line, version)
+            return _remove(connection, gone, "sealed", actor, line.name, generator=generator.id)
+
+    def sealed_root(self, model: str, base: ModelVersion) -> ModelVersion:
+        """The version that labels D' for requests on top of `base`: that of its root's latest seal, else its root."""
+        with self._database.reading() as connection:
+            line = rows.fetch_model(connection, model)
+            newest = sa.select(sa.func.max(seals.c.version)).where(
+                seals.c.model_id == line.id, seals.c.version >= base.root, seals.c.version <= base.number
+            )
+            number = connection.execute(newest).scalar_one()
+            return rows.fetch_version(connection, line, base.root if number is None else number)
+
+    def due_samples(self, model: str | None = None) -> list[Request]:
+        """The requests whose target samples their model's policy wants purged now; raises NotFound.
+
+        Samples that another request, which has not ended, needs too are kept for it.
+        """
+        with self._database.reading() as connection:
+            query = rows.REQUESTS.where(
+                requests.c.status.in_(TERMINAL), ~sa.exists().where(removals.c.request_id == requests.c.id)
+            )
+            if model is not None:
+                query = query.where(requests.c.model_id == rows.fetch_model(connection, model).id)
+            live = set(connection.scalars(sa.select(requests.c.samples).where(requests.c.status.in_(LIVE))))
+            ended = [rows.to_request(row) for row in connection.execute(query).mappings()]
+            days = {name: fetch_policy(connection, rows.fetch_model(connection, name)).samples_days
+                    for name in {request.model for request in ended}}  # fmt: skip
+        moment, due = rows.now(), []
+        for request in ended:
+            wait = days[request.model]
+            if wait is None or request.samples in live or request.finished_at is None:
+                continue
+            if request.finished_at + timedelta(days=wait) <= moment:
+                due.append(request)
+        return due
+
+    def purge(self, request: Request, actor: str = OPERATOR) -> list[str]:
+        """Record that a request's target samples are purged; the digests to be deleted now.
+
+        Its digest stays, and so do the synthetic probes. Raises TransitionRefused while a request needs them.
+        """
+        check_actor(actor)
+        with self._database.writing(f"request {request.id}") as connection:
+            needed = sa.select(requests.c.id).where(requests.c.samples == request.samples, requests.c.status.in_(LIVE))
+            other = connection.scalar(needed)
+            if other is not None:
+                raise TransitionRefused(f"the samples of request {request.id} are needed by {other}")
+            return _remove(connection, {request.samples}, "purged", actor, request.model, request=request.id)
+
+    def discard(self, digests: Iterable[str], actor: str = OPERATOR) -> list[str]:
+        """Record that artifacts which nothing refers to are deleted; the digests to be deleted now."""
+        check_actor(actor)
+        with self._database.writing("the artifacts") as connection:
+            return _remove(connection, digests, "unreferenced", actor, None)
+
+    def references(self) -> tuple[set[str], set[str]]:
+        """The digests that the ledger needs, and those that it refers to but has recorded as removed."""
+        with self._database.reading() as connection:
+            named: dict[str, datetime] = {}
+            for columns, at in (
+                ((model_versions.c.weights,), model_versions.c.created_at),
+                ((generators.c.weights, generators.c.dataset), generators.c.created_at),
+                ((erasures.c.mask, erasures.c.probes), erasures.c.created_at),
+                ((requests.c.samples,), requests.c.submitted_at),
+                ((seals.c.dataset,), seals.c.created_at),
+            ):
+                for column in columns:
+                    for digest, newest in connection.execute(sa.select(column, sa.func.max(at)).group_by(column)):
+                        named[digest] = max(named.get(digest, newest), newest)
+            taken = sa.select(removals.c.digest, sa.func.max(removals.c.created_at)).group_by(removals.c.digest)
+            gone = {row[0]: row[1] for row in connection.execute(taken)}
+        removed = {digest for digest, at in named.items() if digest in gone and gone[digest] >= at}
+        return set(named) - removed, removed
+
+    def oldest_run(self) -> datetime | None:
+        """When the oldest of the running requests began, None without one: what came later may be its work."""
+        with self._database.reading() as connection:
+            query = sa.select(sa.func.min(requests.c.started_at)).where(requests.c.status == Status.RUNNING)
+            oldest: datetime | None = connection.execute(query).scalar_one()
+            return oldest
+
+
+def _check_idle(connection: sa.Connection, model: str) -> None:
+    line = rows.fetch_model(connection, model)
+    running = connection.scalar(
+        sa.select(requests.c.id).where(requests.c.model_id == line.id, requests.c.status == Status.RUNNING)
+    )
+    if running is not None:
+        raise TransitionRefused(f"request {running} of {model!r} is running; try again when it has ended")
+
+
+def _retire(connection: sa.Connection, found: Generator, why: Why, actor: str) -> tuple[Generator, list[str]]:
+    values: dict[str, Any] = {"id": rows.new_id("t"), "generator_id": found.id, "reason": why}
+    values |= {"created_at": rows.now(), "actor": actor}
+    chain.insert(connection, "generator_retired", generator_retirements, values, actor=actor, model=found.model)
+    gone = _remove(connection, {found.weights, found.dataset}, "retired", actor, found.model, generator=found.id)
+    again = rows.fetch_by_id(connection, rows.GENERATORS, generators, found.id)
+    return rows.to_generator(again), gone
+
+
+def _root_weights(connection: sa.Connection, model: Model, version: ModelVersion) -> set[str]:
+    """The weights of a version's root, which still has everything; none where the version is its own root."""
+    return {rows.fetch_version(connection, model, version.root).weights} - {version.weights}
+
+
+def _remove(
+    connection: sa.Connection,
+    digests: Iterable[str],
+    reason: str,
+    actor: str,
+    model: str | None,
+    *,
+    request: str | None = None,
+    generator: str | None = None,
+) -> list[str]:
+    removed = sorted(set(digests))
+    for digest in removed:
+        values: dict[str, Any] = {"id": rows.new_id("x"), "digest": digest, "reason": reason, "request_id": request}
+        values |= {"generator_id": generator, "created_at": rows.now(), "actor": actor}
+        chain.insert(connection, "removed", removals, values, actor=actor, model=model, request=request)
+    return removed

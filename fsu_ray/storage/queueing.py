@@ -1,0 +1,277 @@
+"""The queue of the ledger: requests from their submission to their end."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from fsu_ray.config import BACKOFF_SECONDS, MOST_FAILURES
+from fsu_ray.errors import TransitionRefused, UserError
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, Model, Request, RequestEvent, Status, Terms
+from fsu_ray.storage import claims, rows, submissions
+from fsu_ray.storage.database import Part
+from fsu_ray.storage.policies import OPERATOR, check_actor, fetch_policy
+from fsu_ray.storage.schema import requests
+
+
+class Queue(Part):
+    """The ledger's requests. Every change of state is on record with who made it (`events`)."""
+
+    def check_behaviour(self, model: str, behaviour: Behaviour) -> None:
+        """Raise what `submit` would raise for this behaviour, if it were new."""
+        with self._database.reading() as connection:
+            line = rows.fetch_model(connection, model)
+            submissions.check_targets(behaviour, line)
+            submissions.check_line(connection, behaviour, line)
+
+    def submit(
+        self,
+        model: str,
+        behaviour: Behaviour,
+        samples: str,
+        sample_count: int,
+        recipe: Recipe,
+        terms: Terms | None = None,
+    ) -> tuple[Request, bool]:
+        """Ask for a behaviour to be erased: the request, and whether it is new.
+
+        `samples` is the digest of the target samples. A submission that repeats another one (the key in
+        `terms`, or without one the same behaviour and samples while it lives) gets that request as it is,
+        with its own recipe, and False. A new one is queued, or waits for approval where the policy says so.
+
+        Raises NotFound, InvalidBehaviour (targets that cannot be erased), AlreadyErased (the name, or all classes
+        of a class behaviour, by an erasure of the latest version's line), AlreadyExists (the key stands for
+        something else), UserError (an approval is needed, and nobody says who asks).
+        """
+        terms = terms or Terms()
+        with self._database.writing(f"behaviour {behaviour.name!r} of {model!r}") as connection:
+            line = rows.fetch_model(connection, model)
+            submissions.check_targets(behaviour, line)
+            found = submissions.twin(connection, line, behaviour, samples, recipe, terms.key)
+            if found is not None:
+                return found, False
+            submissions.check_line(connection, behaviour, line)
+            approval = fetch_policy(connection, line).approval
+            if approval and terms.requested_by is None:
+                raise UserError(f"requests of {model!r} need an approval: say who asks (--by or FSU_ACTOR)")
+            actor = terms.requested_by or OPERATOR
+            asked = (behaviour, samples, sample_count, recipe, terms, actor, approval)
+            return submissions.insert(connection, line, *asked), True
+
+    def request(self, id_or_prefix: str) -> Request:
+        """One request; raises NotFound where the prefix fits none or several."""
+        with self._database.reading() as connection:
+            return rows.to_request(rows.fetch_by_id(connection, rows.REQUESTS, requests, id_or_prefix))
+
+    def requests(self, model: str | None = None, status: Status | None = None) -> list[Request]:
+        """Requests in the order of their submission; raises NotFound for a model that is not there."""
+        query = rows.REQUESTS.order_by(requests.c.submitted_at, requests.c.id)
+        with self._database.reading() as connection:
+            if model is not None:
+                query = query.where(requests.c.model_id == rows.fetch_model(connection, model).id)
+            if status is not None:
+                query = query.where(requests.c.status == status)
+            return [rows.to_request(row) for row in connection.execute(query).mappings()]
+
+    def events(self, id_or_prefix: str) -> list[RequestEvent]:
+        """The steps of one request, oldest first; raises NotFound."""
+        with self._database.reading() as connection:
+            request = rows.fetch_by_id(connection, rows.REQUESTS, requests, id_or_prefix)["id"]
+            steps = rows.EVENTS.where(sa.column("request_id") == request).order_by(sa.column("number"))
+            return [rows.to_event(row) for row in connection.execute(steps).mappings()]
+
+    def claimable(self, model: str | None = None) -> bool:
+        """Whether `claim` would find something now; raises NotFound for a model that is not there."""
+        with self._database.reading() as connection:
+            line = None if model is None else rows.fetch_model(connection, model)
+            return claims.next_claimable(connection, line, rows.now()) is not None
+
+    def claim(
+        self,
+        worker: str,
+        lease_seconds: float,
+        model: str | None = None,
+        *,
+        cap: int | None = None,
+        along: int = 0,
+    ) -> Request | None:
+        """Begin the next attempt: of a request whose lease is over, or of the most urgent and then oldest one that is
+        ready and whose model has none running. None where there is nothing to do, or where `worker` has `cap`
+        runs under way already; raises NotFound for a model that is not there.
+
+        A class request takes `along` up to that many others of its model that can share its run (`companions`).
+        A request whose lease has ended too often fails, one that was to be cancelled is. The request that comes
+        back is the claim: hand it to `heartbeat`, `commit` and the others.
+        """
+        while True:
+            try:
+                with self._database.writing("the queue") as connection:
+                    line = None if model is None else rows.fetch_model(connection, model)
+                    moment = rows.now()
+                    if cap is not None and claims.held(connection, worker) >= cap:
+                        return None
+                    seen = claims.next_claimable(connection, line, moment)
+                    if seen is None:
+                        return None
+                    if _abandoned(connection, seen, worker):
+                        continue
+                    others = claims.followers(connection, seen) if seen.status is Status.RUNNING else []
+                    request = claims.take(connection, seen, worker, lease_seconds, moment)
+                    if request is not None and along and seen.status is Status.QUEUED:
+                        others = _companions(connection, request)[:along]
+                    for other in others if request is not None else []:
+                        claims.take(connection, other, worker, lease_seconds, moment, lead=seen.id)
+            except TransitionRefused:
+                continue  # the index of running requests: another worker was faster
+            if request is not None:
+                return request
+
+    def companions(self, request: Request) -> list[Request]:
+        """The other requests that run along with a claimed one, oldest first."""
+        with self._database.reading() as connection:
+            return claims.followers(connection, request)
+
+    def cancelling(self, request: Request) -> bool:
+        """Whether somebody wants a claimed request, or one that runs along, cancelled."""
+        with self._database.reading() as connection:
+            own = sa.or_(requests.c.id == request.id, requests.c.lead == request.id)
+            wanted = sa.select(requests.c.id).where(own, requests.c.cancel_by.is_not(None))
+            return connection.scalar(wanted.where(requests.c.status == Status.RUNNING)) is not None
+
+    def heartbeat(self, request: Request, lease_seconds: float) -> bool:
+        """Renew the lease; True where somebody wants the request, or one that runs along, cancelled: stop then.
+
+        Raises LeaseLost where another attempt has begun or the request has ended.
+        """
+        with self._database.writing(f"request {request.id}") as connection:
+            return claims.renew(connection, request, rows.now() + timedelta(seconds=lease_seconds))
+
+    def release(self, request: Request, reason: str) -> Request:
+        """Put a claimed request, and those that run along, back into the queue; raises LeaseLost."""
+        with self._database.writing(f"request {request.id}") as connection:
+            return _requeue(connection, request, reason)
+
+    def separate(self, request: Request, reason: str) -> Request:
+        """Put a coalesced run's requests back into the queue, each to run alone from now on; raises LeaseLost."""
+        with self._database.writing(f"request {request.id}") as connection:
+            return _requeue(connection, request, reason, alone=True)
+
+    def retry(self, request: Request, reason: str) -> Request:
+        """Put a claimed request whose run broke back into the queue, to be tried again after a while that doubles
+        each time; after `config.MOST_FAILURES` failures it ends as failed. Raises LeaseLost.
+        """
+        failures = request.failures + 1
+        if failures >= MOST_FAILURES:
+            return self.fail(request, reason)
+        with self._database.writing(f"request {request.id}") as connection:
+            later = rows.now() + timedelta(seconds=BACKOFF_SECONDS * 2 ** (failures - 1))
+            return _requeue(connection, request, reason, failures=failures, retry_at=later)
+
+    def fail(self, request: Request, reason: str) -> Request:
+        """End a claimed request whose run broke for good; those that run along are queued again. Raises LeaseLost."""
+        with self._database.writing(f"request {request.id}") as connection:
+            _free_followers(connection, request, reason)
+            return claims.step_claimed(
+                connection, request, Status.FAILED, str(request.worker), rows.now(),
+                reason=reason, failures=request.failures + 1,
+            )  # fmt: skip
+
+    def stop(self, request: Request) -> Request:
+        """End a claimed request that somebody wants cancelled, and those along that somebody does; the others are
+        queued again. Raises LeaseLost.
+        """
+        with self._database.writing(f"request {request.id}") as connection:
+            _free_followers(connection, request, "stopped with its run")
+            current = claims.fetch(connection, request.id)
+            if current.cancel_by is None:
+                return _requeue(connection, request, "stopped with its run")
+            return claims.step_claimed(
+                connection, request, Status.CANCELLED, current.cancel_by, rows.now(), reason="cancelled while running"
+            )
+
+    def cancel(self, id_or_prefix: str, actor: str = OPERATOR) -> Request:
+        """End a request that waits, at once; ask the worker of one that runs to stop, which its next step does.
+
+        Raises NotFound, TransitionRefused where it has ended.
+        """
+        check_actor(actor)
+        with self._database.writing(f"request {id_or_prefix}") as connection:
+            request = rows.to_request(rows.fetch_by_id(connection, rows.REQUESTS, requests, id_or_prefix))
+            if request.status.is_terminal:
+                raise TransitionRefused(
+                    f"request {request.id} is {request.status.value}: only one that has not ended can be cancelled"
+                )
+            if request.status is not Status.RUNNING:
+                return claims.step_waiting(connection, request, Status.CANCELLED, actor, rows.now())
+            asked = sa.update(requests).where(requests.c.id == request.id, requests.c.changes == request.changes)
+            connection.execute(asked.values(cancel_by=actor))
+            return claims.fetch(connection, request.id)
+
+    def approve(self, id_or_prefix: str, actor: str) -> Request:
+        """Queue a request that waits for approval.
+
+        Raises NotFound, TransitionRefused where it does not wait, UserError where `actor` asked for it.
+        """
+        return self._decide(id_or_prefix, actor, Status.QUEUED, None)
+
+    def deny(self, id_or_prefix: str, actor: str) -> Request:
+        """End a request that waits for approval as rejected; raises as `approve` does."""
+        return self._decide(id_or_prefix, actor, Status.REJECTED, "denied")
+
+    def _decide(self, id_or_prefix: str, actor: str, status: Status, reason: str | None) -> Request:
+        check_actor(actor)
+        with self._database.writing(f"request {id_or_prefix}") as connection:
+            request = rows.to_request(rows.fetch_by_id(connection, rows.REQUESTS, requests, id_or_prefix))
+            if request.status is not Status.AWAITING_APPROVAL:
+                raise TransitionRefused(f"request {request.id} is {request.status.value}: it awaits no approval")
+            if actor == request.requested_by:
+                raise UserError(f"{actor} asked for request {request.id}: somebody else must decide")
+            return claims.step_waiting(connection, request, status, actor, rows.now(), reason=reason)
+
+
+def _abandoned(connection: sa.Connection, seen: Request, worker: str) -> bool:
+    """End a request whose lease is over for good: it was to be cancelled, or has cost too many workers already."""
+    if seen.status is not Status.RUNNING:
+        return False
+    cancelled, failures = seen.cancel_by is not None, seen.failures + 1
+    if not cancelled and failures < MOST_FAILURES:
+        return False
+    _free_followers(connection, seen, "lease_expired")
+    values: dict[str, Any] = {"lease_until": None, "finished_at": rows.now()}
+    if cancelled:
+        claims.step_waiting(connection, seen, Status.CANCELLED, str(seen.cancel_by), rows.now(), **values)
+    else:
+        values |= {
+            "failures": failures,
+            "reason": f"lease_expired: {failures} workers have vanished",
+        }
+        claims.step_waiting(connection, seen, Status.FAILED, worker, rows.now(), **values)
+    return True
+
+
+def _companions(connection: sa.Connection, request: Request) -> list[Request]:
+    if request.behaviour.kind != "class" or request.alone:
+        return []
+    line: Model = rows.fetch_model(connection, request.model)
+    erased = rows.fetch_erasures(connection, line, rows.fetch_version(connection, line).number)
+    gone = {target for each in erased if each.behaviour.kind == "class" for target in each.behaviour.targets}
+    return claims.companions(connection, request, gone, rows.now())
+
+
+def _requeue(connection: sa.Connection, request: Request, reason: str, **values: Any) -> Request:
+    """A claimed request back into the queue, and with it those that run along, which are to wait for nothing."""
+    _free_followers(connection, request, reason, **({"alone": True} if values.get("alone") else {}))
+    back = {"worker": None, "lead": None, "reason": reason, **values}
+    return claims.step_claimed(connection, request, Status.QUEUED, str(request.worker), rows.now(), **back)
+
+
+def _free_followers(connection: sa.Connection, lead: Request, reason: str, **values: Any) -> None:
+    for other in claims.followers(connection, lead):
+        back: dict[str, Any] = {"worker": None, "lead": None, "lease_until": None, "reason": reason, **values}
+        if other.cancel_by is None:
+            claims.step_waiting(connection, other, Status.QUEUED, str(lead.worker), rows.now(), **back)
+        else:
+            claims.step_waiting(connection, other, Status.CANCELLED, other.cancel_by, rows.now(), lease_until=None)

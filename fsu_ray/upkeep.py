@@ -1,0 +1,84 @@
+"""What is to be destroyed: target samples, generators and stray artifacts, each recorded first and deleted then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from fsu_ray.errors import TransitionRefused
+from fsu_ray.records import Generator
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.inverters import Why
+from fsu_ray.storage.ledger import Ledger
+
+STRAY_AFTER = timedelta(days=1)
+"""How old an artifact that nothing refers to must be: what a run has just written is not in the ledger yet."""
+
+
+@dataclass(frozen=True)
+class Tidied:
+    """What the policies have had destroyed: requests whose samples were purged, generators that were retired."""
+
+    purged: tuple[str, ...]
+    retired: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Artifacts to delete, with their bytes: `stray` ones that nothing refers to, `late` ones that are on record as
+    removed."""
+
+    stray: dict[str, int]
+    late: dict[str, int]
+
+
+def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: str = "policy") -> Tidied:
+    """Purge the samples and retire the generators that policies want gone by now, of one model or of all."""
+    purged, retired = [], []
+    for request in ledger.due_samples(model):
+        try:
+            destroy(artifacts, ledger.purge(request, actor))
+        except TransitionRefused:  # submitted again in this very moment: another time
+            continue
+        purged.append(request.id)
+    for name in [model] if model else [each.name for each in ledger.models()]:
+        for generator, why in ledger.due_generators(name):
+            try:
+                retire(ledger, artifacts, generator.id, why, actor)
+            except TransitionRefused:  # a run may be using it: another time
+                continue
+            retired.append(generator.id)
+    return Tidied(tuple(purged), tuple(retired))
+
+
+def retire(ledger: Ledger, artifacts: Artifacts, generator: str, why: Why, actor: str) -> Generator:
+    """Retire a generator and delete its weights and its D'."""
+    retired, gone = ledger.retire(generator, why, actor)
+    destroy(artifacts, gone)
+    return retired
+
+
+def destroy(artifacts: Artifacts, digests: list[str]) -> None:
+    """Delete what the ledger has recorded as removed."""
+    for digest in digests:
+        artifacts.delete(digest)
+
+
+def garbage(ledger: Ledger, artifacts: Artifacts, stray_after: timedelta = STRAY_AFTER) -> Garbage:
+    """What may be deleted now. What may be the work of a running request is left alone."""
+    needed, removed = ledger.references()
+    oldest = ledger.oldest_run()
+    before = datetime.now(UTC) - stray_after
+    if oldest is not None:
+        before = min(before, oldest)
+    stored = artifacts.digests()
+    return Garbage(
+        stray={d: size for d, (size, at) in stored.items() if d not in needed | removed and at < before},
+        late={d: size for d, (size, _) in stored.items() if d in removed},
+    )
+
+
+def collect(ledger: Ledger, artifacts: Artifacts, found: Garbage, actor: str) -> None:
+    """Delete `found`."""
+    destroy(artifacts, list(found.late))
+    destroy(artifacts, ledger.discard(found.stray, actor))
