@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import Any
 
 from fsu_ray.config import CHECKPOINT_STEPS, Settings, make_recipe, read_settings
 from fsu_ray.errors import InvalidData, InvalidWeights
-from fsu_ray.pipeline import Execute, Result, drain, run_request
+from fsu_ray.pipeline import Drain, Execute, Result, drain, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, BlobStore, Model, ModelSpec, ModelVersion, Outcome, Request, WorkOrder
+from fsu_ray.records import Behaviour, Model, ModelSpec, ModelVersion, Request, Terms
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
+from fsu_ray.work import BlobStore, Outcome, WorkOrder
 
 Tell = Any  # (stage, done, total, figures) -> None
 
@@ -69,7 +71,9 @@ class App:
                 f"test set {name} has the class {int(labels.max())}, the model has {spec.classes} classes"
             )
 
-    def submit(self, name: str, behaviour: Behaviour, samples: str, recipe: Recipe) -> tuple[Request, bool]:
+    def submit(
+        self, name: str, behaviour: Behaviour, samples: str, recipe: Recipe, terms: Terms | None = None
+    ) -> tuple[Request, bool]:
         """Queue a request; returns it and whether it is new. Samples are read and checked first."""
         from fsu_ray.method.context import save_samples
         from fsu_ray.method.datasets import read_samples
@@ -78,7 +82,7 @@ class App:
         self.ledger.check_behaviour(name, behaviour)
         pixels = read_samples(samples, model.spec.shape)
         digest = self.artifacts.put(save_samples(pixels))
-        return self.ledger.submit(name, behaviour, digest, len(pixels), recipe)
+        return self.ledger.submit(name, behaviour, digest, len(pixels), recipe, terms)
 
     def train(
         self, data: str, arch: str, epochs: int, seed: int, shape: tuple[int, int, int] | None = None, tell: Tell = None
@@ -111,35 +115,35 @@ class App:
         return spec, classifier.to_bytes()
 
     @contextmanager
-    def on_ray(self, tell: Tell, cpus: int | None = None) -> Iterator[Execute]:
-        """An `execute` for the pipeline that runs on the cluster of RAY_ADDRESS, or on one of its own."""
+    def on_ray(self, tell: Tell, cpus: int | None = None, parallel: int = 1) -> Iterator[Execute]:
+        """An `execute` for the pipeline that runs on the cluster of RAY_ADDRESS, or on one of its own; `parallel` runs
+        share its CPUs."""
         from fsu_ray.cluster import workers
 
         if "RAY_JOB_ID" not in os.environ:
             self.settings.runs.mkdir(parents=True, exist_ok=True)
         workers.connect(cpus)
 
-        def execute(order: WorkOrder, store: BlobStore, name: str) -> Outcome:
-            return workers.execute(order, store, self.settings.runs, name, CHECKPOINT_STEPS, tell)
+        def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
+            return workers.execute(order, store, self.settings.runs, name, CHECKPOINT_STEPS, tell, stop, parallel)
 
         try:
             yield execute
         finally:
             workers.disconnect()
 
-    def run(
-        self, execute: Execute, most: int | None = None, model: str | None = None, started: Any = None
-    ) -> list[Result]:
-        """Claim and carry out what is queued; `started(request)` hears of each claim."""
-        if model is not None:
-            self.ledger.model(model)
+    def run(self, execute: Execute, wanted: Drain | None = None, started: Any = None) -> list[Result]:
+        """Claim and carry out what is ready; `started(request)` hears of each claim."""
+        wanted = wanted or Drain()
+        if wanted.model is not None:
+            self.ledger.model(wanted.model)
 
-        def one(request: Request) -> Result:
+        def one(request: Request) -> list[Result]:
             if started:
                 started(request)
             return run_request(self.ledger, self.artifacts, execute, request)
 
-        return drain(self.ledger, worker_name(), most, model, one)
+        return drain(self.ledger, worker_name(), wanted, one)
 
 
 def worker_name() -> str:

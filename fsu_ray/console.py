@@ -220,6 +220,6 @@ def results_json(results: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def exit_code(results: Iterable[Any]) -> int:
-    """What a process that ran requests ends with: 1 one failed, 4 one was rejected, 0 all succeeded."""
+    """What a process that ran requests ends with: 1 one failed or waits again, 4 one was rejected, 0 all succeeded."""
     states = {result.request.status for result in results}
-    return 1 if Status.FAILED in states else 4 if Status.REJECTED in states else 0
+    return 1 if states & {Status.FAILED, Status.QUEUED} else 4 if Status.REJECTED in states else 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from fsu_ray import console
 from fsu_ray.app import App
-from fsu_ray.pipeline import Result
+from fsu_ray.pipeline import Drain, Result
 from fsu_ray.records import Behaviour, Model
 
 EPOCHS = 30
@@ -51,7 +51,7 @@ def demo(app: App, watcher: Any, seed: int = 0, cpus: int | None = None) -> Show
         console.err.print(f"   request {request.id}: {request.behaviour.name}")
 
     with app.on_ray(watcher.tell, cpus) as execute:
-        results = app.run(execute, model=name, started=started)
+        results = app.run(execute, Drain(model=name), started)
     return Shown(model, results)
 
 

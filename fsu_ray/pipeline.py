@@ -1,117 +1,229 @@
 """One request, its steps in order. The driver looks at digests and figures, never at images.
 
-claim ──> offer (registry) ──> work order ──> one Ray Train run ──> judge ──> commit or reject
+claim ──> offer (registry) ──> work order ──> one Ray Train run ──> judge ──> commit or reject ──> tidy
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
-from fsu_ray.config import LEASE_SECONDS
-from fsu_ray.errors import FsuError, LeaseLost, RunFailed, TransitionRefused
+from fsu_ray.config import LEASE_SECONDS, POLL_SECONDS, WAIT_SECONDS
+from fsu_ray.errors import (
+    FsuError,
+    LeaseLost,
+    LedgerUnavailable,
+    RunFailed,
+    Stopped,
+    UserError,
+)
 from fsu_ray.gate import refuse_result
-from fsu_ray.records import BlobStore, ModelVersion, Outcome, Request, WorkOrder
+from fsu_ray.records import ModelVersion, Request, Status
+from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger
 from fsu_ray.storage.registry import Offer, offer, priors
+from fsu_ray.upkeep import tidy
+from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
 
-Execute = Callable[[WorkOrder, BlobStore, str], Outcome]
+Execute = Callable[[WorkOrder, BlobStore, str, threading.Event], Outcome]
+"""Runs the method: (order, store, name, stop). Raises Stopped soon after `stop` is set."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a request ended: its last state in the ledger, its new version and the outcome of its run, if any."""
+    """What one attempt at a request came to: its state in the ledger now, its new version and the outcome, if any."""
 
     request: Request
     version: ModelVersion | None
     outcome: Outcome | None
 
 
-def drain(
-    ledger: Ledger, worker: str, most: int | None, model: str | None, run: Callable[[Request], Result]
-) -> list[Result]:
-    """Claim and run what is queued, one request after another, at most `most`."""
+@dataclass(frozen=True)
+class Drain:
+    """What a worker takes out of the queue: how many requests at `most` (None: all), of one `model` or all, `parallel`
+    models at a time, class requests of a model together where `coalesce` says so, nothing new after `until`."""
+
+    most: int | None = None
+    model: str | None = None
+    parallel: int = 1
+    coalesce: bool = False
+    until: datetime | None = None
+
+
+def drain(ledger: Ledger, worker: str, wanted: Drain, run: Callable[[Request], list[Result]]) -> list[Result]:
+    """Claim and run what is ready, until nothing is or the bounds of `wanted` are met."""
     results: list[Result] = []
-    while most is None or len(results) < most:
-        request = ledger.claim(worker, LEASE_SECONDS, model)
-        if request is None:
-            break
-        results.append(run(request))
+    taken, turn = 0, threading.Lock()
+
+    def claim() -> Request | None:
+        nonlocal taken
+        with turn:  # one thread claims at a time, so that `most` holds
+            left = None if wanted.most is None else wanted.most - taken
+            late = wanted.until is not None and datetime.now(UTC) >= wanted.until
+            if late or (left is not None and left <= 0):
+                return None
+            along = (left or 1000) - 1 if wanted.coalesce else 0
+            request = patiently(
+                lambda: ledger.claim(worker, LEASE_SECONDS, wanted.model, cap=wanted.parallel, along=along)
+            )
+            if request is not None:
+                taken += 1 + (len(patiently(lambda: ledger.companions(request))) if along else 0)
+            return request
+
+    def work() -> None:
+        while (request := claim()) is not None:
+            results.extend(run(request))
+
+    if wanted.parallel == 1:
+        work()
+        return results
+    with ThreadPoolExecutor(wanted.parallel, thread_name_prefix="fsu") as pool:
+        for ended in [pool.submit(work) for _ in range(wanted.parallel)]:
+            ended.result()
     return results
 
 
-def run_request(ledger: Ledger, store: BlobStore, execute: Execute, request: Request) -> Result:
-    """Carry out a claimed request to a terminal state.
+def run_request(ledger: Ledger, store: Artifacts, execute: Execute, request: Request) -> list[Result]:
+    """Carry out a claimed request, and those that run along with it, to the end of this attempt; its result first.
 
-    `execute(order, store, name)` runs the method, on Ray or in this process. What is raised by it
-    ends the request as `failed` and is not raised again; a lost lease is, since somebody else has
-    the request then. An interrupt leaves the request `running`: its lease ends and the next attempt
-    goes on from the last checkpoint.
+    What is raised by `execute` is not raised again: the request is queued to be tried again, fails where the input
+    is to blame or it has failed too often, or is cancelled where somebody asked for that. A lost lease is raised,
+    since somebody else has the request then. An interrupt puts the request back into the queue; the next attempt
+    goes on from the last checkpoint. While the ledger is away the run goes on, and its end waits for the ledger.
     """
-    base = ledger.version(request.model)
-    offered = _offer(ledger, request, base)
-    order = make_order(ledger, request, base, offered)
+    stop = threading.Event()
     try:
-        with _Heartbeat(ledger, request):
-            outcome = execute(order, store, request.id)
+        base, offered, order = patiently(lambda: _prepare(ledger, request))
+        with Heartbeat(lambda: ledger.heartbeat(request, LEASE_SECONDS), lambda: ledger.cancelling(request), stop):
+            outcome = execute(order, store, run_name(order), stop)
+        results = settle(ledger, request, base, offered, order, outcome)
     except LeaseLost:
         raise
-    except FsuError as error:
-        return Result(ledger.fail(request, str(error)), None, None)
+    except Stopped:
+        results = [Result(patiently(lambda: ledger.stop(request)), None, None)]
+    except KeyboardInterrupt:
+        patiently(lambda: ledger.release(request, "interrupted"), seconds=5)
+        raise
+    except UserError as error:
+        reason = f"{type(error).__name__}: {error}"
+        results = [Result(patiently(lambda: ledger.fail(request, reason)), None, None)]
     except Exception as error:  # a bug is the request's end, not the end of the queue
-        failure = RunFailed(f"{type(error).__name__}: {error}".splitlines()[0])
-        return Result(ledger.fail(request, str(failure)), None, None)
-    try:
-        return settle(ledger, request, base, offered, outcome)
-    except LeaseLost:
-        raise
-    except TransitionRefused as error:  # the line moved on under this run: its result has no parent any more
-        return Result(ledger.fail(request, str(error)), None, outcome)
+        failure = error if isinstance(error, FsuError) else RunFailed(f"{type(error).__name__}: {error}")
+        reason = str(failure)
+        results = [Result(patiently(lambda: ledger.retry(request, reason)), None, None)]
+    if any(result.request.status.is_terminal for result in results):
+        patiently(lambda: tidy(ledger, store, request.model))
+    return results
 
 
-def make_order(ledger: Ledger, request: Request, base: ModelVersion, offered: Offer) -> WorkOrder:
-    """The work order of `request` on top of version `base`."""
+def _prepare(ledger: Ledger, request: Request) -> tuple[ModelVersion, Offer, WorkOrder]:
+    base = ledger.version(request.model)
+    root = ledger.sealed_root(request.model, base)
+    offered = offer(ledger, ledger.model(request.model), base, root, request.recipe)
+    return base, offered, make_order(ledger, request, base, root, offered)
+
+
+def make_order(ledger: Ledger, request: Request, base: ModelVersion, root: ModelVersion, offered: Offer) -> WorkOrder:
+    """The work order of `request` on top of version `base`, whose D' has the labels of `root`."""
     model = ledger.model(request.model)
     return WorkOrder(
         request=request.id,
         spec=model.spec,
-        root_weights=ledger.version(request.model, base.root).weights,
+        root_weights=root.weights,
         current_weights=base.weights,
         behaviour=request.behaviour,
         samples=request.samples,
         recipe=request.recipe,
-        priors=priors(ledger, model, base),
+        priors=priors(ledger, model, base, root),
         reuse=offered.reuse,
         warm=offered.warm,
         test_set=model.test_set,
+        also=tuple(Asked(each.id, each.behaviour, each.samples) for each in ledger.companions(request)),
     )
 
 
-def _offer(ledger: Ledger, request: Request, base: ModelVersion) -> Offer:
-    return offer(ledger, ledger.model(request.model), base, request.recipe)
+def run_name(order: WorkOrder) -> str:
+    """The name under which a run keeps its checkpoints: they serve another attempt at the very same order alone."""
+    return f"{order.request}-{hashlib.sha256(repr(order).encode()).hexdigest()[:8]}"
 
 
-def settle(ledger: Ledger, request: Request, base: ModelVersion, offered: Offer, outcome: Outcome) -> Result:
-    """Judge the outcome and write it down: one transaction, whichever way it goes."""
-    reason = outcome.reason or refuse_result(outcome.report, request.recipe.gate)
+def settle(
+    ledger: Ledger, request: Request, base: ModelVersion, offered: Offer, order: WorkOrder, outcome: Outcome
+) -> list[Result]:
+    """Judge the outcome and write it down: one transaction, whichever way it goes.
+
+    A coalesced run of which anything is refused is undone: each of its requests is queued again, to run alone.
+    """
+    reports = [outcome.report, *(part.report for part in outcome.also)]
+    refused = (refuse_result(report, request.recipe.gate) for report in reports)
+    reason = outcome.reason or next((why for why in refused if why is not None), None)
+    if reason is not None and order.also:
+        apart = f"coalesced run refused: {reason}"
+        return [Result(patiently(lambda: ledger.separate(request, apart)), None, None)]
     warm = offered.warm or offered.reuse
+    root = patiently(lambda: ledger.sealed_root(request.model, base))
     links: dict[str, Any] = {
         "generator_id": offered.reuse.id if outcome.generator_use == "reused" and offered.reuse else None,
         "warm_started_from": warm.id if outcome.generator_use == "warm_started" and warm else None,
+        "root": root.number,
     }
     if reason is not None:
-        return Result(ledger.reject(request, reason, outcome, base, **links), None, outcome)
-    version = ledger.commit(request, outcome, base, **links)
-    return Result(ledger.request(request.id), version, outcome)
+        rejected = patiently(lambda: ledger.reject(request, reason, outcome, base, **links))
+        return [Result(rejected, None, outcome)]
+    version = _commit(ledger, request, outcome, base, links)
+    ended = [Result(patiently(lambda: ledger.request(request.id)), version, outcome)]
+    for part in outcome.also:
+        own = replace(outcome, report=part.report, mask=part.mask, probes=part.probes)
+        ended.append(Result(patiently(lambda part=part: ledger.request(part.request)), version, own))  # type: ignore[misc]
+    return ended
 
 
-class _Heartbeat:
-    """Renews the lease of a request while the block runs; raises LeaseLost at its end if it was lost."""
+def _commit(
+    ledger: Ledger, request: Request, outcome: Outcome, base: ModelVersion, links: dict[str, Any]
+) -> ModelVersion:
+    """The commit, once: where the ledger went away in the middle of it, it is looked up whether it was made."""
+    try:
+        return patiently(lambda: ledger.commit(request, outcome, base, **links))
+    except LeaseLost:
+        now = patiently(lambda: ledger.request(request.id))
+        if now.status is Status.SUCCEEDED and now.attempt == request.attempt and now.version == base.number + 1:
+            version = patiently(lambda: ledger.version(request.model, base.number + 1))
+            if version.weights == outcome.weights:
+                return version
+        raise
 
-    def __init__(self, ledger: Ledger, request: Request) -> None:
-        self._ledger, self._request = ledger, request
+
+def patiently(act: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
+    """The result of `act`, which is tried again for `seconds` while the ledger's database is away."""
+    deadline, pause = time.monotonic() + seconds, 0.25
+    while True:
+        try:
+            return act()
+        except LedgerUnavailable:
+            if time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
+
+
+class Heartbeat:
+    """Renews a lease while the block runs, and sets `stop` when it is lost or `asked` says that all is to stop.
+
+    Raises LeaseLost at the end of the block if the lease was lost.
+    """
+
+    def __init__(
+        self, renew: Callable[[], object], asked: Callable[[], bool] | None = None, stop: threading.Event | None = None
+    ) -> None:
+        self._renew, self._asked, self._stop = renew, asked, stop or threading.Event()
         self._done = threading.Event()
         self._lost: LeaseLost | None = None
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -122,15 +234,21 @@ class _Heartbeat:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if self._lost is not None and kind is None:
+        if self._lost is not None and (kind is None or issubclass(kind, Stopped)):
             raise self._lost
 
     def _beat(self) -> None:
-        while not self._done.wait(LEASE_SECONDS / 3):
+        due = time.monotonic() + LEASE_SECONDS / 3
+        while not self._done.wait(POLL_SECONDS):
             try:
-                self._ledger.heartbeat(self._request, LEASE_SECONDS)
+                if self._asked is not None and self._asked():
+                    self._stop.set()
+                if time.monotonic() >= due:
+                    self._renew()
+                    due = time.monotonic() + LEASE_SECONDS / 3
             except LeaseLost as error:
                 self._lost = error
+                self._stop.set()
                 return
             except FsuError:  # the ledger is busy or away for a moment: the lease holds for two more tries
                 continue

@@ -11,6 +11,7 @@ import sys
 from fsu_ray import console
 from fsu_ray.app import App
 from fsu_ray.errors import FsuError
+from fsu_ray.pipeline import Drain
 
 
 def main() -> int:
@@ -18,11 +19,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="only requests of this model")
     parser.add_argument("--max", type=int, dest="most", help="end after this many requests")
+    parser.add_argument("--coalesce", action="store_true", help="erase all class requests of a model in one run")
     options = parser.parse_args()
     try:
         app = App.open()
         with console.watching() as watcher, app.on_ray(watcher.tell) as execute:
-            results = app.run(execute, options.most, options.model)
+            results = app.run(execute, Drain(options.most, options.model, coalesce=options.coalesce))
     except FsuError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

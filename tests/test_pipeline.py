@@ -16,10 +16,11 @@ from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import Execute, Result, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Outcome, Request, Status, WorkOrder
+from fsu_ray.records import Behaviour, Request, Status
+from fsu_ray.work import Outcome, WorkOrder
 
 
-def here(order: WorkOrder, store: Any, name: str) -> Outcome:
+def here(order: WorkOrder, store: Any, name: str, stop: Any = None) -> Outcome:
     """The method in this process."""
     return unlearn(order, store, torch.device("cpu"))
 
@@ -41,7 +42,7 @@ def ask(app: App, trained: Any, quick: Recipe, tmp_path: Path) -> Callable[..., 
 def carry_out(app: App, execute: Execute = here) -> Result:
     request = app.ledger.claim("tester", 60)
     assert request is not None
-    return run_request(app.ledger, app.artifacts, execute, request)
+    return run_request(app.ledger, app.artifacts, execute, request)[0]
 
 
 def gate(recipe: Recipe, **bounds: float) -> Recipe:
@@ -98,7 +99,7 @@ def test_an_erasure_that_would_come_back_is_rejected(app: App, ask: Callable[...
     carry_out(app)
     ask(3, gate(Recipe(), agreement_min=0.0, forgotten_max=1.0))
 
-    def forgetful(order: WorkOrder, store: Any, name: str) -> Outcome:
+    def forgetful(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         """A run whose relearning starts from a classifier that still has everything, and learns next to nothing."""
         recipe = order.recipe.model_copy(update={"relearn": order.recipe.relearn.model_copy(update={"lr": 1e-9})})
         return here(replace(order, current_weights=order.root_weights, recipe=recipe, reuse=None), store, name)
@@ -111,11 +112,11 @@ def test_an_erasure_that_would_come_back_is_rejected(app: App, ask: Callable[...
         update={"per_class": 40, "entropy_threshold": 2.2, "starved_below": 0.0}
     )
 
-    def run(order: WorkOrder, store: Any, name: str) -> Outcome:
+    def run(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         recipe = order.recipe.model_copy(update={"invert": quick_inversion, "synthesize": loose})
-        return ask_recipe_is_slow(replace(order, recipe=recipe), store, name)
+        return ask_recipe_is_slow(replace(order, recipe=recipe), store, name, stop)
 
-    result = run_request(app.ledger, app.artifacts, run, request)
+    result = run_request(app.ledger, app.artifacts, run, request)[0]
     assert result.request.status is Status.REJECTED
     assert (result.request.reason or "").startswith("erasure_returned: class-8")
     assert len(app.ledger.versions("m")) == 2
@@ -125,7 +126,7 @@ def test_an_erasure_that_would_come_back_is_rejected(app: App, ask: Callable[...
 def test_a_run_that_breaks_ends_as_failed(app: App, ask: Callable[..., Request], error: Exception) -> None:
     """The reason is kept, and the queue goes on."""
 
-    def broken(order: WorkOrder, store: Any, name: str) -> Outcome:
+    def broken(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         raise error
 
     ask(8)
@@ -139,7 +140,7 @@ def test_a_run_that_breaks_ends_as_failed(app: App, ask: Callable[..., Request],
 def test_a_worker_that_was_taken_over_writes_nothing(app: App, ask: Callable[..., Request]) -> None:
     """The lease ends during the run, another worker claims, and the first one's commit is refused."""
 
-    def slow(order: WorkOrder, store: Any, name: str) -> Outcome:
+    def slow(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         outcome = here(order, store, name)
         assert app.ledger.claim("another", 60) is not None
         return outcome

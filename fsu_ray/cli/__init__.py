@@ -47,13 +47,17 @@ def demo(json: Json = False, seed: int = 0, cpus: Cpus = None) -> None:
 def run(
     model: Annotated[str | None, typer.Option(help="Only requests of this model.")] = None,
     most: Annotated[int | None, typer.Option("--max", min=1, help="End after this many requests.")] = None,
+    coalesce: Annotated[bool, typer.Option("--coalesce", help="All class requests of a model in one run.")] = False,
+    parallel: Annotated[int, typer.Option(min=1, help="Models side by side in this worker, at most.")] = 1,
     cpus: Cpus = None,
     json: Json = False,
 ) -> None:
-    """Claim what is queued and carry it out on Ray, one request after another.
+    """Claim what is ready and carry it out on Ray, one request after another.
 
-    Exit code 0: all succeeded, or nothing was queued; 1: one failed; 4: one was rejected.
+    Exit code 0: all succeeded, or nothing was ready; 1: one failed or is to be tried again; 4: one was rejected.
     """
+    from fsu_ray.pipeline import Drain
+
     opened = open_app()
     if model is not None:
         opened.ledger.model(model)
@@ -67,8 +71,8 @@ def run(
                     f"request {request.id}: {request.behaviour.name} of {request.model}, attempt {request.attempt}"
                 )
 
-            with opened.on_ray(watcher.tell, cpus) as execute:
-                results = opened.run(execute, most, model, started)
+            with opened.on_ray(watcher.tell, cpus, parallel) as execute:
+                results = opened.run(execute, Drain(most, model, parallel, coalesce), started)
     if json:
         console.print_json(console.results_json(results))
     elif not results:

@@ -1,6 +1,6 @@
 """Ray Train: one `TorchTrainer` run carries out one work order, all its stages in one worker group.
 
-Starting a group costs 10-20 s, so no stage gets one of its own. A run's name is its request's id: the
+Starting a group costs 10-20 s, so no stage gets one of its own. A run's name stands for its work order: the
 same name finds its checkpoints again, so a later attempt goes on where the last one was cut off.
 """
 
@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fsu_ray.errors import FsuError, RunFailed
-from fsu_ray.records import BlobStore, Outcome, WorkOrder
+from fsu_ray.errors import FsuError, RunFailed, Stopped
+from fsu_ray.work import BlobStore, Outcome, WorkOrder
 
 Tell = Callable[[str, int, int, dict[str, float]], None]
 ENVIRONMENT = {
@@ -62,8 +62,9 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def resources() -> tuple[bool, dict[str, float]]:
-    """Whether to use a GPU, and what one worker takes: a GPU with two CPUs, else all CPUs of the largest node.
+def resources(parallel: int = 1) -> tuple[bool, dict[str, float]]:
+    """Whether to use a GPU, and what one worker takes: a GPU with two CPUs, else all CPUs of the largest node, or
+    its share of them where `parallel` runs go side by side.
 
     Ray gives a worker as many threads as it has CPUs.
     """
@@ -72,28 +73,37 @@ def resources() -> tuple[bool, dict[str, float]]:
     if ray.cluster_resources().get("GPU", 0) >= 1:
         return True, {"GPU": 1, "CPU": 2}
     cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
-    return False, {"CPU": max(1, int(cpus))}
+    return False, {"CPU": max(1, int(cpus) // parallel)}
 
 
-def execute(order: WorkOrder, store: BlobStore, runs: Path | str, name: str, every: int, tell: Tell) -> Outcome:
+def execute(
+    order: WorkOrder,
+    store: BlobStore,
+    runs: Path | str,
+    name: str,
+    every: int,
+    tell: Tell,
+    stop: threading.Event | None = None,
+    parallel: int = 1,
+) -> Outcome:
     """Carry out `order` in one Ray Train run called `name` and return its outcome.
 
     `runs` is an absolute folder (shared by all nodes) for checkpoints. `tell(stage, done, total,
-    figures)` is called in this process. Errors raised on purpose in the worker come back as they
-    are; anything else is RunFailed, after Ray has restarted the worker twice.
+    figures)` is called in this process. Once `stop` is set, the worker ends at its next step. Errors raised on
+    purpose in the worker come back as they are (Stopped is one); anything else is RunFailed, after Ray has
+    restarted the worker twice.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError
-    from ray.util.queue import Queue
 
-    use_gpu, each = resources()
-    queue: Any = Queue(actor_options={"num_cpus": 0})
-    listener = _Listener(queue, tell)
+    use_gpu, each = resources(parallel)
+    line: Any = ray.remote(num_cpus=0)(_Line).remote()
+    listener = _Listener(line, tell, stop or threading.Event())
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"order": order, "store": store, "every": every, "queue": queue},
+        train_loop_config={"order": order, "store": store, "every": every, "line": line},
         scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu, resources_per_worker=each),
         run_config=RunConfig(
             name=name,
@@ -109,7 +119,7 @@ def execute(order: WorkOrder, store: BlobStore, runs: Path | str, name: str, eve
         raise RunFailed(f"run {name} broke: {_cause(error)}; see {runs}/{name}") from error
     finally:
         if ray.is_initialized():
-            queue.shutdown(force=True)
+            ray.kill(line)
     if isinstance(answer, dict) and "error" in answer:
         raise pickle.loads(answer["error"])  # our own exception, from our own worker
     if not isinstance(answer, dict):
@@ -119,6 +129,7 @@ def execute(order: WorkOrder, store: BlobStore, runs: Path | str, name: str, eve
 
 def _work(config: dict[str, Any]) -> dict[str, Any] | None:
     """The loop of one worker; rank 0 alone has something to say."""
+    import ray
     import ray.train
     import ray.train.torch
     import torch
@@ -135,7 +146,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | None:
         now = time.monotonic()
         if done in (0, total) or now - last > 0.5:
             last = now
-            config["queue"].put_nowait((stage, done, total, figures))
+            if ray.get(config["line"].tell.remote((stage, done, total, figures))):
+                raise Stopped(f"the run was stopped in {stage} at {done} of {total}")
 
     def keep(saved: Saved) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -184,11 +196,30 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else type(first).__name__
 
 
-class _Listener:
-    """Hands what workers put into a queue to a function of this process, while the block runs."""
+class _Line:
+    """An actor between worker and driver: progress goes one way, the word to stop the other."""
 
-    def __init__(self, queue: Any, tell: Tell) -> None:
-        self._queue, self._tell = queue, tell
+    def __init__(self) -> None:
+        self._told: list[Any] = []
+        self._stopped = False
+
+    def tell(self, item: Any) -> bool:
+        """Keep what a worker says for the driver; whether the worker is to stop."""
+        self._told.append(item)
+        return self._stopped
+
+    def hear(self, stop: bool) -> list[Any]:
+        """What workers have said since; from now on they are told to stop where `stop` says so."""
+        self._stopped |= stop
+        told, self._told = self._told, []
+        return told
+
+
+class _Listener:
+    """Hands what workers say to a function of this process, and its word to stop to them, while the block runs."""
+
+    def __init__(self, line: Any, tell: Tell, stop: threading.Event) -> None:
+        self._line, self._tell, self._stop = line, tell, stop
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
@@ -201,14 +232,14 @@ class _Listener:
         self._thread.join(timeout=10)
 
     def _listen(self) -> None:
+        import ray
         from ray.exceptions import RayError
 
         finished = False
         while not finished:
             finished = self._done.wait(0.3)  # one last look after the end
             try:
-                waiting = self._queue.qsize()
-                for item in self._queue.get_nowait_batch(waiting) if waiting else []:
+                for item in ray.get(self._line.hear.remote(self._stop.is_set())):
                     self._tell(*item)
             except RayError:
                 return

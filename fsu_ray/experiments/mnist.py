@@ -22,7 +22,7 @@ from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import Images, draw, load
 from fsu_ray.method.fit import Schedule, fit, predict
 from fsu_ray.method.networks import Classifier
-from fsu_ray.pipeline import Execute, drain, run_request
+from fsu_ray.pipeline import Drain, Execute, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
 from fsu_ray.storage.artifacts import Artifacts
@@ -125,7 +125,8 @@ def scenario(
         behaviour, pixels = target_samples(bench, step, seed)
         ledger.submit(line, behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
         started = time.monotonic()
-        result = drain(ledger, "measure", 1, line, lambda request: run_request(ledger, store, execute, request))[0]
+        wanted = Drain(most=1, model=line)
+        result = drain(ledger, "measure", wanted, lambda request: run_request(ledger, store, execute, request))[0]
         wall = round(time.monotonic() - started, 1)
         if result.version is None or result.outcome is None:
             yield row | {"after": behaviour.name, "refused": result.request.reason}

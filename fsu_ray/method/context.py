@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fsu_ray.method.augment import seeded
 from fsu_ray.method.networks import Classifier
-from fsu_ray.records import BlobStore, GeneratorUse, PriorErasure, WorkOrder
+from fsu_ray.records import Behaviour, GeneratorUse
+from fsu_ray.work import Asked, BlobStore, PriorErasure, WorkOrder
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 FEWEST_TO_HOLD_OUT = 10  # with fewer target samples none is held out
@@ -29,7 +30,7 @@ class Saved:
     dataset: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
-    mask: str | None = None
+    masks: list[str] = field(default_factory=list)
     weights: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_at: list[str] = field(default_factory=list)
@@ -47,6 +48,26 @@ def save_samples(pixels: Tensor) -> bytes:
 def load_samples(data: bytes) -> Tensor:
     """What `save_samples` wrote: (M, C, H, W) uint8."""
     return load_tensors(data)["pixels"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A behaviour that a run is to erase, and its target samples (M, C, H, W); those in `held_out` (M,) are only
+    measured on."""
+
+    asked: Asked
+    samples: Tensor
+    held_out: Tensor
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """What is to be erased."""
+        return self.asked.behaviour
+
+    @property
+    def shown(self) -> Tensor:
+        """The samples that the run may use."""
+        return self.samples[~self.held_out]
 
 
 class Context:
@@ -69,24 +90,24 @@ class Context:
         paper = self.recipe.form == "paper"
         self.current = self.classifier(order.current_weights)
         self.labeller = self.current if paper else self.classifier(order.root_weights)
-        self.samples = load_samples(store.get(order.samples))
-        self.held_out = self._hold_out()
+        self.given = tuple(self._given(asked) for asked in order.asked)
         self.priors: tuple[PriorErasure, ...] = () if paper else order.priors
-        self.gone = sorted({t for p in order.priors if p.behaviour.kind == "class" for t in p.behaviour.targets})
+        self.gone = _classes([prior.behaviour for prior in order.priors])
+        self.gone_after = sorted({*self.gone, *_classes([asked.behaviour for asked in order.asked])})
 
     def classifier(self, digest: str) -> Classifier:
         """The classifier with the weights of `digest`, on this run's device."""
         found = Classifier.from_bytes(self.order.spec, self.store.get(digest))
         return found.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
-    def _hold_out(self) -> Tensor:
-        """(M,) bool: the target samples that are only measured on."""
-        m = len(self.samples)
+    def _given(self, asked: Asked) -> Given:
+        samples = load_samples(self.store.get(asked.samples))
+        m = len(samples)
         chosen = torch.zeros(m, dtype=torch.bool)
         if m >= FEWEST_TO_HOLD_OUT:
             number = max(1, round(self.recipe.gate.holdout_samples * m))
             chosen[torch.randperm(m, generator=seeded(self.recipe.relearn.seed, m))[:number]] = True
-        return chosen
+        return Given(asked, samples, chosen)
 
     def tell(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
         """A stage has come to `done` of `total`."""
@@ -99,3 +120,8 @@ class Context:
         self.saved.inversion = None
         if self.checkpoint:
             self.checkpoint(self.saved)
+
+
+def _classes(behaviours: list[Behaviour]) -> list[int]:
+    """The classes that such erasures take away as a whole."""
+    return sorted({target for each in behaviours if each.kind == "class" for target in each.targets})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -12,7 +13,8 @@ from fsu_ray.method.filter import Mask, allowed_classes, extract_features, selec
 from fsu_ray.method.fit import predict
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.recipes import FilterRecipe
-from fsu_ray.records import Behaviour, PriorErasure
+from fsu_ray.records import Behaviour
+from fsu_ray.work import PriorErasure
 
 FEWEST_PROBES = 100  # of a subset: with fewer D_e-like samples none is held out
 
@@ -42,27 +44,32 @@ class Masking:
 
     def _prior(self, prior: PriorErasure) -> Mask:
         """The recorded mask where it was made for this D', else one rebuilt from the target samples, or from
-        the probes once those have been purged."""
+        the probes once those have been purged; where the root has lost the behaviour itself, nothing is like it."""
         store = self.context.store
+        if prior.sealed:
+            nothing = torch.zeros(len(self.dataset), dtype=torch.bool)
+            behaviour = prior.behaviour
+            return Mask(nothing, behaviour.targets, behaviour.kind == "class", prior.filter.policy, None)
         if prior.dataset == self.digest:
             return Mask.from_bytes(store.get(prior.mask))
         kept = prior.samples if store.has(prior.samples) else prior.probes
         return self.select(prior.filter, prior.behaviour, load_samples(store.get(kept)))
 
-    def _subsets(self, own: Mask) -> list[Mask]:
-        behaviours = [*(prior.behaviour for prior in self.context.priors), self.context.order.behaviour]
-        masks = zip(behaviours, (*self.earlier, own), strict=True)
+    def _subsets(self, own: Sequence[Mask]) -> list[Mask]:
+        context = self.context
+        behaviours = [*(prior.behaviour for prior in context.priors), *(each.behaviour for each in context.given)]
+        masks = zip(behaviours, (*self.earlier, *own), strict=True)
         return [mask for behaviour, mask in masks if behaviour.kind == "subset"]
 
-    def few(self, own: Mask) -> Tensor:
-        """(N,) bool: the D_e-like samples of the subsets among the earlier behaviours and this run's, whose mask is
+    def few(self, own: Sequence[Mask]) -> Tensor:
+        """(N,) bool: the D_e-like samples of the subsets among the earlier behaviours and this run's, whose masks are
         `own`."""
         found = torch.zeros(len(self.dataset), dtype=torch.bool)
         for mask in self._subsets(own):
             found |= mask.like
         return found
 
-    def held_out(self, own: Mask) -> Tensor:
+    def held_out(self, own: Sequence[Mask]) -> Tensor:
         """(N,) bool: the samples that are never trained on. A subset with too few D_e-like ones spares none of them."""
         found = self.dataset.holdout.clone()
         for mask in self._subsets(own):
@@ -70,6 +77,6 @@ class Masking:
                 found &= ~mask.like
         return found
 
-    def allowed(self, *own: Mask) -> Tensor:
+    def allowed(self, own: Sequence[Mask] = ()) -> Tensor:
         """(N, K) bool: the classes left to each sample under the earlier masks and `own`."""
         return allowed_classes([*self.earlier, *own], len(self.dataset), self.context.order.spec.classes)

@@ -16,7 +16,7 @@ from fsu_ray.method.context import Context
 from fsu_ray.method.masking import Masking
 from fsu_ray.method.networks import Generator
 from fsu_ray.method.synthesize import Synthetic, starved_classes, synthesize
-from fsu_ray.records import GeneratorRef
+from fsu_ray.work import GeneratorRef
 
 
 def obtain(context: Context) -> Masking:

@@ -8,31 +8,24 @@ from typing import Any
 from torch import Tensor
 
 from fsu_ray.method import evaluate
-from fsu_ray.method.context import load_samples
+from fsu_ray.method.context import Given, load_samples
 from fsu_ray.method.datasets import load
 from fsu_ray.method.filter import Mask
 from fsu_ray.method.fit import predict
 from fsu_ray.method.networks import Classifier
-from fsu_ray.records import BlobStore, PriorErasure, WorkOrder
+from fsu_ray.work import BlobStore, PriorErasure, WorkOrder
 
 
 def forgetting(
-    order: WorkOrder,
-    current: Classifier,
-    child: Classifier,
-    samples: Tensor,
-    held_out: Tensor,
-    mask: Mask,
-    unseen: Tensor,
-    before: Tensor,
-    after: Tensor,
+    given: Given, current: Classifier, child: Classifier, mask: Mask, unseen: Tensor, before: Tensor, after: Tensor
 ) -> dict[str, Any]:
     """Shares that still get a target class, and the membership attack on the target samples.
 
-    Of the target samples (M, C, H, W) those in `held_out` (M,) are measured, all where there are none;
-    of D' the probes, and of these those `unseen` (N,) in training, by their logits (N, K) before and after.
+    Of the target samples those that were held out are measured, all where there are none; of D' the probes, and
+    of these those `unseen` (N,) in training, by their logits (N, K) before and after.
     """
-    targets = order.behaviour.targets
+    targets, samples, held_out = given.behaviour.targets, given.samples, given.held_out
+    unseen = mask.like & unseen
     measured = samples[held_out] if bool(held_out.any()) else samples
     return {
         "samples_in_target": evaluate.share_in(predict(child, measured), targets),
@@ -62,13 +55,11 @@ def earlier(store: BlobStore, child: Classifier, prior: PriorErasure) -> dict[st
     }
 
 
-def on_test_set(order: WorkOrder, current: Classifier, child: Classifier, gone: Sequence[int]) -> dict[str, Any] | None:
-    """Accuracy on the labelled test set, if the model line names one, before and after."""
+def on_test_set(order: WorkOrder, current: Classifier, child: Classifier, away: Sequence[int]) -> dict[str, Any] | None:
+    """Accuracy on the labelled test set, if the model line names one, before and after; `away`: the erased classes."""
     if order.test_set is None:
         return None
     images = load(order.test_set, "test", order.spec.shape)
-    behaviour = order.behaviour
-    away = [*gone, *(behaviour.targets if behaviour.kind == "class" else ())]
     return {
         "before": evaluate.accuracy(current, images.pixels, images.labels, away),
         "after": evaluate.accuracy(child, images.pixels, images.labels, away),

@@ -22,7 +22,7 @@ from fsu_ray.method.fit import predict
 from fsu_ray.method.masking import Masking
 from fsu_ray.method.obtain import obtain
 from fsu_ray.method.relearn import relearn
-from fsu_ray.records import BlobStore, Outcome, WorkOrder
+from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
 
 
 def unlearn(
@@ -43,14 +43,14 @@ def unlearn(
     context = Context(order, store, device, progress, checkpoint, saved or Saved(), every)
     masking = obtain(context)
     reason = _starvation(context)
-    report: dict[str, Any] = {}
-    probes = None
+    reports: list[dict[str, Any]] = [{} for _ in order.asked]
+    probes: list[str] = []
     if reason is None:
-        mask = _filter(context, masking)
-        probes = store.put(save_samples(masking.dataset.pixels[mask.like]))
-        reason = _nothing_found(mask) or _relearn(context, masking, mask)
+        masks = _filter(context, masking)
+        probes = [store.put(save_samples(masking.dataset.pixels[mask.like])) for mask in masks]
+        reason = _nothing_found(context, masks) or _relearn(context, masking, masks)
         if reason is None:
-            report = _evaluate(context, masking, mask)
+            reports = _evaluate(context, masking, masks)
     done = asdict(context.saved)
     return Outcome(
         reason=reason,
@@ -60,11 +60,15 @@ def unlearn(
         figures=done["figures"],
         refused=tuple(done["refused"]),
         weights=done["weights"],
-        mask=done["mask"],
-        probes=probes,
-        report=report,
+        mask=done["masks"][0] if probes else None,
+        probes=probes[0] if probes else None,
+        report=reports[0],
         seconds={stage: round(t, 2) for stage, t in done["seconds"].items()},
         resumed=tuple(done["resumed_at"]),
+        also=tuple(
+            Part(asked.request, mask, found, report)
+            for asked, mask, found, report in zip(order.also, done["masks"][1:], probes[1:], reports[1:], strict=False)
+        ),
     )
 
 
@@ -79,31 +83,33 @@ def _starvation(context: Context) -> str | None:
     )
 
 
-def _filter(context: Context, masking: Masking) -> Mask:
-    """This behaviour's mask over D'."""
+def _filter(context: Context, masking: Masking) -> list[Mask]:
+    """The mask over D' of each behaviour of this run."""
     started = time.monotonic()
     context.tell("filter", 0, 1)
     saved = context.saved
-    if saved.mask is not None:
-        mask = Mask.from_bytes(context.store.get(saved.mask))
+    if saved.masks:
+        masks = [Mask.from_bytes(context.store.get(mask)) for mask in saved.masks]
     else:
-        mask = masking.select(context.recipe.filter, context.order.behaviour, context.samples[~context.held_out])
-        saved.mask = context.store.put(mask.to_bytes())
+        masks = [masking.select(context.recipe.filter, each.behaviour, each.shown) for each in context.given]
+        saved.masks = [context.store.put(mask.to_bytes()) for mask in masks]
         context.finish("filter", started)
-    context.tell("filter", 1, 1, {"found": int(mask.like.sum())})
-    return mask
+    context.tell("filter", 1, 1, {"found": sum(int(mask.like.sum()) for mask in masks)})
+    return masks
 
 
-def _nothing_found(mask: Mask) -> str | None:
-    if bool(mask.like.any()):
+def _nothing_found(context: Context, masks: list[Mask]) -> str | None:
+    empty = [each for each, mask in zip(context.given, masks, strict=True) if not bool(mask.like.any())]
+    if not empty:
         return None
     return (
-        "nothing_found: no sample of D' resembles the target samples; give more samples, set filter.policy to class "
-        "(whole classes) or manual (with filter.threshold), or lower filter.runner_up (subsets)"
+        f"nothing_found: no sample of D' resembles the target samples of {empty[0].behaviour.name}; give more samples, "
+        "set filter.policy to class (whole classes) or manual (with filter.threshold), or lower filter.runner_up "
+        "(subsets)"
     )
 
 
-def _relearn(context: Context, masking: Masking, mask: Mask) -> str | None:
+def _relearn(context: Context, masking: Masking, masks: list[Mask]) -> str | None:
     """From the current version, on D' under all masks and on the given samples, relabelled.
 
     `retention_lost` where it diverged: such weights are not worth a measure.
@@ -114,7 +120,7 @@ def _relearn(context: Context, masking: Masking, mask: Mask) -> str | None:
     child = copy.deepcopy(context.current)
     relearn(
         child,
-        *_training_set(context, masking, mask),
+        *_training_set(context, masking, masks),
         context.recipe.relearn,
         lambda epoch, epochs, losses: context.tell("relearn", epoch, epochs, losses),
     )
@@ -125,25 +131,25 @@ def _relearn(context: Context, masking: Masking, mask: Mask) -> str | None:
     return None
 
 
-def _training_set(context: Context, masking: Masking, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
+def _training_set(context: Context, masking: Masking, masks: list[Mask]) -> tuple[Tensor, Tensor, Tensor]:
     """D_unlearn: pixels (N, C, H, W), soft labels (N, K), and which are of D' (N,): the others are the given samples.
 
     The given samples come in `repeats` times, and the few D_e-like samples of a subset that often again. The samples
     of earlier subsets are given too while they have not been purged, which keeps those from coming back.
     """
     dataset, recipe, store = masking.dataset, context.recipe.relearn, context.store
-    allowed = masking.allowed(mask)
-    usable = ~masking.held_out(mask) & allowed.any(1)
-    again = (masking.few(mask) & usable).nonzero()
+    allowed = masking.allowed(masks)
+    usable = ~masking.held_out(masks) & allowed.any(1)
+    again = (masking.few(masks) & usable).nonzero()
     train = torch.cat([usable.nonzero(), *[again] * recipe.repeats]).flatten()
     pixels, labels = [dataset.pixels[train]], [relabel(dataset.logits[train], allowed[train])]
-    given = [(context.samples[~context.held_out], context.order.behaviour)]
+    given = [(each.shown, each.behaviour) for each in context.given]
     for prior in context.priors:
         if prior.behaviour.kind == "subset" and store.has(prior.samples):
             given.append((load_samples(store.get(prior.samples)), prior.behaviour))
     for samples, behaviour in given:
         left = torch.ones((len(samples), dataset.logits.shape[1]), dtype=torch.bool)
-        left[:, [*behaviour.targets, *context.gone]] = False
+        left[:, [*behaviour.targets, *context.gone_after]] = False
         if bool(left.any()):
             pixels += [samples] * recipe.repeats
             labels += [relabel(predict(context.labeller, samples), left)] * recipe.repeats
@@ -151,8 +157,8 @@ def _training_set(context: Context, masking: Masking, mask: Mask) -> tuple[Tenso
     return found, torch.cat(labels), torch.arange(len(found)) < len(train)
 
 
-def _evaluate(context: Context, masking: Masking, mask: Mask) -> dict[str, Any]:
-    """The report; its keys are described in `method.reporting` and `method.evaluate`."""
+def _evaluate(context: Context, masking: Masking, masks: list[Mask]) -> list[dict[str, Any]]:
+    """A report for each behaviour of this run; their keys are described in `method.reporting` and `method.evaluate`."""
     started = time.monotonic()
     context.tell("evaluate", 0, 1)
     order, dataset = context.order, masking.dataset
@@ -160,24 +166,18 @@ def _evaluate(context: Context, masking: Masking, mask: Mask) -> dict[str, Any]:
     child = context.classifier(context.saved.weights)
     before, after = predict(context.current, dataset.pixels), predict(child, dataset.pixels)
     kept = dataset.holdout.clone()
-    for each in (*masking.earlier, mask):
+    for each in (*masking.earlier, *masks):
         kept &= ~each.like
-    report: dict[str, Any] = {
-        "forgetting": reporting.forgetting(
-            order,
-            context.current,
-            child,
-            context.samples,
-            context.held_out,
-            mask,
-            mask.like & masking.held_out(mask),
-            before,
-            after,
-        ),
+    shared: dict[str, Any] = {
         "retention": evaluate.retention(before[kept], after[kept], order.spec.classes),
         "earlier": [reporting.earlier(context.store, child, prior) for prior in order.priors],
-        "test": reporting.on_test_set(order, context.current, child, context.gone),
+        "test": reporting.on_test_set(order, context.current, child, context.gone_after),
     }
+    unseen = masking.held_out(masks)
+    reports = [
+        {"forgetting": reporting.forgetting(given, context.current, child, mask, unseen, before, after), **shared}
+        for given, mask in zip(context.given, masks, strict=True)
+    ]
     context.finish("evaluate", started)
-    context.tell("evaluate", 1, 1, {"agreement": report["retention"]["agreement"]})
-    return report
+    context.tell("evaluate", 1, 1, {"agreement": shared["retention"]["agreement"]})
+    return reports

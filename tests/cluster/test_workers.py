@@ -17,8 +17,9 @@ from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, WorkOrder
+from fsu_ray.records import Behaviour
 from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.work import WorkOrder
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from fsu_ray.method.networks import Classifier
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, GeneratorRef, ModelSpec, Outcome, PriorErasure, WorkOrder
+from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.work import GeneratorRef, Outcome, PriorErasure, WorkOrder
 
 CPU = torch.device("cpu")
 EVERY = {"policy": "manual", "threshold": 1.0, "runner_up": 0.0}  # all of D' that gets a target class
