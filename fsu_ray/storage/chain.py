@@ -2,7 +2,9 @@
 
 The hash of an event is the SHA-256 of its canonical JSON, which holds the previous hash: sorted keys, no
 spaces, moments in UTC to the microsecond. Events are appended at the end of the transaction that they are
-about, by the only writer that there is at that moment (`engines`), so the chain cannot fork.
+about, by the only writer that there is at that moment (`engines`), so the chain cannot fork. Steps of requests
+are written by a trigger, into `request_events` and `audit_pending`, and wait there for the next such writer: a
+second at most while anybody works on the ledger.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,7 +22,7 @@ import sqlalchemy as sa
 from fsu_ray.storage.columns import Instant, moment_text
 from fsu_ray.storage.engines import finite
 from fsu_ray.storage.rows import now
-from fsu_ray.storage.schema import audit_events
+from fsu_ray.storage.schema import TERMINAL, audit_events, audit_pending, models, request_events, requests
 
 GENESIS = "0" * 64
 """What the first event has for a previous hash."""
@@ -54,7 +57,13 @@ class Event:
 
 def canonical(value: Any) -> str:
     """Canonical JSON: sorted keys, no spaces, null for what is not finite."""
-    return json.dumps(finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    try:
+        return _ENCODER.encode(value)
+    except ValueError:
+        return _ENCODER.encode(finite(value))
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest_of(value: Any) -> str:
@@ -62,10 +71,17 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def row_of(table: sa.Table, values: Mapping[str, Any], columns: Iterable[str] | None = None) -> dict[str, Any]:
+def row_of(table: sa.Table, values: Mapping[Any, Any], columns: Iterable[str] | None = None) -> dict[str, Any]:
     """A row of `table` as the chain keeps it: every column (or those of `columns`) as JSON has it."""
-    chosen = table.columns.keys() if columns is None else columns
-    return {name: _plain(table.c[name], values.get(name)) for name in chosen}
+    chosen = _columns(table) if columns is None else {name: _columns(table)[name] for name in columns}
+    return {name: _plain(kind, values.get(name)) for name, kind in chosen.items()}
+
+
+@cache
+def _columns(table: sa.Table) -> dict[str, type | None]:
+    """The columns of a table, and what JSON has no type for."""
+    special = {Instant: datetime, sa.Boolean: bool}
+    return {column.name: special.get(type(column.type)) for column in table.columns}
 
 
 def note(
@@ -100,13 +116,13 @@ def insert(
 
 
 def begin(connection: sa.Connection) -> None:
-    """A transaction begins: nothing is noted yet."""
-    connection.info[_NOTED] = []
+    """A transaction that is alone begins: it takes the steps of requests that are not in the chain yet along."""
+    connection.info[_NOTED] = _pending(connection)
 
 
 def append_noted(connection: sa.Connection) -> None:
-    """Append what this transaction has noted, in that order."""
-    noted = connection.info.pop(_NOTED)
+    """Append what this transaction has noted, in that order, and then its own steps of requests."""
+    noted = connection.info.pop(_NOTED) + _pending(connection)
     if not noted:
         return
     head = connection.execute(_HEAD).one_or_none()
@@ -126,6 +142,36 @@ def append_noted(connection: sa.Connection) -> None:
     connection.execute(_APPEND, links)
 
 
+def _pending(connection: sa.Connection) -> list[tuple[str, str | None, str | None, str, str]]:
+    """The steps of requests that wait for the chain, oldest first; they wait no more."""
+    if connection.dialect.name == "sqlite":  # nobody else writes between the two
+        found = list(connection.execute(_STEPS).mappings())
+        if found:
+            connection.execute(sa.delete(audit_pending))
+    else:
+        found = list(connection.execute(_TAKE).mappings())
+    found.sort(key=lambda row: (row["at"], row["request_id"], row["number"]))
+    noted = []
+    for row in found:
+        more = {} if row["report"] is None else {"report": digest_of(row["report"])}
+        detail = canonical({"table": request_events.name, "row": row_of(request_events, row), **more})
+        noted.append((f"request_{row['new']}", row["model"], row["request_id"], row["actor"], detail))
+    return noted
+
+
+_COLUMNS = (
+    *request_events.c,
+    models.c.name.label("model"),
+    sa.case((request_events.c.new.in_(TERMINAL), requests.c.report)).label("report"),
+)
+_JOINED = (
+    request_events.c.request_id == audit_pending.c.request_id,
+    request_events.c.number == audit_pending.c.number,
+    requests.c.id == audit_pending.c.request_id,
+    models.c.id == requests.c.model_id,
+)
+_STEPS = sa.select(*_COLUMNS).where(*_JOINED)
+_TAKE = sa.delete(audit_pending).where(*_JOINED).returning(*_COLUMNS)
 _HEAD = sa.select(audit_events.c.seq, audit_events.c.hash).order_by(audit_events.c.seq.desc()).limit(1)
 _APPEND = sa.insert(audit_events)
 
@@ -141,9 +187,7 @@ def _line(
     )
 
 
-def _plain(column: sa.Column[Any], value: Any) -> Any:
-    if isinstance(column.type, Instant) and isinstance(value, datetime):
-        return moment_text(value)
-    if isinstance(column.type, sa.Boolean):
-        return bool(value)
-    return finite(value)
+def _plain(kind: type | None, value: Any) -> Any:
+    if kind is None or value is None:
+        return value
+    return moment_text(value) if kind is datetime else bool(value)

@@ -9,75 +9,149 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.sql.dml import ReturningUpdate
 
+from fsu_ray.config import MOST_FAILURES
 from fsu_ray.errors import LeaseLost, TransitionRefused
 from fsu_ray.records import TRANSITIONS, Model, Request, Status
-from fsu_ray.storage import chain, rows
-from fsu_ray.storage.schema import request_events, requests
+from fsu_ray.storage import rows
+from fsu_ray.storage.columns import Instant
+from fsu_ray.storage.schema import models, requests
 
+Moment = datetime | sa.ColumnElement[datetime]
 _PATH = re.compile(r"(?:(?<=^)|(?<=[\s'\"(:=]))(?:[\w.-]*/)+[\w.-]*/([\w.-]+)")
 
 
-def next_claimable(connection: sa.Connection, model: Model | None, moment: datetime) -> Request | None:
-    """The request to claim: one whose lease is over, or of those that are ready, the most urgent and then the oldest.
-
-    Ready: queued, not before its time, not waiting to be tried again, and no other of its model is running.
-    """
-    other = requests.alias("other")
-    busy = sa.exists().where(other.c.model_id == requests.c.model_id, other.c.status == Status.RUNNING)
-    expired = rows.REQUESTS.where(requests.c.status == Status.RUNNING, requests.c.lease_until <= moment)
-    ready = rows.REQUESTS.where(requests.c.status == Status.QUEUED, *_ripe(moment), ~busy)
-    order = (requests.c.priority.desc(), requests.c.submitted_at, requests.c.id)
-    for query in (expired.where(requests.c.lead.is_(None)), ready):
-        if model is not None:
-            query = query.where(requests.c.model_id == model.id)
-        row = connection.execute(query.order_by(*order).limit(1)).mappings().one_or_none()
-        if row is not None:
-            return rows.to_request(row)
-    return None
-
-
-def _ripe(moment: datetime) -> tuple[sa.ColumnElement[bool], ...]:
-    return tuple(sa.or_(c.is_(None), c <= moment) for c in (requests.c.not_before, requests.c.retry_at))
-
-
-def held(connection: sa.Connection, worker: str) -> int:
-    """How many runs a worker has under way."""
-    mine = sa.and_(requests.c.worker == worker, requests.c.status == Status.RUNNING, requests.c.lead.is_(None))
-    return connection.execute(sa.select(sa.func.count()).where(mine)).scalar_one()
-
-
-def take(
+def claim(
     connection: sa.Connection,
-    seen: Request,
+    model: Model | None,
     worker: str,
     lease_seconds: float,
     moment: datetime,
-    lead: str | None = None,
+    cap: int | None = None,
 ) -> Request | None:
-    """Claim the request as `next_claimable` saw it, as part of the run of `lead` if given; None where it has changed
-    since. A take-over from a worker that let its lease expire counts as a failure of the attempt before.
+    """Begin the next attempt at a request: one UPDATE, which picks it too. None where there is nothing to do.
+
+    First one whose lease is over; else, of those that are ready, the most urgent and then the oldest. Ready: queued,
+    not before its time, not waiting to be tried again, and no other of its model is running. A take-over counts as a
+    failure of the attempt before. Two workers that pick different requests of one model at the same moment meet in
+    the index of running requests.
     """
+    until = moment + timedelta(seconds=lease_seconds)
+    known: dict[str, Any] = {"moment": moment, "until": until, "claimant": worker, "cap": cap}
+    known["of"] = None if model is None else model.id
+    wanted = {name: value for name, value in known.items() if value is not None}
+    row = connection.execute(_claim(model is not None, cap is not None), wanted).mappings().one_or_none()
+    return None if row is None else rows.to_request(row)
+
+
+@cache
+def _claim(of_model: bool, capped: bool) -> ReturningUpdate[Any]:
+    """The statement of `claim`; building one takes longer than the database takes for it."""
+    late = requests.c.status == Status.RUNNING
+    moment, until = sa.bindparam("moment", type_=Instant), sa.bindparam("until", type_=Instant)
+    worker = sa.bindparam("claimant", type_=sa.String)
+    picked = (_pick(wanted, of_model) for wanted in (_expired(moment), _ready(moment)))
+    update = (
+        sa.update(requests)
+        .where(requests.c.id == sa.func.coalesce(*picked))
+        .values(
+            status=Status.RUNNING,
+            attempt=requests.c.attempt + 1,
+            worker=worker,
+            lease_until=until,
+            reason=sa.case((late, "lease_expired")),
+            failures=requests.c.failures + sa.case((late, 1), else_=0),
+            retry_at=None,
+            started_at=sa.func.coalesce(requests.c.started_at, moment),
+            changes=requests.c.changes + 1,
+            changed_at=moment,
+            changed_by=worker,
+        )
+        .returning(requests, _MODEL)
+    )
+    return update.where(_held(worker) < sa.bindparam("cap", type_=sa.Integer)) if capped else update
+
+
+def claimable(connection: sa.Connection, model: Model | None, moment: datetime) -> bool:
+    """Whether `claim` or `abandoned` would find something."""
+    late = sa.and_(_MINE.status == _RUNNING, _MINE.lead.is_(None), _MINE.lease_until <= moment)
+    found = sa.or_(late, sa.and_(*_ready(moment)))
+    query = sa.select(_MINE.id).where(found).limit(1)
+    return connection.scalar(query if model is None else query.where(_MINE.model_id == model.id)) is not None
+
+
+def abandoned(connection: sa.Connection, moment: datetime) -> Request | None:
+    """A request whose lease is over and that is not to be taken over: it is to be cancelled, or has cost
+    `MOST_FAILURES` workers."""
+    late = sa.and_(requests.c.status == _RUNNING, requests.c.lead.is_(None), requests.c.lease_until <= moment)
+    over = sa.or_(requests.c.cancel_by.is_not(None), requests.c.failures + 1 >= MOST_FAILURES)
+    row = connection.execute(rows.REQUESTS.where(late, over).limit(1)).mappings().one_or_none()
+    return None if row is None else rows.to_request(row)
+
+
+def _expired(moment: Moment) -> tuple[sa.ColumnElement[bool], ...]:
+    return (
+        _MINE.status == _RUNNING,
+        _MINE.lead.is_(None),
+        _MINE.lease_until <= moment,
+        _MINE.cancel_by.is_(None),
+        _MINE.failures + 1 < MOST_FAILURES,
+    )
+
+
+def _ready(moment: Moment) -> tuple[sa.ColumnElement[bool], ...]:
+    running = sa.and_(_OTHER.status == _RUNNING, _OTHER.lead.is_(None))
+    free = _MINE.model_id.not_in(sa.select(_OTHER.model_id).where(running))
+    return (_MINE.status == _QUEUED, *_ripe(moment, _MINE), free)
+
+
+def _pick(wanted: tuple[sa.ColumnElement[bool], ...], of_model: bool) -> sa.ScalarSelect[str]:
+    query = sa.select(_MINE.id).where(*wanted)
+    if of_model:
+        query = query.where(_MINE.model_id == sa.bindparam("of", type_=sa.String))
+    first = query.order_by(_MINE.priority.desc(), _MINE.submitted_at, _MINE.id).limit(1)
+    return first.with_for_update(skip_locked=True).scalar_subquery()
+
+
+# Literals, not parameters: only so does SQLite see that an index over some of the rows will do.
+_QUEUED, _RUNNING = sa.literal_column("'queued'"), sa.literal_column("'running'")
+_MINE, _OTHER = requests.alias("mine").c, requests.alias("other").c
+_MODEL = sa.select(models.c.name).where(models.c.id == requests.c.model_id).scalar_subquery().label("model")
+
+
+def _ripe(moment: Moment, of: Any) -> tuple[sa.ColumnElement[bool], ...]:
+    return tuple(sa.or_(column.is_(None), column <= moment) for column in (of.not_before, of.retry_at))
+
+
+def _held(worker: sa.ColumnElement[str]) -> sa.ScalarSelect[int]:
+    """How many runs a worker has under way."""
+    mine = (_MINE.worker == worker, _MINE.status == _RUNNING, _MINE.lead.is_(None))
+    return sa.select(sa.func.count()).where(*mine).scalar_subquery()
+
+
+def join(
+    connection: sa.Connection, seen: Request, lead: Request, worker: str, lease_seconds: float, moment: datetime
+) -> Request | None:
+    """Claim a request as part of the run of `lead`; None where it has changed since it was seen."""
     late = seen.status is Status.RUNNING
-    # A heartbeat may have saved the lease since it was seen.
-    free = sa.or_(requests.c.lease_until.is_(None), requests.c.lease_until <= moment)
     return _step(
         connection,
         seen,
         Status.RUNNING,
         worker,
         moment,
-        *(() if lead else (free,)),
         attempt=seen.attempt + 1,
         worker=worker,
         lease_until=moment + timedelta(seconds=lease_seconds),
         reason="lease_expired" if late else None,
         failures=seen.failures + (1 if late else 0),
         retry_at=None,
-        lead=lead,
+        lead=lead.id,
         started_at=seen.started_at or moment,
     )
 
@@ -91,8 +165,8 @@ def companions(connection: sa.Connection, lead: Request, gone: set[int], moment:
         requests.c.status == Status.QUEUED,
         requests.c.behaviour_kind == "class",
         requests.c.alone.is_(False),
-        *_ripe(moment),
-        models_id_of(lead),
+        *_ripe(moment, requests.c),
+        _same_model(lead),
     ).order_by(requests.c.priority.desc(), requests.c.submitted_at, requests.c.id)
     chosen: list[Request] = []
     names, taken = {lead.behaviour.name}, set(lead.behaviour.targets)
@@ -112,7 +186,7 @@ def companions(connection: sa.Connection, lead: Request, gone: set[int], moment:
     return chosen
 
 
-def models_id_of(request: Request) -> sa.ColumnElement[bool]:
+def _same_model(request: Request) -> sa.ColumnElement[bool]:
     """The condition that a row of requests is of the same model as `request`."""
     own = requests.alias("own")
     return requests.c.model_id == sa.select(own.c.model_id).where(own.c.id == request.id).scalar_subquery()
@@ -149,10 +223,9 @@ def step_claimed(
     """Move a request that this worker still holds; raises LeaseLost where it does not. Who ran it stays on record."""
     if status.is_terminal:
         values["finished_at"] = moment
-    mine = requests.c.worker == request.worker
     changed = None
     if request.status is Status.RUNNING:
-        changed = _step(connection, request, status, actor, moment, mine, lease_until=None, **values)
+        changed = _step(connection, request, status, actor, moment, mine=True, lease_until=None, **values)
     if changed is None:
         raise lost(request)
     return changed
@@ -190,57 +263,39 @@ def fetch(connection: sa.Connection, request_id: str) -> Request:
     return rows.to_request(connection.execute(rows.REQUESTS.where(requests.c.id == request_id)).mappings().one())
 
 
-def note_step(connection: sa.Connection, row: sa.RowMapping, old: Status | None, model: str) -> None:
-    """Note the event that the trigger has written for a step, for the audit chain."""
-    values = {
-        "request_id": row["id"],
-        "number": row["changes"],
-        "attempt": row["attempt"],
-        "old": None if old is None else old.value,
-        "new": row["status"],
-        "at": row["changed_at"],
-        "actor": row["changed_by"],
-        "reason": row["reason"],
-    }
-    more = {} if row["report"] is None else {"report": chain.digest_of(row["report"])}
-    event = chain.row_of(request_events, values)
-    chain.note(
-        connection,
-        f"request_{row['status']}",
-        request_events,
-        event,
-        actor=row["changed_by"],
-        model=model,
-        request=row["id"],
-        **more,
-    )
-
-
 def _step(
     connection: sa.Connection,
     request: Request,
     status: Status,
     actor: str,
     moment: datetime,
-    *guards: sa.ColumnElement[bool],
+    *,
+    mine: bool = False,
     **values: Any,
 ) -> Request | None:
-    """Move a request from the state in which it was read, if `guards` hold; None where it is not so any more."""
+    """Move a request from the state in which it was read, and if it is `mine` from its worker; None where it is not so
+    any more."""
     if values.get("reason") is not None:
         values["reason"] = without_paths(values["reason"])
-    update = (
-        sa.update(requests)
-        .where(
-            requests.c.id == request.id,
-            requests.c.status == request.status,
-            requests.c.changes == request.changes,
-            *guards,
-        )
-        .values(status=status, changes=request.changes + 1, changed_at=moment, changed_by=actor, **values)
-        .returning(requests)
-    )
-    row = connection.execute(update).mappings().one_or_none()
+    values |= {"status": status, "changes": request.changes + 1, "changed_at": moment, "changed_by": actor}
+    was = {"was": request.id, "was_status": request.status, "was_changes": request.changes}
+    if mine:
+        was["was_worker"] = request.worker
+    update = _update(tuple(sorted(values)), mine)
+    row = connection.execute(update, {**was, **values}).mappings().one_or_none()
     if row is None:
         return None
-    note_step(connection, row, request.status, request.model)
     return rows.to_request({**row, "model": request.model})
+
+
+@cache
+def _update(names: tuple[str, ...], mine: bool) -> ReturningUpdate[Any]:
+    """The statement of `_step` that sets the columns `names`."""
+    update = sa.update(requests).where(
+        requests.c.id == sa.bindparam("was"),
+        requests.c.status == sa.bindparam("was_status"),
+        requests.c.changes == sa.bindparam("was_changes"),
+    )
+    if mine:
+        update = update.where(requests.c.worker == sa.bindparam("was_worker"))
+    return update.values({name: sa.bindparam(name, type_=requests.c[name].type) for name in names}).returning(requests)

@@ -5,6 +5,7 @@ What is different between SQLite and PostgreSQL is in `engines`, and in `trigger
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError, IntegrityError, InterfaceError, OperationalError
 
-from fsu_ray.errors import AlreadyExists, FsuError, InvalidConfig, LedgerUnavailable, TransitionRefused
+from fsu_ray.errors import AlreadyExists, FsuError, InvalidConfig, LedgerUnavailable, StorageError, TransitionRefused
 from fsu_ray.storage import chain, engines, schema
 from fsu_ray.storage.engines import BUSY_SECONDS, ELSEWHERE, Engines
+
+SEAL_SECONDS = 1.0
+"""How long a step of a request waits for the audit chain while this process makes others."""
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -48,6 +52,7 @@ class Database:
 
     def __init__(self, connected: Engines) -> None:
         self._engines = connected
+        self._sealed_at, self._unsealed = time.monotonic(), False
 
     @classmethod
     def open(cls, url: str) -> Database:
@@ -77,7 +82,10 @@ class Database:
         return database
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection, after a last look at what waits for the audit chain."""
+        if self._unsealed:
+            with contextlib.suppress(StorageError):
+                self.seal()
         self._engines.dispose()
 
     @contextmanager
@@ -98,6 +106,24 @@ class Database:
             chain.begin(connection)
             yield connection
             chain.append_noted(connection)
+
+    @contextmanager
+    def stepping(self, subject: str) -> Iterator[sa.Connection]:
+        """Statements that each stand for themselves: guarded updates of requests, which many make at once.
+
+        What they change waits for the audit chain (`chain`): about once a second one of these takes it there.
+        """
+        with self._translated(subject), self._engines.stepper.connect() as connection:
+            yield connection
+        self._unsealed = True
+        if time.monotonic() - self._sealed_at > SEAL_SECONDS:
+            self.seal()
+
+    def seal(self) -> None:
+        """Append the steps of requests that wait for it to the audit chain."""
+        self._sealed_at, self._unsealed = time.monotonic(), False
+        with self.writing("the audit chain"):
+            pass
 
     @contextmanager
     def _translated(self, subject: str) -> Iterator[None]:

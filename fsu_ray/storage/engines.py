@@ -1,8 +1,9 @@
 """The two databases that a ledger may lie in: how to connect, how a transaction begins, what a refusal says.
 
-A writer is alone on both: SQLite takes its write lock at `BEGIN IMMEDIATE`, PostgreSQL an advisory lock with
+Most writers are alone on both: SQLite takes its write lock at `BEGIN IMMEDIATE`, PostgreSQL an advisory lock with
 the transaction. So what a writer has read stays true until it commits, and nothing that is appended to in an
-order can fork. A reader sees one snapshot and waits for nobody (WAL; REPEATABLE READ).
+order can fork. A single guarded UPDATE, as the queue makes them, needs no such lock. A reader sees one snapshot
+and waits for nobody (WAL; REPEATABLE READ).
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ _LOCK = "SELECT pg_advisory_xact_lock(hashtext('fsu_ray'), hashtext(current_sche
 
 @dataclass(frozen=True)
 class Engines:
-    """One database for writers, for readers, and without any transaction of ours; `where` names it for people."""
+    """One database for writers, for readers, without any transaction of ours, and for single statements that commit
+    themselves; `where` names it for people."""
 
     writer: sa.Engine
     reader: sa.Engine
     bare: sa.Engine
+    stepper: sa.Engine
     where: str
 
     @property
@@ -78,7 +81,8 @@ def _sqlite(url: sa.URL) -> Engines:
     event.listen(engine, "connect", _sqlite_connected)
     event.listen(engine, "begin", _sqlite_begun)
     reader = engine.execution_options(**{_WRITES: False})
-    return Engines(engine, reader, engine.execution_options(**{_WRITES: None}), url.database)
+    bare = engine.execution_options(**{_WRITES: None})
+    return Engines(engine, reader, bare, bare, url.database)
 
 
 def _sqlite_connected(connection: Any, _record: Any) -> None:
@@ -101,16 +105,21 @@ def _postgresql(url: sa.URL) -> Engines:
         import psycopg  # noqa: F401
     except ImportError:
         raise InvalidConfig("a ledger in PostgreSQL needs psycopg: pip install 'fsu_ray[postgres]'") from None
-    options = f"-c timezone=UTC -c lock_timeout={int(BUSY_SECONDS * 1000)} {url.query.get('options', '')}"
+    # The queue is read in the order of its index, one row at a time: a bitmap would read and sort all of it.
+    settings = {"timezone": "UTC", "lock_timeout": int(BUSY_SECONDS * 1000), "enable_bitmapscan": "off"}
+    given = " ".join(f"-c {name}={value}" for name, value in settings.items())
+    options = f"{given} {url.query.get('options', '')}"
     engine = sa.create_engine(
         url.set(drivername="postgresql+psycopg").difference_update_query(["options"]),
         json_serializer=_dumps,
-        pool_pre_ping=True,
+        pool_recycle=30,  # rather than a ping at each use
         connect_args={"connect_timeout": 10, "options": options, "application_name": "fsu_ray"},
     )
     event.listen(engine, "begin", _postgresql_begun)
     reader = engine.execution_options(**{_WRITES: False}, isolation_level="REPEATABLE READ", postgresql_readonly=True)
-    return Engines(engine, reader, engine.execution_options(**{_WRITES: None}), url.render_as_string())
+    bare = engine.execution_options(**{_WRITES: None})
+    stepper = bare.execution_options(isolation_level="AUTOCOMMIT")
+    return Engines(engine, reader, bare, stepper, url.render_as_string())
 
 
 def _postgresql_begun(connection: sa.Connection) -> None:

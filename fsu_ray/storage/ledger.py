@@ -115,16 +115,16 @@ class Ledger(Lineage, Queue, Inverters, Windows):
 
         The arguments are those of `commit`; `outcome` is None where the run brought nothing back. Raises LeaseLost.
         """
-        ended = None if outcome is None else results.Ended.of(request, outcome, generator_id, warm_started_from)
+        moment, worker = rows.now(), str(request.worker)
+        if outcome is None:
+            with self._database.stepping(f"request {request.id}") as connection:
+                return claims.step_claimed(connection, request, Status.REJECTED, worker, moment, reason=reason)
+        ended = results.Ended.of(request, outcome, generator_id, warm_started_from)
         with self._database.writing(f"request {request.id}") as connection:
-            moment, worker = rows.now(), str(request.worker)
-            report = None if ended is None else ended.report
             rejected = claims.step_claimed(
-                connection, request, Status.REJECTED, worker, moment, reason=reason, report=report
+                connection, request, Status.REJECTED, worker, moment, reason=reason, report=ended.report
             )
-            if ended is not None:
-                model = rows.fetch_model(connection, request.model)
-                ended.keep_generator(connection, model, root or base.root, moment)
+            ended.keep_generator(connection, rows.fetch_model(connection, request.model), root or base.root, moment)
             return rejected
 
     def history(self, model: str) -> list[dict[str, Any]]:

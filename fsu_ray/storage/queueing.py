@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +17,14 @@ from fsu_ray.storage.database import Part
 from fsu_ray.storage.policies import OPERATOR, check_actor, fetch_policy
 from fsu_ray.storage.schema import requests
 
+LOOK_SECONDS = 5.0
+"""How often a worker that claims looks for requests that nobody is to take over."""
+
 
 class Queue(Part):
     """The ledger's requests. Every change of state is on record with who made it (`events`)."""
+
+    _looked_at = -LOOK_SECONDS
 
     def check_behaviour(self, model: str, behaviour: Behaviour) -> None:
         """Raise what `submit` would raise for this behaviour, if it were new."""
@@ -87,7 +93,7 @@ class Queue(Part):
         """Whether `claim` would find something now; raises NotFound for a model that is not there."""
         with self._database.reading() as connection:
             line = None if model is None else rows.fetch_model(connection, model)
-            return claims.next_claimable(connection, line, rows.now()) is not None
+            return claims.claimable(connection, line, rows.now())
 
     def claim(
         self,
@@ -106,28 +112,42 @@ class Queue(Part):
         A request whose lease has ended too often fails, one that was to be cancelled is. The request that comes
         back is the claim: hand it to `heartbeat`, `commit` and the others.
         """
-        while True:
+        line = None if model is None else self._line(model)
+        self._end_abandoned(worker)
+        request = None
+        while request is None:
             try:
-                with self._database.writing("the queue") as connection:
-                    line = None if model is None else rows.fetch_model(connection, model)
-                    moment = rows.now()
-                    if cap is not None and claims.held(connection, worker) >= cap:
+                with self._database.stepping("the queue") as connection:
+                    request = claims.claim(connection, line, worker, lease_seconds, rows.now(), cap)
+                    if request is None:
                         return None
-                    seen = claims.next_claimable(connection, line, moment)
-                    if seen is None:
-                        return None
-                    if _abandoned(connection, seen, worker):
-                        continue
-                    others = claims.followers(connection, seen) if seen.status is Status.RUNNING else []
-                    request = claims.take(connection, seen, worker, lease_seconds, moment)
-                    if request is not None and along and seen.status is Status.QUEUED:
-                        others = _companions(connection, request)[:along]
-                    for other in others if request is not None else []:
-                        claims.take(connection, other, worker, lease_seconds, moment, lead=seen.id)
             except TransitionRefused:
                 continue  # the index of running requests: another worker was faster
-            if request is not None:
-                return request
+        if request.failures or along:
+            self._take_along(request, worker, lease_seconds, along)
+        return request
+
+    def _line(self, model: str) -> Model:
+        with self._database.reading() as connection:
+            return rows.fetch_model(connection, model)
+
+    def _end_abandoned(self, worker: str) -> None:
+        """End the requests that nobody is to take over; looks for them every few seconds."""
+        if time.monotonic() - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = time.monotonic()
+        with self._database.reading() as connection:
+            if claims.abandoned(connection, rows.now()) is None:
+                return
+        with self._database.writing("the queue") as connection:
+            while (request := claims.abandoned(connection, rows.now())) is not None:
+                _abandon(connection, request, worker)
+
+    def _take_along(self, request: Request, worker: str, lease_seconds: float, most: int) -> None:
+        with self._database.writing(f"request {request.id}") as connection:
+            others = claims.followers(connection, request) or _companions(connection, request)[:most]
+            for other in others:
+                claims.join(connection, other, request, worker, lease_seconds, rows.now())
 
     def companions(self, request: Request) -> list[Request]:
         """The other requests that run along with a claimed one, oldest first."""
@@ -146,7 +166,7 @@ class Queue(Part):
 
         Raises LeaseLost where another attempt has begun or the request has ended.
         """
-        with self._database.writing(f"request {request.id}") as connection:
+        with self._database.stepping(f"request {request.id}") as connection:
             return claims.renew(connection, request, rows.now() + timedelta(seconds=lease_seconds))
 
     def release(self, request: Request, reason: str) -> Request:
@@ -232,24 +252,16 @@ class Queue(Part):
             return claims.step_waiting(connection, request, status, actor, rows.now(), reason=reason)
 
 
-def _abandoned(connection: sa.Connection, seen: Request, worker: str) -> bool:
+def _abandon(connection: sa.Connection, seen: Request, worker: str) -> None:
     """End a request whose lease is over for good: it was to be cancelled, or has cost too many workers already."""
-    if seen.status is not Status.RUNNING:
-        return False
-    cancelled, failures = seen.cancel_by is not None, seen.failures + 1
-    if not cancelled and failures < MOST_FAILURES:
-        return False
     _free_followers(connection, seen, "lease_expired")
-    values: dict[str, Any] = {"lease_until": None, "finished_at": rows.now()}
-    if cancelled:
-        claims.step_waiting(connection, seen, Status.CANCELLED, str(seen.cancel_by), rows.now(), **values)
-    else:
-        values |= {
-            "failures": failures,
-            "reason": f"lease_expired: {failures} workers have vanished",
-        }
-        claims.step_waiting(connection, seen, Status.FAILED, worker, rows.now(), **values)
-    return True
+    failures, moment = seen.failures + 1, rows.now()
+    if seen.cancel_by is not None:
+        claims.step_waiting(connection, seen, Status.CANCELLED, seen.cancel_by, moment, lease_until=None)
+        return
+    reason = f"lease_expired: {failures} workers have vanished"
+    ended: dict[str, Any] = {"lease_until": None, "failures": failures, "reason": reason}
+    claims.step_waiting(connection, seen, Status.FAILED, worker, moment, **ended)
 
 
 def _companions(connection: sa.Connection, request: Request) -> list[Request]:

@@ -2,7 +2,7 @@
 
 The rules of the ledger stand in the database: one running request a model, one live request an idempotency
 key (partial unique indexes), one erasure a request, one firing a window, no cascade into history. All but
-`requests` and `schedule_windows` are insert-only.
+`requests`, `schedule_windows` and `audit_pending` are insert-only.
 """
 
 from __future__ import annotations
@@ -94,9 +94,21 @@ requests = table(
     sa.CheckConstraint("status <> 'running' OR worker IS NOT NULL", name="worker"),
     sa.CheckConstraint("(status = 'succeeded') = (version IS NOT NULL)", name="version"),
     sa.CheckConstraint(f"({among('status', TERMINAL)}) = (finished_at IS NOT NULL)", name="finished"),
-    sa.Index("ix_requests_queue", "status", "priority", "submitted_at"),
+    sa.Index(
+        "ix_requests_queue",
+        sa.text("priority DESC"),
+        "submitted_at",
+        "id",
+        sqlite_where=sa.text("status = 'queued'"),
+        postgresql_where=sa.text("status = 'queued'"),
+    ),
     sa.Index("ix_requests_model_id_submitted_at", "model_id", "submitted_at"),
-    sa.Index("ix_requests_lead", "lead"),
+    sa.Index(
+        "ix_requests_lead",
+        "lead",
+        sqlite_where=sa.text("lead IS NOT NULL"),
+        postgresql_where=sa.text("lead IS NOT NULL"),
+    ),
     # The requests of a coalesced run are all running; the one that leads it stands for them.
     unique_where("uq_requests_running", ("model_id",), "status = 'running' AND lead IS NULL"),
     unique_where("uq_requests_live_key", ("model_id", "idempotency_key"), among("status", LIVE)),
@@ -119,6 +131,12 @@ request_events = table(
     moment("at"),
     sa.Column("actor", sa.String(200), nullable=False),
     sa.Column("reason", sa.Text),
+)
+
+audit_pending = table(  # steps of requests that are not in the audit chain yet
+    "audit_pending",
+    sa.Column("request_id", sa.ForeignKey("requests.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
 )
 
 model_versions = table(

@@ -10,7 +10,7 @@ from fsu_ray.errors import AlreadyErased, AlreadyExists, InvalidBehaviour
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Model, Request, Status, Terms
 from fsu_ray.storage import chain, rows
-from fsu_ray.storage.claims import note_step, step_waiting
+from fsu_ray.storage.claims import step_waiting
 from fsu_ray.storage.schema import LIVE, TERMS, requests
 
 
@@ -118,7 +118,6 @@ def insert(
     row = connection.execute(made).mappings().one()
     asked = chain.row_of(requests, values, TERMS)
     chain.note(connection, "submitted", requests, asked, actor=actor, model=model.name, request=values["id"])
-    note_step(connection, row, None, model.name)
     request = rows.to_request({**row, "model": model.name})
     return step_waiting(connection, request, Status.AWAITING_APPROVAL if approval else Status.QUEUED, actor, moment)
 

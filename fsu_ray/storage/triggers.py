@@ -42,7 +42,8 @@ BEGIN RAISE EXCEPTION '%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_viol
 
 _EVENT = (
     "INSERT INTO request_events (request_id, number, attempt, old, new, at, actor, reason) "
-    "VALUES (NEW.id, NEW.changes, NEW.attempt, {old}, NEW.status, NEW.changed_at, NEW.changed_by, NEW.reason)"
+    "VALUES (NEW.id, NEW.changes, NEW.attempt, {old}, NEW.status, NEW.changed_at, NEW.changed_by, NEW.reason); "
+    "INSERT INTO audit_pending (request_id, number) VALUES (NEW.id, NEW.changes)"
 )
 _BORN, _STEPPED = _EVENT.format(old="NULL"), _EVENT.format(old="OLD.status")
 _FUNCTION = "CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$\nBEGIN {does}; RETURN NULL; END $$"

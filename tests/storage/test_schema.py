@@ -91,10 +91,17 @@ def test_migrations_and_metadata_make_the_same_schema(url: str, other: str, ledg
     assert len(made) == len([sql for sql in guards if sql.startswith("CREATE TRIGGER")])
 
 
+@pytest.mark.filterwarnings("ignore:autogenerate skipping metadata-specified expression-based index")
 def test_alembic_finds_nothing_to_migrate(ledger: Ledger, url: str) -> None:
     engine = sa.create_engine(url)
     with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"version_table": schema.VERSION_TABLE})
+        # Alembic cannot compare an index that descends; the test above does, by its text.
+        opts = {
+            "version_table": schema.VERSION_TABLE,
+            "include_name": lambda name, kind, parents: name != "ix_requests_queue",
+            "include_object": lambda found, name, kind, reflected, other: name != "ix_requests_queue",
+        }
+        context = MigrationContext.configure(connection, opts=opts)
         assert compare_metadata(context, columns.metadata) == []
     engine.dispose()
 

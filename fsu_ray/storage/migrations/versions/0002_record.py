@@ -27,7 +27,8 @@ _STEPS = (
 )
 _EVENT = (
     "INSERT INTO request_events (request_id, number, attempt, old, new, at, actor, reason) "
-    "VALUES (NEW.id, NEW.changes, NEW.attempt, {old}, NEW.status, NEW.changed_at, NEW.changed_by, NEW.reason)"
+    "VALUES (NEW.id, NEW.changes, NEW.attempt, {old}, NEW.status, NEW.changed_at, NEW.changed_by, NEW.reason); "
+    "INSERT INTO audit_pending (request_id, number) VALUES (NEW.id, NEW.changes)"
 )
 
 
@@ -66,8 +67,11 @@ def _requests() -> None:
         op.add_column("requests", column)
     op.drop_index("ix_requests_status_submitted_at", "requests")
     op.drop_index("uq_requests_running", "requests")
-    op.create_index("ix_requests_queue", "requests", ["status", "priority", "submitted_at"])
-    op.create_index("ix_requests_lead", "requests", ["lead"])
+    queued = sa.text("status = 'queued'")
+    order: list[Any] = [sa.text("priority DESC"), "submitted_at", "id"]
+    op.create_index("ix_requests_queue", "requests", order, sqlite_where=queued, postgresql_where=queued)
+    led = sa.text("lead IS NOT NULL")
+    op.create_index("ix_requests_lead", "requests", ["lead"], sqlite_where=led, postgresql_where=led)
     _unique_where("uq_requests_running", ["model_id"], "status = 'running' AND lead IS NULL")
     _unique_where("uq_requests_given_key", ["model_id", "idempotency_key"], "key_given")
 
@@ -85,6 +89,14 @@ def _request_events() -> None:
         sa.Column("reason", sa.Text),
         sa.PrimaryKeyConstraint("request_id", "number", name="pk_request_events"),
         _to("request_events", "request_id", "requests.id"),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
+        "audit_pending",
+        sa.Column("request_id", sa.String(40), nullable=False),
+        sa.Column("number", sa.Integer, autoincrement=False, nullable=False),
+        sa.PrimaryKeyConstraint("request_id", "number", name="pk_audit_pending"),
+        _to("audit_pending", "request_id", "requests.id"),
         sqlite_with_rowid=False,
     )
 
