@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fsu_ray.config import CHECKPOINT_STEPS, Settings, make_recipe, read_settings
-from fsu_ray.errors import InvalidData, InvalidWeights
+from fsu_ray.errors import AlreadyExists, InvalidData, InvalidWeights, UserError
 from fsu_ray.pipeline import Drain, Execute, Result, drain, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Model, ModelSpec, ModelVersion, Request, Terms
+from fsu_ray.records import Behaviour, Generator, Model, ModelSpec, ModelVersion, Request, Terms
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
+from fsu_ray.storage.registry import priors
+from fsu_ray.upkeep import destroy
 from fsu_ray.work import BlobStore, Outcome, WorkOrder
 
 Tell = Any  # (stage, done, total, figures) -> None
@@ -83,6 +85,32 @@ class App:
         pixels = read_samples(samples, model.spec.shape)
         digest = self.artifacts.put(save_samples(pixels))
         return self.ledger.submit(name, behaviour, digest, len(pixels), recipe, terms)
+
+    def seal(self, generator: str, actor: str) -> Generator:
+        """Write the masks of a line into the D' of a generator, and destroy what could still draw the erased.
+
+        Raises NotFound, AlreadyExists, TransitionRefused as `Ledger.seal` does, and UserError where there is no mask
+        to write, D' has the labels of an older root, or an alias points to the root that is to be destroyed.
+        """
+        from fsu_ray.method.seal import seal
+
+        found = self.ledger.generator(generator)
+        base = self.ledger.version(found.model)
+        root = self.ledger.sealed_root(found.model, base)
+        model = self.ledger.model(found.model)
+        if (found.sealed or found.root) != root.number:
+            raise UserError(f"generator {found.id} has the labels of version {found.root}; seal one of {root.number}")
+        masks = priors(self.ledger, model, base, root)
+        if not masks:
+            raise UserError(f"nothing is erased from {model.name!r} yet: there is no mask to write")
+        pointing = [alias for alias, move in self.ledger.aliases(model.name).items() if move.version == base.root]
+        if pointing and self.ledger.policy(model.name).seal == "root":
+            raise UserError(f"alias {pointing[0]!r} points to the root, which is to be destroyed; move it first")
+        if found.sealed or found.retired:
+            raise AlreadyExists(f"generator {found.id} is {'retired' if found.retired else 'sealed'} already")
+        dataset = seal(self.artifacts, model.spec, root.weights, found.dataset, masks)
+        destroy(self.artifacts, self.ledger.seal(found, base, dataset, actor))
+        return self.ledger.generator(found.id)
 
     def train(
         self, data: str, arch: str, epochs: int, seed: int, shape: tuple[int, int, int] | None = None, tell: Tell = None

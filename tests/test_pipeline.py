@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,14 @@ import pytest
 import torch
 
 from fsu_ray.app import App
-from fsu_ray.errors import AlreadyErased, LeaseLost, RunFailed
+from fsu_ray.errors import AlreadyErased, InvalidSamples, LeaseLost, LedgerUnavailable, RunFailed, Stopped, StorageError
+from fsu_ray.method.context import load_samples
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
-from fsu_ray.pipeline import Execute, Result, run_request
+from fsu_ray.pipeline import Drain, Execute, Result, drain, make_order, run_name, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Request, Status
+from fsu_ray.storage.registry import Offer
 from fsu_ray.work import Outcome, WorkOrder
 
 
@@ -122,9 +127,9 @@ def test_an_erasure_that_would_come_back_is_rejected(app: App, ask: Callable[...
     assert len(app.ledger.versions("m")) == 2
 
 
-@pytest.mark.parametrize("error", [RunFailed("the worker died"), ValueError("a bug")])
-def test_a_run_that_breaks_ends_as_failed(app: App, ask: Callable[..., Request], error: Exception) -> None:
-    """The reason is kept, and the queue goes on."""
+@pytest.mark.parametrize("error", [RunFailed("the worker died"), ValueError("a bug"), StorageError("no artifact")])
+def test_a_run_that_breaks_is_tried_again(app: App, ask: Callable[..., Request], error: Exception) -> None:
+    """It waits with its reason while the queue goes on; broken three times, it has failed."""
 
     def broken(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         raise error
@@ -132,9 +137,203 @@ def test_a_run_that_breaks_ends_as_failed(app: App, ask: Callable[..., Request],
     ask(8)
     ask(3)
     result = carry_out(app, broken)
-    assert result.request.status is Status.FAILED
+    assert (result.request.status, result.request.failures) == (Status.QUEUED, 1)
     assert str(error) in (result.request.reason or "")
+    assert carry_out(app).request.behaviour.targets == (3,)
+    for failures in (2, 3):
+        forget_backoff(app)
+        result = carry_out(app, broken)
+        assert result.request.failures == failures
+    assert result.request.status is Status.FAILED
+
+
+def test_what_the_input_is_to_blame_for_is_not_tried_again(app: App, ask: Callable[..., Request]) -> None:
+    """A second try would end the same way."""
+
+    def broken(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
+        raise InvalidSamples("samples of another size")
+
+    ask(8)
+    assert carry_out(app, broken).request.status is Status.FAILED
+
+
+def forget_backoff(app: App) -> None:
+    with app.ledger.database.stepping("the queue") as connection:
+        connection.exec_driver_sql("UPDATE requests SET retry_at = NULL WHERE status = 'queued'")
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look often whether somebody wants a run to stop, and renew its lease often."""
+    monkeypatch.setattr("fsu_ray.pipeline.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("fsu_ray.pipeline.LEASE_SECONDS", 0.3)
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_running_request_that_is_cancelled_stops(app: App, ask: Callable[..., Request]) -> None:
+    """The run hears of it while it works; nothing is made of what it had."""
+
+    def until_told(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
+        app.ledger.cancel(order.request, "alice")
+        assert stop.wait(10)
+        raise Stopped("the run was stopped in invert at 20 of 60")
+
+    ask(8)
+    result = carry_out(app, until_told)
+    assert result.request.status is Status.CANCELLED
+    assert [(e.new, e.actor) for e in app.ledger.events(result.request.id)][-1] == (Status.CANCELLED, "alice")
+    assert len(app.ledger.versions("m")) == 1
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_run_whose_lease_is_lost_is_told_to_stop(app: App, ask: Callable[..., Request]) -> None:
+    """It would only spoil the checkpoints of the attempt that has taken over."""
+
+    def until_told(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
+        assert app.ledger.claim("another", 60) is not None
+        assert stop.wait(10)
+        raise Stopped("the run was stopped")
+
+    ask(8)
+    request = app.ledger.claim("tester", 0.0)
+    assert request is not None
+    with pytest.raises(LeaseLost):
+        run_request(app.ledger, app.artifacts, until_told, request)
+    assert app.ledger.request(request.id).worker == "another"
+
+
+def test_an_interrupt_puts_the_request_back(app: App, ask: Callable[..., Request]) -> None:
+    """Ctrl-C is no failure: the next attempt is free to begin at once."""
+
+    def interrupted(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
+        raise KeyboardInterrupt
+
+    request = ask(8)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(app, interrupted)
+    now = app.ledger.request(request.id)
+    assert (now.status, now.reason, now.failures) == (Status.QUEUED, "interrupted", 0)
     assert carry_out(app).request.status is Status.SUCCEEDED
+
+
+def test_the_end_of_a_run_waits_for_a_ledger_that_is_away(
+    app: App, ask: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit is tried until the database is back; one that was made before the connection broke is found."""
+    commit, tries = app.ledger.commit, []
+
+    def away(*arguments: Any, **links: Any) -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            raise LedgerUnavailable("the server closed the connection")
+        version = commit(*arguments, **links)
+        if len(tries) == 2:
+            raise LedgerUnavailable("the server closed the connection after the commit")
+        return version
+
+    monkeypatch.setattr(app.ledger, "commit", away)
+    ask(8)
+    result = carry_out(app)
+    assert len(tries) == 3
+    assert result.request.status is Status.SUCCEEDED
+    assert result.version is not None
+    assert [version.number for version in app.ledger.versions("m")] == [1, 2]
+
+
+def test_class_requests_of_a_model_run_together(app: App, ask: Callable[..., Request], quick: Recipe) -> None:
+    """One inversion, one mask each, one relearning, one version, one erasure a request with its own measures."""
+    thorough = quick.model_copy(update={"relearn": quick.relearn.model_copy(update={"epochs": 15, "lr": 3e-3})})
+    for target in (8, 3, 5):
+        ask(target, thorough)
+    wanted = Drain(coalesce=True)
+    results = drain(app.ledger, "w", wanted, lambda request: run_request(app.ledger, app.artifacts, here, request))
+    assert [r.request.behaviour.targets for r in results] == [(8,), (3,), (5,)]
+    assert {(r.request.status, r.request.version) for r in results} == {(Status.SUCCEEDED, 2)}
+    erasures = app.ledger.erasures("m")
+    assert len({e.mask for e in erasures}) == len({e.probes for e in erasures}) == 3
+    assert len(app.ledger.generators("m")) == 1
+    for erasure in erasures:
+        forgot = erasure.report["forgetting"]
+        assert forgot["probes"] == len(load_samples(app.artifacts.get(erasure.probes)))
+        before, after = erasure.report["test"]["before"], erasure.report["test"]["after"]
+        assert before["by_class"][erasure.behaviour.targets[0]] > 0.9
+        assert after["by_class"][erasure.behaviour.targets[0]] < 0.2
+    ask(1, thorough)
+    later = carry_out(app)
+    assert later.outcome
+    assert later.outcome.generator_use == "reused"
+    assert [prior["behaviour"] for prior in later.outcome.report["earlier"]] == ["class-8", "class-3", "class-5"]
+
+
+def test_a_coalesced_run_that_is_refused_is_undone(app: App, ask: Callable[..., Request], quick: Recipe) -> None:
+    """No request suffers for another one: each runs alone then, from the beginning."""
+    strict = gate(quick, agreement_min=1.0)
+    for target in (8, 3):
+        ask(target, strict.model_copy(update={"relearn": strict.relearn.model_copy(update={"lr": 0.3})}))
+    claimed = app.ledger.claim("tester", 60, along=9)
+    assert claimed is not None
+    (result,) = run_request(app.ledger, app.artifacts, here, claimed)
+    assert result.request.status is Status.QUEUED
+    assert (result.request.reason or "").startswith("coalesced run refused: retention_lost")
+    assert all(request.alone for request in app.ledger.requests("m"))
+    assert app.ledger.erasures("m") == []
+    alone = app.ledger.claim("tester", 60, along=9)
+    assert alone is not None
+    assert app.ledger.companions(alone) == []
+
+
+def test_models_run_side_by_side(app: App, ask: Callable[..., Request], trained: Any, tmp_path: Path) -> None:
+    """Two runs are under way at one moment in a worker that may have two, never more."""
+    ask(8)
+    for name in ("n", "o"):
+        app.register(name, trained.spec, trained.weights)
+        behaviour = Behaviour(name="x", kind="class", targets=(8,))
+        app.submit(name, behaviour, str(tmp_path / "class-8"), Recipe())
+    under_way, seen = [], []
+    both = threading.Barrier(2)
+
+    def meet(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
+        under_way.append(name)
+        seen.append(len(under_way))
+        if len(seen) <= 2:
+            both.wait(10)
+        under_way.remove(name)
+        raise InvalidSamples("enough")
+
+    run = functools.partial(run_request, app.ledger, app.artifacts, meet)
+    results = drain(app.ledger, "w", Drain(parallel=2), run)
+    assert len(results) == 3
+    assert max(seen) == 2
+
+
+def test_nothing_new_begins_after_the_end_of_a_window(app: App, ask: Callable[..., Request]) -> None:
+    """`until` bounds claims, `most` the number of requests."""
+    for target in (8, 3, 5):
+        ask(target)
+    run = functools.partial(run_request, app.ledger, app.artifacts, here)
+    assert drain(app.ledger, "w", Drain(until=datetime.now(UTC)), run) == []
+    assert len(drain(app.ledger, "w", Drain(most=2, coalesce=True), run)) == 2
+    assert app.ledger.claimable("m")
+
+
+def test_checkpoints_serve_the_same_order_alone(app: App, ask: Callable[..., Request]) -> None:
+    """A run that stopped on one version must not go on from its weights on top of another."""
+    request = ask(8)
+    claimed = app.ledger.claim("tester", 60)
+    assert claimed is not None
+    names = []
+    for _ in range(2):
+        base = app.ledger.version("m")
+        names.append(run_name(make_order(app.ledger, request, base, base, Offer(None, None))))
+    app.ledger.release(claimed, "interrupted")
+    app.update("m", app.artifacts.get(app.ledger.version("m").weights))
+    base = app.ledger.version("m")
+    other = run_name(make_order(app.ledger, request, base, base, Offer(None, None)))
+    assert names[0] == names[1]
+    assert names[0].startswith(request.id)
+    assert other == names[0], "the very same weights: the same order"
+    changed = replace(base, weights="0" * 64)
+    assert run_name(make_order(app.ledger, request, changed, base, Offer(None, None))) != names[0]
 
 
 def test_a_worker_that_was_taken_over_writes_nothing(app: App, ask: Callable[..., Request]) -> None:

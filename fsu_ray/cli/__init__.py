@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fsu_ray import console
+from fsu_ray.cli.artifacts import artifacts_app
 from fsu_ray.cli.generators import generator_app
 from fsu_ray.cli.models import model_app
 from fsu_ray.cli.requests import request_app
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.add_typer(model_app, name="model")
 app.add_typer(request_app, name="request")
 app.add_typer(generator_app, name="generator")
+app.add_typer(artifacts_app, name="artifacts")
 
 
 @app.command(epilog="Example: fsu demo")

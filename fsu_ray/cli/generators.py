@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import Json, one_line, open_app
+from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line, open_app
 
 generator_app = typer.Typer(help="Generators: trained inverters and their D'.", no_args_is_help=True)
 
@@ -34,10 +36,12 @@ def generator_list(model: str | None = None, json: Json = False) -> None:
             f"{g.figures['acceptance']:.3f}",
             f"{g.figures['coverage']:.3f}",
             console.when(g.created_at),
+            _state(g),
+            g.taints,
         ]
         for g in found
     ]
-    columns = ["generator", "model", "root", "origin", "erasures", "acceptance", "coverage", "made"]
+    columns = ["generator", "model", "root", "origin", "erasures", "acceptance", "coverage", "made", "state", "taints"]
     console.out.print(console.table("Generators", columns, rows))
 
 
@@ -53,8 +57,9 @@ def generator_show(generator: str, json: Json = False) -> None:
     console.out.print(
         f"{found.id} of {found.model}: {found.origin} on version {found.root} for request {found.request}"
     )
-    console.out.print(f"weights {opened.artifacts.path(found.weights)}")
-    console.out.print(f"D'      {opened.artifacts.path(found.dataset)}")
+    console.out.print(f"{_state(found)}; erasures since its training, which it can still draw: {found.taints}")
+    console.out.print(f"weights {_place(opened, found.weights)}")
+    console.out.print(f"D'      {_place(opened, found.dataset)}")
     rows = [
         [k, f"{a:.3f}", n]
         for k, (a, n) in enumerate(
@@ -62,3 +67,77 @@ def generator_show(generator: str, json: Json = False) -> None:
         )
     ]
     console.out.print(console.table("By class", ["class", "acceptance", "samples of D'"], rows))
+
+
+@generator_app.command("retire", epilog="Example: fsu generator retire g-19")
+@one_line
+def generator_retire(generator: str, by: Who = None, json: Json = False) -> None:
+    """Offer a generator to no request any more, and delete its weights and its D'."""
+    from fsu_ray.upkeep import retire
+
+    opened = open_app()
+    found = retire(opened.ledger, opened.artifacts, opened.ledger.generator(generator).id, "operator", by or OPERATOR)
+    if json:
+        console.print_json(found)
+        return
+    console.out.print(f"retired {found.id}: its weights and its D' are deleted")
+    console.out.print(_cost(opened, found))
+
+
+@generator_app.command("seal", epilog="Example: fsu generator seal g-19")
+@one_line
+def generator_seal(generator: str, by: Who = None, json: Json = False) -> None:
+    """Write all masks of the line into a new D', and destroy the old one and the generator that drew it.
+
+    The latest version labels D' from now on. The model's policy says whether the root's weights go too.
+    """
+    opened = open_app()
+    found = opened.seal(generator, by or OPERATOR)
+    if json:
+        console.print_json(found)
+        return
+    console.out.print(
+        f"sealed the D' of {found.id} as of version {found.sealed}: the old one and the weights are deleted"
+    )
+
+
+@generator_app.command("tidy", epilog="Example: fsu generator tidy --model m")
+@one_line
+def generator_tidy(model: str | None = None, json: Json = False) -> None:
+    """Do what the policies of models want done by now: purge target samples, retire generators."""
+    from fsu_ray.upkeep import tidy
+
+    opened = open_app()
+    if model is not None:
+        opened.ledger.model(model)
+    done = tidy(opened.ledger, opened.artifacts, model)
+    if json:
+        console.print_json(done)
+        return
+    for request in done.purged:
+        console.out.print(f"purged the samples of request {request}")
+    for retired in done.retired:
+        console.out.print(f"retired generator {retired}")
+    if not (done.purged or done.retired):
+        console.out.print("nothing is due")
+
+
+def _state(generator: Any) -> str:
+    if generator.retired:
+        return f"retired ({generator.retired})"
+    return f"sealed as of version {generator.sealed}" if generator.sealed else "in use"
+
+
+def _place(opened: Any, digest: str) -> str:
+    return str(opened.artifacts.path(digest)) if opened.artifacts.has(digest) else f"{digest} (deleted)"
+
+
+def _cost(opened: Any, generator: Any) -> str:
+    """What it takes to have one again, by what it took the last time."""
+    report = opened.ledger.request(generator.request).report or {}
+    seconds = report.get("seconds", {})
+    spent = sum(seconds.get(stage, 0.0) for stage in ("invert", "synthesize"))
+    left = [g for g in opened.ledger.generators(generator.model) if g.retired is None]
+    if left:
+        return f"{len(left)} other generator{'s' if len(left) > 1 else ''} of {generator.model} can still be offered"
+    return f"the next request of {generator.model} trains anew: this one took {spent:.1f} s"

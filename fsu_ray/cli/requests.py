@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import Json, one_line, open_app
+from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line, open_app
 from fsu_ray.errors import InvalidBehaviour, UserError
-from fsu_ray.records import Behaviour, Status
+from fsu_ray.records import Behaviour, Status, Terms
 
 request_app = typer.Typer(help="Requests: what is to be erased.", no_args_is_help=True)
 
@@ -28,6 +30,11 @@ def request_submit(
     kind: Annotated[str, typer.Option(help="class: whole classes; subset: some samples wrongly given them.")] = "class",
     recipe: Annotated[str, typer.Option(help="default, digits, deep or paper.")] = "default",
     change: Annotated[list[str] | None, typer.Option("--set", help="A recipe's value, e.g. invert.steps=300.")] = None,
+    key: Annotated[str | None, typer.Option(help="Idempotency key: submissions with one key are one request.")] = None,
+    priority: Annotated[int, typer.Option(help="Higher is earlier.")] = 0,
+    not_before: Annotated[str | None, typer.Option(help="A time such as 2027-01-31T02:00, or +12h, +3d.")] = None,
+    due: Annotated[str | None, typer.Option(help="The deadline, likewise.")] = None,
+    by: Who = None,
     json: Json = False,
 ) -> None:
     """Queue a request to erase a behaviour, given by a handful of samples."""
@@ -40,11 +47,26 @@ def request_submit(
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidBehaviour(f"behaviour: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from None
+    try:
+        terms = Terms(
+            key=key,
+            priority=priority,
+            not_before=moment(not_before, "--not-before"),
+            due_at=moment(due, "--due"),
+            requested_by=by,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(str(p) for p in first['loc']) or '--due'}: {first['msg']}") from None
     opened = open_app()
     made = opened.recipe(recipe, tuple(parse_change(text) for text in change or ()))
-    request, new = opened.submit(model, wanted, samples, made)
+    request, new = opened.submit(model, wanted, samples, made, terms)
     if json:
         console.print_json({"request": request, "new": new})
+    elif new and request.status is Status.AWAITING_APPROVAL:
+        console.out.print(
+            f"{request.id} awaits approval: {request.sample_count} samples; `fsu request approve {request.id} --by ID`"
+        )
     elif new:
         console.out.print(f"queued {request.id}: {request.sample_count} samples; `fsu run` carries it out")
     else:
@@ -56,15 +78,22 @@ def request_submit(
 def request_list(
     model: str | None = None,
     status: Annotated[str | None, typer.Option(help=", ".join(Status))] = None,
+    overdue: Annotated[bool, typer.Option("--overdue", help="Only those that are late and have not ended.")] = False,
     json: Json = False,
 ) -> None:
-    """Requests, in the order in which they came."""
+    """Requests, in the order in which they came.
+
+    With --overdue the exit code is 5 where there are any, for monitoring.
+    """
     if status is not None and status not in list(Status):
         raise UserError(f"no status {status!r}: use {', '.join(Status)}")
     found = open_app().ledger.requests(model, Status(status) if status else None)
+    now = datetime.now(UTC)
+    if overdue:
+        found = [r for r in found if r.overdue(now) and not r.status.is_terminal]
     if json:
         console.print_json(found)
-        return
+        raise typer.Exit(5 if overdue and found else 0)
     rows = [
         [
             r.id,
@@ -74,21 +103,26 @@ def request_list(
             " ".join(map(str, r.behaviour.targets)),
             r.status.value,
             r.attempt,
+            r.priority,
             console.when(r.submitted_at),
+            console.when(r.due_at) + (" overdue" if r.overdue(now) else ""),
         ]
         for r in found
     ]
-    columns = ["request", "model", "behaviour", "kind", "targets", "status", "attempt", "submitted"]
+    columns = ["request", "model", "behaviour", "kind", "targets", "status", "attempt", "priority", "submitted", "due"]
     console.out.print(console.table("Requests", columns, rows))
+    raise typer.Exit(5 if overdue and found else 0)
 
 
 @request_app.command("show", epilog="Example: fsu request show r-19")
 @one_line
 def request_show(request: str, json: Json = False) -> None:
-    """One request with its report; the beginning of its id is enough."""
-    found = open_app().ledger.request(request)
+    """One request with its steps and its report; the beginning of its id is enough."""
+    ledger = open_app().ledger
+    found = ledger.request(request)
+    events = ledger.events(found.id)
     if json:
-        console.print_json(found)
+        console.print_json({**console.plain(found), "events": events})
         return
     behaviour = found.behaviour
     console.out.print(
@@ -98,16 +132,72 @@ def request_show(request: str, json: Json = False) -> None:
     console.out.print(f"{found.status}{version}, attempt {found.attempt}, {found.sample_count} samples")
     if found.reason:
         console.out.print(f"reason: {found.reason}")
+    if found.lead:
+        console.out.print(f"carried out in the run of {found.lead}")
+    for name, at in (("not before", found.not_before), ("due", found.due_at), ("tried again at", found.retry_at)):
+        if at is not None:
+            console.out.print(f"{name} {console.when(at)}")
+    if found.cancel_by and not found.status.is_terminal:
+        console.out.print(f"{found.cancel_by} wants it cancelled: it ends at its next step")
+    steps = [
+        [console.when(e.at), e.old.value if e.old else "", e.new.value, e.attempt, e.actor, e.reason or ""]
+        for e in events
+    ]
+    console.out.print(console.table("Steps", ["at", "from", "to", "attempt", "by", "reason"], steps))
     if found.report:
         console.out.print_json(data=console.plain(found.report))
 
 
 @request_app.command("cancel", epilog="Example: fsu request cancel r-19")
 @one_line
-def request_cancel(request: str, json: Json = False) -> None:
-    """Take a request out of the queue."""
-    found = open_app().ledger.cancel(request)
+def request_cancel(request: str, by: Who = None, json: Json = False) -> None:
+    """End a request: one that waits at once, one that runs at its next step."""
+    found = open_app().ledger.cancel(request, by or OPERATOR)
+    if json:
+        console.print_json(found)
+    elif found.status is Status.RUNNING:
+        console.out.print(f"{found.id} is running: it ends at its next step")
+    else:
+        console.out.print(f"cancelled {found.id}")
+
+
+@request_app.command("approve", epilog="Example: fsu request approve r-19 --by bob")
+@one_line
+def request_approve(request: str, by: Who = None, json: Json = False) -> None:
+    """Queue a request that awaits approval; not by who asked for it."""
+    found = open_app().ledger.approve(request, _decider(by))
     if json:
         console.print_json(found)
     else:
-        console.out.print(f"cancelled {found.id}")
+        console.out.print(f"approved {found.id}: queued")
+
+
+@request_app.command("deny", epilog="Example: fsu request deny r-19 --by bob")
+@one_line
+def request_deny(request: str, by: Who = None, json: Json = False) -> None:
+    """End a request that awaits approval as rejected; not by who asked for it."""
+    found = open_app().ledger.deny(request, _decider(by))
+    if json:
+        console.print_json(found)
+    else:
+        console.out.print(f"denied {found.id}: rejected")
+
+
+def _decider(by: str | None) -> str:
+    if by is None:
+        raise UserError("say who decides: --by ID, or FSU_ACTOR")
+    return by
+
+
+def moment(text: str | None, option: str) -> datetime | None:
+    """A time from the command line: ISO 8601 (local time where it names no zone), or `+90m`, `+12h`, `+3d` from now."""
+    if text is None:
+        return None
+    later = re.fullmatch(r"\+(\d+(?:\.\d+)?)([mhd])", text)
+    if later:
+        unit = {"m": "minutes", "h": "hours", "d": "days"}[later[2]]
+        return datetime.now(UTC) + timedelta(**{unit: float(later[1])})
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError:
+        raise UserError(f"{option} takes a time such as 2027-01-31T02:00 or +12h, got {text!r}") from None

@@ -12,7 +12,11 @@ from fsu_ray import console
 from fsu_ray.errors import FsuError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Who = Annotated[
+    str | None, typer.Option("--by", envvar="FSU_ACTOR", help="Your opaque id, for the record; not an e-mail address.")
+]
 Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of the Ray of this process. Default: all.")]
+OPERATOR = "operator"
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -86,7 +86,7 @@ class Context:
     ) -> None:
         self.order, self.store, self.device = order, store, device
         self.progress, self.checkpoint, self.saved, self.every = progress, checkpoint, saved, every
-        self.recipe = order.recipe
+        self.recipe, self.classes = order.recipe, order.spec.classes
         paper = self.recipe.form == "paper"
         self.current = self.classifier(order.current_weights)
         self.labeller = self.current if paper else self.classifier(order.root_weights)

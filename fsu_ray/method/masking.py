@@ -4,25 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fsu_ray.method.context import Context, load_samples
+from fsu_ray.method.context import Given, load_samples
 from fsu_ray.method.filter import Mask, allowed_classes, extract_features, select
 from fsu_ray.method.fit import predict
+from fsu_ray.method.networks import Classifier
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.recipes import FilterRecipe
 from fsu_ray.records import Behaviour
-from fsu_ray.work import PriorErasure
+from fsu_ray.work import BlobStore, PriorErasure
 
 FEWEST_PROBES = 100  # of a subset: with fewer D_e-like samples none is held out
+
+
+class Line(Protocol):
+    """What masks depend on: the classifier that labels D', the erasures in force, and what a run erases now."""
+
+    @property
+    def store(self) -> BlobStore: ...
+    @property
+    def labeller(self) -> Classifier: ...
+    @property
+    def priors(self) -> tuple[PriorErasure, ...]: ...
+    @property
+    def given(self) -> Sequence[Given]: ...
+    @property
+    def classes(self) -> int: ...
 
 
 class Masking:
     """`dataset` (D', N samples), known to the store as `digest`, under the masks of a run."""
 
-    def __init__(self, context: Context, dataset: Synthetic, digest: str) -> None:
+    def __init__(self, context: Line, dataset: Synthetic, digest: str) -> None:
         self.context, self.dataset, self.digest = context, dataset, digest
 
     @cached_property
@@ -79,4 +96,4 @@ class Masking:
 
     def allowed(self, own: Sequence[Mask] = ()) -> Tensor:
         """(N, K) bool: the classes left to each sample under the earlier masks and `own`."""
-        return allowed_classes([*self.earlier, *own], len(self.dataset), self.context.order.spec.classes)
+        return allowed_classes([*self.earlier, *own], len(self.dataset), self.context.classes)

@@ -23,7 +23,7 @@ from fsu_ray.storage.columns import Instant
 from fsu_ray.storage.schema import models, requests
 
 Moment = datetime | sa.ColumnElement[datetime]
-_PATH = re.compile(r"(?:(?<=^)|(?<=[\s'\"(:=]))(?:[\w.-]*/)+[\w.-]*/([\w.-]+)")
+_PATH = re.compile(r"(?:(?<=^)|(?<=[\s'\"(:=]))[\w.~-]*/(?:[\w.~-]*/)*([\w.~-]+)")
 
 
 def claim(
@@ -119,7 +119,8 @@ def _pick(wanted: tuple[sa.ColumnElement[bool], ...], of_model: bool) -> sa.Scal
 
 
 # Literals, not parameters: only so does SQLite see that an index over some of the rows will do.
-_QUEUED, _RUNNING = sa.literal_column("'queued'"), sa.literal_column("'running'")
+_QUEUED: sa.ColumnElement[str] = sa.literal_column("'queued'")
+_RUNNING: sa.ColumnElement[str] = sa.literal_column("'running'")
 _MINE, _OTHER = requests.alias("mine").c, requests.alias("other").c
 _MODEL = sa.select(models.c.name).where(models.c.id == requests.c.model_id).scalar_subquery().label("model")
 

@@ -113,7 +113,7 @@ class Database:
 
         What they change waits for the audit chain (`chain`): about once a second one of these takes it there.
         """
-        with self._translated(subject), self._engines.stepper.connect() as connection:
+        with self._translated(subject), self._engines.stepper.begin() as connection:
             yield connection
         self._unsealed = True
         if time.monotonic() - self._sealed_at > SEAL_SECONDS:

@@ -81,8 +81,8 @@ def _sqlite(url: sa.URL) -> Engines:
     event.listen(engine, "connect", _sqlite_connected)
     event.listen(engine, "begin", _sqlite_begun)
     reader = engine.execution_options(**{_WRITES: False})
-    bare = engine.execution_options(**{_WRITES: None})
-    return Engines(engine, reader, bare, bare, url.database)
+    # A single statement takes the lock first here too, so that the moment it writes is that of its turn.
+    return Engines(engine, reader, engine.execution_options(**{_WRITES: None}), engine, url.database)
 
 
 def _sqlite_connected(connection: Any, _record: Any) -> None:

@@ -1,0 +1,42 @@
+"""`fsu artifacts`: what lies in the store."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+
+from fsu_ray import console
+from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line, open_app
+
+artifacts_app = typer.Typer(help="Artifacts: what lies in the store.", no_args_is_help=True)
+
+
+@artifacts_app.command("gc", epilog="Example: fsu artifacts gc --dry-run")
+@one_line
+def artifacts_gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    older_than: Annotated[float, typer.Option(min=0, help="Hours that a stray artifact must be old.")] = 24.0,
+    by: Who = None,
+    json: Json = False,
+) -> None:
+    """Delete artifacts that the ledger does not refer to, and those that it has on record as removed.
+
+    What may be the work of a running request is left alone.
+    """
+    from fsu_ray.upkeep import collect, garbage
+
+    opened = open_app()
+    found = garbage(opened.ledger, opened.artifacts, timedelta(hours=older_than))
+    if not dry_run:
+        collect(opened.ledger, opened.artifacts, found, by or OPERATOR)
+    if json:
+        console.print_json({"deleted": not dry_run, "stray": found.stray, "late": found.late})
+        return
+    for what, digests in (("stray", found.stray), ("recorded as removed", found.late)):
+        for digest, size in sorted(digests.items()):
+            console.out.print(f"{digest}  {size:>12,} bytes  {what}")
+    number, size = len(found.stray) + len(found.late), sum((*found.stray.values(), *found.late.values()))
+    said = "would be deleted" if dry_run else "deleted"
+    console.out.print(f"{number} artifacts, {size:,} bytes: {said}" if number else "nothing to delete")

@@ -1,0 +1,369 @@
+"""What may be asked of the queue beside claiming: keys, order, approval, retries, cancelling, runs together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from fsu_ray.config import BACKOFF_SECONDS, MOST_FAILURES
+from fsu_ray.errors import AlreadyExists, LeaseLost, TransitionRefused, UserError
+from fsu_ray.recipes import Recipe, RelearnRecipe
+from fsu_ray.records import TRANSITIONS, Behaviour, Policy, Status, Terms
+from fsu_ray.storage.ledger import Ledger
+from fsu_ray.work import Part
+from tests.storage.conftest import SPEC, digest
+
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture
+def ask(line: Any) -> Callable[..., Any]:
+    """Submits a class request with terms."""
+
+    def submit(target: int, recipe: Recipe | None = None, samples: str = "", **terms: Any) -> Any:
+        behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
+        given = digest(samples or f"samples of {target}")
+        return line.ledger.submit("digits", behaviour, given, 8, recipe or Recipe(), Terms(**terms))
+
+    return submit
+
+
+def late(raw: Any) -> None:
+    """Let all leases have ended, without a step."""
+    raw.execute("UPDATE requests SET lease_until = :then WHERE status = 'running'", {"then": _text(raw, -60)})
+
+
+def _text(raw: Any, seconds: float) -> Any:
+    moment = datetime.now(UTC) + timedelta(seconds=seconds)
+    return moment.isoformat(timespec="microseconds") if raw.engine == "sqlite" else moment
+
+
+class TestKeys:
+    def test_a_given_key_stands_for_one_request_for_ever(self, line: Any, ask: Callable[..., Any]) -> None:
+        first, new = ask(9, key="ticket-1")
+        again, second = ask(9, key="ticket-1")
+        assert (new, second, again.id) == (True, False, first.id)
+        line.ledger.cancel(first.id)
+        ended, third = ask(9, key="ticket-1")
+        assert (ended.id, ended.status, third) == (first.id, Status.CANCELLED, False)
+
+    def test_a_different_request_under_a_used_key_is_an_error(self, line: Any, ask: Callable[..., Any]) -> None:
+        first, _ = ask(9, key="ticket-1")
+        for other in (
+            lambda: ask(4, key="ticket-1"),
+            lambda: ask(9, key="ticket-1", samples="others"),
+            lambda: ask(9, Recipe(relearn=RelearnRecipe(epochs=1)), key="ticket-1"),
+        ):
+            with pytest.raises(AlreadyExists, match=f"'ticket-1' of 'digits' stands for request {first.id}"):
+                other()
+        assert len(line.ledger.requests()) == 1
+
+    def test_a_key_belongs_to_its_model(self, ask: Callable[..., Any], new_line: Callable[..., Any]) -> None:
+        ask(9, key="ticket-1")
+        other = new_line("other")
+        behaviour = Behaviour(name="x", kind="class", targets=(1,))
+        _, new = other.ledger.submit("other", behaviour, digest("s"), 1, Recipe(), Terms(key="ticket-1"))
+        assert new
+
+    def test_a_derived_key_stands_for_its_request_while_it_lives(self, line: Any, ask: Callable[..., Any]) -> None:
+        first, _ = ask(9)
+        assert ask(9)[1] is False
+        line.ledger.cancel(first.id)
+        again, new = ask(9)
+        assert new
+        assert again.id != first.id
+
+    def test_the_database_refuses_a_given_key_twice(self, line: Any, ask: Callable[..., Any], raw: Any) -> None:
+        ask(9, key="ticket-1")
+        columns = raw.columns("requests")
+        first = {"id": "'x'", "status": "'submitted'", "changes": "1", "lease_until": "NULL"}
+        copy = ", ".join(first.get(name, name) for name in columns)
+        with pytest.raises(sa.exc.IntegrityError, match=r"UNIQUE|uq_requests"):
+            raw.execute(f"INSERT INTO requests SELECT {copy} FROM requests")
+
+
+class TestOrder:
+    def test_the_more_urgent_comes_first_and_then_the_older(self, line: Any, ask: Callable[..., Any]) -> None:
+        ids = [ask(target, priority=priority)[0].id for target, priority in ((1, 0), (2, 5), (3, 5), (4, -1))]
+        claimed = []
+        while (request := line.ledger.claim("w", 60)) is not None:
+            claimed.append(request.id)
+            line.ledger.fail(request, "no-op")
+        assert claimed == [ids[1], ids[2], ids[0], ids[3]]
+
+    def test_nothing_runs_before_its_time(self, line: Any, ask: Callable[..., Any]) -> None:
+        ask(1, not_before=NOW + timedelta(hours=1))
+        ready, _ = ask(2, not_before=NOW - timedelta(seconds=1))
+        assert line.claim().id == ready.id
+        line.ledger.fail(line.ledger.request(ready.id), "no-op")
+        assert line.ledger.claim("w", 60) is None
+        assert not line.ledger.claimable()
+
+    def test_what_is_late_says_so(self, line: Any, ask: Callable[..., Any]) -> None:
+        overdue, _ = ask(1, due_at=NOW - timedelta(seconds=1))
+        in_time, _ = ask(2, due_at=NOW + timedelta(hours=1))
+        moment = datetime.now(UTC)
+        assert (overdue.overdue(moment), in_time.overdue(moment)) == (True, False)
+        ended = line.ledger.cancel(in_time.id)
+        assert not ended.overdue(moment + timedelta(days=9)), "it had ended by then"
+
+    def test_a_worker_has_as_many_runs_as_its_cap(self, line: Any, new_line: Callable[..., Any]) -> None:
+        for name in ("digits", "second", "third"):
+            own = line if name == "digits" else new_line(name)
+            own.submit("nine", 9)
+        claim = line.ledger.claim
+        first = claim("w", 60, cap=2)
+        assert claim("w", 60, cap=2) is not None
+        assert claim("w", 60, cap=2) is None
+        assert claim("other", 60, cap=2) is not None
+        line.ledger.fail(first, "no-op")
+        line.submit("four", 4)
+        assert claim("w", 60, cap=2) is not None
+
+
+class TestApproval:
+    @pytest.fixture(autouse=True)
+    def _policy(self, line: Any) -> None:
+        line.ledger.set_policy("digits", Policy(approval=True), "head")
+
+    def test_a_request_waits_until_somebody_else_approves(self, line: Any, ask: Callable[..., Any]) -> None:
+        request, _ = ask(9, requested_by="alice")
+        assert request.status is Status.AWAITING_APPROVAL
+        assert line.ledger.claim("w", 60) is None
+        with pytest.raises(UserError, match=f"alice asked for request {request.id}: somebody else"):
+            line.ledger.approve(request.id, "alice")
+        approved = line.ledger.approve(request.id, "bob")
+        assert approved.status is Status.QUEUED
+        assert line.ledger.events(request.id)[-1].actor == "bob"
+        with pytest.raises(TransitionRefused, match="it awaits no approval"):
+            line.ledger.deny(request.id, "bob")
+
+    def test_a_denied_request_is_rejected(self, line: Any, ask: Callable[..., Any]) -> None:
+        request, _ = ask(9, requested_by="alice")
+        denied = line.ledger.deny(request.id, "bob")
+        assert (denied.status, denied.reason) == (Status.REJECTED, "denied")
+
+    def test_nobody_asks_without_a_name(self, line: Any, ask: Callable[..., Any]) -> None:
+        with pytest.raises(UserError, match="say who asks"):
+            ask(9)
+        assert line.ledger.requests() == []
+
+    def test_an_actor_is_an_opaque_id(self, line: Any, ask: Callable[..., Any]) -> None:
+        request, _ = ask(9, requested_by="alice")
+        with pytest.raises(UserError, match="no opaque id"):
+            line.ledger.approve(request.id, "bob@example.org")
+
+
+class TestFailures:
+    def test_a_run_that_breaks_is_tried_again_later_and_later_and_then_fails(
+        self, line: Any, ask: Callable[..., Any], raw: Any
+    ) -> None:
+        request, _ = ask(9)
+        for failure in range(1, MOST_FAILURES):
+            before = datetime.now(UTC)
+            waiting = line.ledger.retry(line.claim(), f"broke {failure}")
+            pause = timedelta(seconds=BACKOFF_SECONDS * 2 ** (failure - 1))
+            assert (waiting.status, waiting.failures) == (Status.QUEUED, failure)
+            assert before + pause <= waiting.retry_at <= datetime.now(UTC) + pause
+            assert line.ledger.claim("w", 60) is None
+            raw.execute("UPDATE requests SET retry_at = :then", {"then": _text(raw, -1)})
+        failed = line.ledger.retry(line.claim(), "broke again")
+        assert (failed.status, failed.failures, failed.reason) == (Status.FAILED, MOST_FAILURES, "broke again")
+        reasons = [event.reason for event in line.ledger.events(request.id) if event.reason]
+        assert reasons == ["broke 1", "broke 2", "broke again"]
+
+    def test_a_request_that_costs_its_workers_fails(self, line: Any, ask: Callable[..., Any], raw: Any) -> None:
+        request, _ = ask(9)
+        for attempt in range(1, MOST_FAILURES + 1):
+            assert line.claim(f"w{attempt}").attempt == attempt
+            late(raw)
+        line.ledger._looked_at = 0.0
+        assert line.ledger.claim("w9", 60) is None
+        ended = line.ledger.request(request.id)
+        assert (ended.status, ended.attempt, ended.failures) == (Status.FAILED, MOST_FAILURES, MOST_FAILURES)
+        assert ended.reason == "lease_expired: 3 workers have vanished"
+        steps = [(event.actor, event.reason) for event in line.ledger.events(request.id)][3:]
+        assert steps == [("w2", "lease_expired"), ("w3", "lease_expired"), ("w9", ended.reason)]
+
+    def test_a_release_is_no_failure(self, line: Any, ask: Callable[..., Any]) -> None:
+        ask(9)
+        for _ in range(MOST_FAILURES + 1):
+            assert line.ledger.release(line.claim(), "interrupted").failures == 0
+
+    def test_reasons_hold_no_paths(self, line: Any, ask: Callable[..., Any]) -> None:
+        ask(9)
+        failed = line.ledger.fail(
+            line.claim(), "none at /home/alice/me.png:\n try ./other/place.db or '~/x/y'"
+        )
+        assert failed.reason == "none at me.png: try place.db or 'y'"
+
+
+class TestCancelling:
+    def test_a_running_request_is_asked_to_stop(self, line: Any, ask: Callable[..., Any]) -> None:
+        ask(9)
+        request = line.claim()
+        assert not line.ledger.cancelling(request)
+        asked = line.ledger.cancel(request.id, "alice")
+        assert (asked.status, asked.cancel_by) == (Status.RUNNING, "alice")
+        assert line.ledger.cancelling(request)
+        assert line.ledger.heartbeat(request, 60)
+        stopped = line.ledger.stop(request)
+        assert (stopped.status, stopped.lease_until) == (Status.CANCELLED, None)
+        assert line.ledger.events(request.id)[-1].actor == "alice"
+        with pytest.raises(LeaseLost):
+            line.ledger.heartbeat(request, 60)
+
+    def test_a_request_whose_worker_died_before_it_could_stop_is_not_run_again(
+        self, line: Any, ask: Callable[..., Any], raw: Any
+    ) -> None:
+        ask(9)
+        request = line.claim()
+        line.ledger.cancel(request.id, "alice")
+        late(raw)
+        line.ledger._looked_at = 0.0
+        assert line.ledger.claim("w2", 60) is None
+        assert line.ledger.request(request.id).status is Status.CANCELLED
+
+
+class TestTogether:
+    @pytest.fixture
+    def run(self, line: Any, ask: Callable[..., Any]) -> Any:
+        """The claim of a run of three requests; a subset, another recipe and a taken class stay behind."""
+        ids = [ask(target)[0].id for target in (1, 2, 3)]
+        ask(4, Recipe(relearn=RelearnRecipe(epochs=1)))
+        line.submit("crossed", 7, kind="subset")
+        line.submit("one and five", 1, 5)
+        lead = line.ledger.claim("w", 60, along=9)
+        assert (lead.id, [each.id for each in line.ledger.companions(lead)]) == (ids[0], ids[1:])
+        return lead
+
+    def commit(self, line: Any, lead: Any) -> Any:
+        parts = tuple(
+            Part(each.id, digest(f"mask of {each.id}"), digest(f"probes of {each.id}"),
+                 {"forgetting": {"probes_in_target": 0.02}})
+            for each in line.ledger.companions(lead)
+        )  # fmt: skip
+        return line.ledger.commit(lead, line.outcome(lead, also=parts), line.ledger.version("digits"))
+
+    def test_they_run_as_one(self, line: Any, run: Any) -> None:
+        for each in line.ledger.companions(run):
+            assert (each.status, each.lead, each.worker, each.attempt) == (Status.RUNNING, run.id, "w", 1)
+        assert line.ledger.claim("w2", 60) is None, "one run of a model at a time"
+        version = self.commit(line, run)
+        assert (version.number, version.request) == (2, run.id)
+        erasures = line.ledger.erasures("digits")
+        assert [(e.behaviour.targets, e.version) for e in erasures] == [((1,), 2), ((2,), 2), ((3,), 2)]
+        assert len({e.mask for e in erasures}) == 3
+        assert erasures[1].report["forgetting"] == {"probes_in_target": 0.02}
+        assert erasures[1].report["coalesced"] == [e.request for e in erasures]
+        ended = [line.ledger.request(e.request) for e in erasures]
+        assert {(r.status, r.version) for r in ended} == {(Status.SUCCEEDED, 2)}
+
+    def test_their_lease_is_one(self, line: Any, run: Any, raw: Any) -> None:
+        line.ledger.heartbeat(run, 3600)
+        leases = {each.lease_until for each in (line.ledger.request(run.id), *line.ledger.companions(run))}
+        assert len(leases) == 1
+        late(raw)
+        again = line.ledger.claim("w2", 60)
+        assert (again.id, again.attempt, len(line.ledger.companions(again))) == (run.id, 2, 2)
+        assert {each.worker for each in line.ledger.companions(again)} == {"w2"}
+        with pytest.raises(LeaseLost):
+            self.commit(line, run)
+        self.commit(line, again)
+
+    @pytest.mark.parametrize("end", ["release", "retry", "fail", "separate"])
+    def test_none_is_left_behind(self, line: Any, run: Any, end: str) -> None:
+        others = [each.id for each in line.ledger.companions(run)]
+        ended = getattr(line.ledger, end)(run, "some reason")
+        assert ended.status is (Status.FAILED if end == "fail" else Status.QUEUED)
+        for each in map(line.ledger.request, others):
+            assert (each.status, each.lead, each.worker, each.alone) == (Status.QUEUED, None, None, end == "separate")
+        if end == "separate":
+            assert line.ledger.companions(line.ledger.claim("w", 60, along=9)) == []
+
+    def test_one_of_them_is_cancelled(self, line: Any, run: Any) -> None:
+        second, third = line.ledger.companions(run)
+        line.ledger.cancel(second.id, "alice")
+        assert line.ledger.cancelling(run)
+        assert line.ledger.stop(run).status is Status.QUEUED
+        assert line.ledger.request(second.id).status is Status.CANCELLED
+        assert line.ledger.request(third.id).status is Status.QUEUED
+
+    def test_at_least_two_classes_stay(self, new_line: Callable[..., Any]) -> None:
+        small = new_line("small", classes=4)
+        for target in range(4):
+            small.submit(f"class-{target}", target)
+        lead = small.ledger.claim("w", 60, "small", along=9)
+        assert len(small.ledger.companions(lead)) == 1
+
+    def test_no_more_than_wanted_run_along(self, line: Any, ask: Callable[..., Any]) -> None:
+        for target in (1, 2, 3):
+            ask(target)
+        assert len(line.ledger.companions(line.ledger.claim("w", 60, along=1))) == 1
+
+
+class TestEvents:
+    def test_every_step_is_on_record(self, line: Any, ask: Callable[..., Any]) -> None:
+        request, _ = ask(9, requested_by="alice")
+        line.ledger.release(line.claim("w1"), "interrupted")
+        line.ledger.fail(line.claim("w2"), "broke")
+        events = line.ledger.events(request.id)
+        assert [(e.number, e.old, e.new, e.actor, e.attempt, e.reason) for e in events] == [
+            (1, None, Status.SUBMITTED, "alice", 0, None),
+            (2, Status.SUBMITTED, Status.QUEUED, "alice", 0, None),
+            (3, Status.QUEUED, Status.RUNNING, "w1", 1, None),
+            (4, Status.RUNNING, Status.QUEUED, "w1", 1, "interrupted"),
+            (5, Status.QUEUED, Status.RUNNING, "w2", 2, None),
+            (6, Status.RUNNING, Status.FAILED, "w2", 2, "broke"),
+        ]
+        assert all(event.new in TRANSITIONS[event.old] for event in events[1:])
+        assert sorted(event.at for event in events) == [event.at for event in events]
+
+    def test_a_step_without_a_count_is_refused(self, line: Any, raw: Any) -> None:
+        """By hand, past the ledger: who forgets to say who and when is told so."""
+        line.submit()
+        with pytest.raises(sa.exc.IntegrityError, match="a step between states is counted"):
+            raw.execute("UPDATE requests SET status = 'cancelled', finished_at = '2030-01-01'")
+
+    def test_a_step_by_hand_is_on_record_too(self, line: Any, raw: Any) -> None:
+        request = line.submit()
+        by_hand = "changes = changes + 1, changed_by = 'mallory', changed_at = '2026-01-01T00:00:00.000000+00:00'"
+        raw.execute(f"UPDATE requests SET status = 'cancelled', finished_at = '2030-01-01', {by_hand}")
+        assert line.ledger.events(request.id)[-1].actor == "mallory"
+
+
+def test_four_workers_carry_out_a_thousand_requests(ledger: Ledger, url: str, in_processes: Any) -> None:
+    """1,000 no-op requests over 20 models: none lost, none twice, never two at once on a model."""
+    behaviour = {"kind": "subset", "targets": (1,)}
+    for number in range(20):
+        ledger.register_model(f"m{number}", SPEC, digest("w"))
+    for number in range(1000):
+        asked = Behaviour.model_validate({"name": f"b{number}", **behaviour})
+        ledger.submit(f"m{number % 20}", asked, digest(f"s{number}"), 1, Recipe())
+    script = """
+import time
+url, number = sys.argv[1:]
+ledger = open_ledger(url)
+idle = 0
+while idle < 20:
+    request = ledger.claim(f"w{number}", 60)
+    if request is None:
+        idle += 1
+        time.sleep(0.01)
+        continue
+    idle = 0
+    assert len(ledger.requests(request.model, "running")) == 1
+    ledger.reject(request, "no-op", None, None)
+    print(request.id)
+ledger.close()
+"""
+    answers = [answer.split() for answer in in_processes(script, url, processes=4)]
+    done = [request for answer in answers for request in answer]
+    requests = ledger.requests()
+    assert sorted(done) == sorted(request.id for request in requests)
+    assert {(request.status, request.attempt) for request in requests} == {(Status.REJECTED, 1)}
+    assert all(len(answer) > 50 for answer in answers), "one worker did it all: nothing was shown"
