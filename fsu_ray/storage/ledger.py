@@ -105,7 +105,7 @@ class Ledger(Lineage, Queue, Inverters, Windows):
         request: Request,
         reason: str,
         outcome: Outcome | None,
-        base: ModelVersion,
+        base: ModelVersion | None,
         *,
         generator_id: str | None = None,
         warm_started_from: str | None = None,
@@ -113,10 +113,11 @@ class Ledger(Lineage, Queue, Inverters, Windows):
     ) -> Request:
         """End a claimed request whose result was refused: no version, but its generator and report are kept.
 
-        The arguments are those of `commit`; `outcome` is None where the run brought nothing back. Raises LeaseLost.
+        The arguments are those of `commit`; `outcome` is None where the run brought nothing back, and `base` may be
+        then. Raises LeaseLost.
         """
         moment, worker = rows.now(), str(request.worker)
-        if outcome is None:
+        if outcome is None or base is None:
             with self._database.stepping(f"request {request.id}") as connection:
                 return claims.step_claimed(connection, request, Status.REJECTED, worker, moment, reason=reason)
         ended = results.Ended.of(request, outcome, generator_id, warm_started_from)

@@ -21,7 +21,7 @@ from fsu_ray.work import Outcome, WorkOrder
 def test_class_9_is_forgotten_and_the_rest_is_kept(app: App, mnist: Path) -> None:
     """LeNet5, 3 % of class 9, the default recipe: D_r at least 99, D_e at most 2."""
 
-    def here(order: WorkOrder, store: Any, name: str) -> Outcome:
+    def here(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         return unlearn(order, store, torch.device("cpu"))
 
     bench = read_bench(mnist)

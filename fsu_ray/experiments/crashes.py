@@ -1,0 +1,204 @@
+"""Workers killed (SIGKILL) at random moments of a run, and what is in the ledger when others have gone on.
+
+    python -m fsu_ray.experiments.crashes [--url postgresql://...] [--kills 20] [--home FOLDER]
+
+Each kill has a model and a request of its own: a process claims it and is killed at a random moment between the
+claim and the end of an undisturbed run; the next process takes it over once its lease is over and goes on
+from the last checkpoint. The method runs inside that process, in seconds, on scikit-learn's digits, with
+checkpoints in files; everything else is the system's own. Prints a line a kill and a last one; exit code 1
+if anything is amiss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from fsu_ray.app import App
+from fsu_ray.config import read_settings
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, Request, Status
+from fsu_ray.work import BlobStore, Outcome, WorkOrder
+
+LEASE = 1.0
+RECIPE = {
+    "invert": {"steps": 120, "batch": 60, "width": 4},
+    "synthesize": {"per_class": 40, "entropy_threshold": 2.0, "starved_below": 0.0},
+    "relearn": {"epochs": 4},
+    "gate": {"agreement_min": 0.0, "forgotten_max": 1.0, "coverage_min": 0.0, "acceptance_min": 0.0},
+}
+
+
+def open_app(url: str | None, home: Path) -> App:
+    """An app whose artifacts lie in `home`, with its ledger at `url` or in there too."""
+    os.environ["FSU_HOME"] = str(home)
+    settings = read_settings(home)
+    return App.open(replace(settings, ledger=url) if url else settings)
+
+
+def work(url: str | None, home: Path) -> None:
+    """What a killed process is: claim until there is nothing to claim, carry out, end."""
+    import torch
+
+    from fsu_ray import pipeline
+    from fsu_ray.method.context import Saved
+    from fsu_ray.method.unlearn import unlearn
+
+    for name, seconds in (("LEASE_SECONDS", LEASE), ("POLL_SECONDS", LEASE / 5)):
+        setattr(pipeline, name, seconds)
+    torch.set_num_threads(1)
+    app = open_app(url, home)
+
+    def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
+        place = home / "runs" / f"{name}.pt"
+        place.parent.mkdir(exist_ok=True)
+        saved = Saved(**torch.load(place, weights_only=True)) if place.exists() else None
+
+        def keep(state: Saved) -> None:
+            torch.save(asdict(state), place.with_suffix(f".{os.getpid()}"))
+            place.with_suffix(f".{os.getpid()}").rename(place)
+
+        return unlearn(order, store, torch.device("cpu"), None, keep, saved, every=10)
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    while (request := app.ledger.claim(f"w{os.getpid()}", LEASE)) is not None:
+        pipeline.run_request(app.ledger, app.artifacts, execute, request)
+    app.ledger.close()
+
+
+def start(url: str | None, home: Path) -> subprocess.Popen[str]:
+    """A process that is ready to claim as soon as it reads a line."""
+    command = [sys.executable, "-m", "fsu_ray.experiments.crashes", "--work", "--home", str(home)]
+    process = subprocess.Popen(
+        [*command, *(["--url", url] if url else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    """Let it claim."""
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def wait_for(app: App, request: str, *states: Status) -> Request:
+    """The request once it is in one of `states`."""
+    while (found := app.ledger.request(request)).status not in states:
+        time.sleep(0.005)
+    return found
+
+
+def undisturbed(app: App, url: str | None, home: Path, request: str) -> float:
+    """Carry out a request; the seconds from its claim to its end."""
+    process = start(url, home)
+    go(process)
+    wait_for(app, request, Status.RUNNING)
+    claimed = time.monotonic()
+    process.wait(timeout=300)
+    return time.monotonic() - claimed
+
+
+def killed(app: App, url: str | None, home: Path, request: str, moment: float) -> Request:
+    """Carry out a request whose first worker is killed `moment` seconds after the claim, if it has not ended then."""
+    process = start(url, home)
+    go(process)
+    wait_for(app, request, Status.RUNNING, Status.SUCCEEDED)
+    time.sleep(moment)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    second = start(url, home)
+    time.sleep(LEASE)  # the lease of the first one is over then
+    go(second)
+    second.wait(timeout=300)
+    return app.ledger.request(request)
+
+
+def amiss(app: App, requests: list[str]) -> list[str]:
+    """What is wrong in the ledger: each request is to have ended once, with one version and one erasure."""
+    from fsu_ray.storage.audit import verify
+
+    found = []
+    for request in map(app.ledger.request, requests):
+        ends = [event for event in app.ledger.events(request.id) if event.new.is_terminal]
+        versions, erasures = app.ledger.versions(request.model), app.ledger.erasures(request.model)
+        if (request.status, len(ends), len(versions), len(erasures)) != (Status.SUCCEEDED, 1, 2, 1):
+            found.append(f"{request.id}: {request.status}, {len(ends)} ends, {len(versions)} versions, "
+                         f"{len(erasures)} erasures")  # fmt: skip
+    needed, _ = app.ledger.references()
+    found += [f"{digest}: dangling" for digest in sorted(needed) if not app.artifacts.has(digest)]
+    found += list(verify(app.ledger, app.artifacts).findings)
+    return found
+
+
+def fill(app: App, number: int, seed: int) -> list[str]:
+    """A classifier, as `number` models with one request each; the requests."""
+    from fsu_ray.method.context import save_samples
+    from fsu_ray.method.datasets import draw, load
+
+    spec, weights = app.train("digits", "lenet5", 4, seed)
+    images = load("digits", "train", spec.shape)
+    samples = app.artifacts.put(save_samples(images.pixels[draw(images, [8], 6, seed)]))
+    recipe = Recipe.model_validate(RECIPE)
+    made = []
+    for model in range(number):
+        app.register(f"m{model}", spec, weights)
+        eight = Behaviour(name="eight", kind="class", targets=(8,))
+        made.append(app.ledger.submit(f"m{model}", eight, samples, 6, recipe)[0].id)
+    return made
+
+
+def main() -> int:
+    """Kill, look, print; 1 if anything is amiss."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="the ledger's; without it, an SQLite file")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--home", type=Path, default=None)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    home: Path = options.home or Path(tempfile.mkdtemp(prefix="fsu-crashes-"))
+    if options.work:
+        work(options.url, home)
+        return 0
+    app = open_app(options.url, home)
+    chance = random.Random(options.seed)
+    requests = iter(fill(app, 2 * options.kills + 1, options.seed))
+    done = [next(requests)]
+    whole = undisturbed(app, options.url, home, done[0])
+    print(f"undisturbed: {whole:.1f} s from claim to end", flush=True)
+    hits = 0
+    while hits < options.kills:
+        moment = chance.uniform(0, whole)
+        done.append(next(requests))
+        ended = killed(app, options.url, home, done[-1], moment)
+        if ended.attempt == 1:
+            print(f"{moment:.2f} s: it had ended by then", flush=True)
+            whole = min(whole, moment)
+            continue
+        hits += 1
+        where = ", ".join((ended.report or {}).get("resumed", ())) or "from the beginning"
+        print(f"kill {hits} after {moment:.2f} s: {ended.status}, attempt {ended.attempt}, {where}", flush=True)
+    for left in requests:
+        app.ledger.cancel(left)
+    app.ledger.database.seal()
+    wrong = amiss(app, done)
+    print("\n".join(wrong) or f"{options.kills} kills: every request ended once, one version and one erasure each, "
+          "the audit verifies, no digest dangles")  # fmt: skip
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
