@@ -12,6 +12,7 @@ from fsu_ray.cli.artifacts import artifacts_app
 from fsu_ray.cli.generators import generator_app
 from fsu_ray.cli.models import model_app
 from fsu_ray.cli.requests import request_app
+from fsu_ray.cli.schedules import schedule_app, scheduler_app
 from fsu_ray.cli.shared import Cpus, Json, one_line, open_app
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(request_app, name="request")
 app.add_typer(generator_app, name="generator")
 app.add_typer(artifacts_app, name="artifacts")
+app.add_typer(schedule_app, name="schedule")
+app.add_typer(scheduler_app)
 
 
 @app.command(epilog="Example: fsu demo")
@@ -78,7 +81,7 @@ def run(
     if json:
         console.print_json(console.results_json(results))
     elif not results:
-        console.out.print("nothing is queued; `fsu request submit` queues a request")
+        console.out.print(_idle(opened.ledger, model))
     for result in [] if json else results:
         console.print_result(result)
     if not json and results:
@@ -97,6 +100,22 @@ def history(model: str, json: Json = False) -> None:
         console.print_json(events)
     else:
         console.out.print(console.history_table(model, events))
+
+
+def _idle(ledger: Any, model: str | None) -> str:
+    """Why there was nothing to do."""
+    from datetime import UTC, datetime
+
+    waiting = [request for request in ledger.requests(model) if not request.status.is_terminal]
+    if not waiting:
+        return "nothing is queued; `fsu request submit` queues a request"
+    moment = datetime.now(UTC)
+    later = [at for request in waiting for at in (request.not_before, request.retry_at) if at and at > moment]
+    when = f"; the next can begin at {console.when(min(later))}" if later else ""
+    states = ", ".join(f"{request.id} {request.status}" for request in waiting[:3])
+    return (
+        f"nothing is ready: {len(waiting)} wait or run elsewhere ({states}{', ...' if len(waiting) > 3 else ''}){when}"
+    )
 
 
 def main() -> None:
