@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ CHANGES = ["invert.steps=400", "invert.batch=60", "invert.width=4", "synthesize.
 CHANGES += ["synthesize.entropy_threshold=1.5", "gate.forgotten_max=1", "gate.agreement_min=0"]
 
 
-@pytest.mark.ray
-def test_a_killed_driver_leaves_a_request_that_the_next_one_finishes(app: App, trained: Any, home: Path) -> None:
-    """SIGKILL between two checkpoints of the inversion; once the lease is over, attempt 2 resumes there, and there is
-    one version and one erasure."""
+@pytest.fixture
+def request_of(app: App, trained: Any, home: Path) -> str:
+    """A queued request of the model `m`, whose inversion takes some seconds."""
     app.register("m", trained.spec, trained.weights)
     write_samples(trained.train.pixels[draw(trained.train, [8], 8, 0)], home / "samples")
     recipe = app.recipe("digits", tuple(parse_change(change) for change in CHANGES))
     eight = Behaviour(name="eight", kind="class", targets=(8,))
     request, _ = app.submit("m", eight, str(home / "samples"), recipe)
+    return request.id
+
+
+def run_until(app: App, home: Path, then: Callable[[subprocess.Popen[bytes]], object]) -> int:
+    """`fsu run` until its second checkpoint, and what is done to it then; its exit code."""
     with (home / "first.log").open("w") as log:
         driver = subprocess.Popen([FSU, "run", "--cpus", "2"], stdout=log, stderr=log)
         for _ in range(1200):
@@ -39,16 +44,13 @@ def test_a_killed_driver_leaves_a_request_that_the_next_one_finishes(app: App, t
             if len(list(app.settings.runs.glob("*/checkpoint_*"))) >= 2:
                 break
             assert driver.poll() is None, (home / "first.log").read_text()
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-    assert app.ledger.request(request.id).status is Status.RUNNING
+        then(driver)
+        return driver.wait(timeout=120)
 
-    early = subprocess.run([FSU, "run"], capture_output=True, text=True, timeout=60, check=True)
-    assert "nothing is queued" in early.stdout  # the lease of the dead driver holds
-    with sqlite3.connect(app.settings.home / "ledger.db") as connection:  # ... until now
-        connection.execute("UPDATE requests SET lease_until = '2000-01-01 00:00:00.000000'")
+
+def run_again(app: App) -> None:
+    """The next `fsu run` goes on from a checkpoint: attempt 2, one version, one erasure."""
     again = subprocess.run([FSU, "run", "--json", "--cpus", "2"], capture_output=True, text=True, timeout=300)
-
     assert again.returncode == 0, again.stderr
     (ended,) = json.loads(again.stdout)
     assert (ended["request"]["status"], ended["request"]["attempt"]) == ("succeeded", 2)
@@ -56,3 +58,44 @@ def test_a_killed_driver_leaves_a_request_that_the_next_one_finishes(app: App, t
     assert resumed in {"invert 100", "invert 200", "invert 300"}
     assert [version.number for version in app.ledger.versions("m")] == [1, 2]
     assert [erasure.behaviour.name for erasure in app.ledger.erasures("m")] == ["eight"]
+
+
+@pytest.mark.ray
+def test_a_killed_driver_leaves_a_request_that_the_next_one_finishes(app: App, request_of: str, home: Path) -> None:
+    """SIGKILL between two checkpoints of the inversion: once the lease is over, attempt 2 resumes there."""
+    run_until(app, home, lambda driver: driver.send_signal(signal.SIGKILL))
+    assert app.ledger.request(request_of).status is Status.RUNNING
+
+    early = subprocess.run([FSU, "run"], capture_output=True, text=True, timeout=60, check=True)
+    assert "nothing is ready: 1 wait or run elsewhere" in early.stdout  # the lease of the dead driver holds
+    with sqlite3.connect(app.settings.home / "ledger.db") as connection:  # ... until now
+        connection.execute("UPDATE requests SET lease_until = '2000-01-01T00:00:00.000000+00:00'")
+    run_again(app)
+    assert app.ledger.request(request_of).failures == 1
+
+
+@pytest.mark.ray
+def test_a_driver_that_is_asked_to_end_puts_its_request_back(app: App, request_of: str, home: Path) -> None:
+    """SIGTERM: the request is queued at once, and the next driver need not wait for a lease."""
+    code = run_until(app, home, lambda driver: driver.send_signal(signal.SIGTERM))
+    assert code == 130
+    log = (home / "first.log").read_text()
+    assert "interrupted" in log
+    assert "Traceback" not in log
+    waiting = app.ledger.request(request_of)
+    assert (waiting.status, waiting.reason, waiting.failures) == (Status.QUEUED, "interrupted", 0)
+    run_again(app)
+
+
+@pytest.mark.ray
+def test_a_cancelled_request_stops_on_ray(app: App, request_of: str, home: Path) -> None:
+    """`fsu request cancel` in another process: the worker stops at its next step, and `fsu run` ends."""
+
+    def cancel(driver: subprocess.Popen[bytes]) -> None:
+        subprocess.run([FSU, "request", "cancel", request_of, "--by", "alice"], check=True, capture_output=True)
+
+    code = run_until(app, home, cancel)
+    assert code == 0, (home / "first.log").read_text()
+    ended = app.ledger.request(request_of)
+    assert (ended.status, ended.reason) == (Status.CANCELLED, "cancelled while running")
+    assert len(app.ledger.versions("m")) == 1

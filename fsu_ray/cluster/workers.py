@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fsu_ray.errors import FsuError, RunFailed, Stopped
 from fsu_ray.work import BlobStore, Outcome, WorkOrder
+
+STOP_SECONDS = 30.0
+"""How long an interrupt waits for the worker's next step."""
 
 Tell = Callable[[str, int, int, dict[str, float]], None]
 ENVIRONMENT = {
@@ -31,7 +36,8 @@ ENVIRONMENT = {
 def connect(cpus: int | None = None) -> None:
     """Join the cluster that RAY_ADDRESS names (a Ray job has it set), else start one on this machine.
 
-    Ray's own cluster is private to this process: no dashboard, no authentication token, no usage report.
+    Ray's own cluster is private to this process: no dashboard, no authentication token, no usage report. SIGTERM
+    (Kubernetes, a Ray job that is stopped) is an interrupt from here on, not the end at once that Ray makes of it.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -44,15 +50,17 @@ def connect(cpus: int | None = None) -> None:
         return
     if address:
         ray.init(address=address, log_to_driver=False)
-        return
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=200 * 2**20,
-    )
+    else:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=200 * 2**20,
+        )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def disconnect() -> None:
@@ -99,8 +107,9 @@ def execute(
     from ray.train.v2.api.exceptions import ControllerError
 
     use_gpu, each = resources(parallel)
+    stop = stop or threading.Event()
     line: Any = ray.remote(num_cpus=0)(_Line).remote()
-    listener = _Listener(line, tell, stop or threading.Event())
+    listener = _Listener(line, tell, stop)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"order": order, "store": store, "every": every, "line": line},
@@ -114,7 +123,7 @@ def execute(
     )
     try:
         with listener:
-            answer = trainer.fit().return_value
+            answer = _fit(trainer, stop).return_value
     except (TrainingFailedError, ControllerError) as error:
         raise RunFailed(f"run {name} broke: {_cause(error)}; see {runs}/{name}") from error
     finally:
@@ -125,6 +134,28 @@ def execute(
     if not isinstance(answer, dict):
         raise RunFailed(f"run {name} ended without an outcome; see {runs}/{name}")
     return Outcome(**answer["outcome"])
+
+
+def _fit(trainer: Any, stop: threading.Event) -> Any:
+    """`trainer.fit()`, in a thread: in the main one, Ray would make the end of this process of an interrupt.
+
+    An interrupt tells the worker to stop instead, waits for that, and is raised then.
+    """
+    ended: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            ended.set_result(trainer.fit())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=fit, daemon=True).start()
+    try:
+        return ended.result()
+    except KeyboardInterrupt:
+        stop.set()
+        wait([ended], timeout=STOP_SECONDS)
+        raise
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any] | None:
