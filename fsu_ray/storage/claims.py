@@ -23,7 +23,9 @@ from fsu_ray.storage.columns import Instant
 from fsu_ray.storage.schema import models, requests
 
 Moment = datetime | sa.ColumnElement[datetime]
-_PATH = re.compile(r"(?:(?<=^)|(?<=[\s'\"(:=]))[\w.~-]*/(?:[\w.~-]*/)*([\w.~-]+)")
+_PLACE = re.compile(r"[^\s'\"<>()\[\],;=]*[/\\][^\s'\"<>()\[\],;=]*")
+_ADDRESS = re.compile(r"[^\s'\"<>]+@[^\s'\"<>]+")
+_KEPT = re.compile(r"(?:[0-9a-f]{64}|r-[0-9a-f]{19}(?:-[0-9a-f]{8})?)[.:]?")
 
 
 def claim(
@@ -255,8 +257,13 @@ def step_waiting(
 
 
 def without_paths(reason: str) -> str:
-    """A reason as the ledger keeps it: one line, and of a path only its last part."""
-    return _PATH.sub(r"\1", " ".join(reason.split()))[:1000]
+    """A reason as the ledger keeps it: one line, without places and addresses, but with digests and runs."""
+
+    def place(found: re.Match[str]) -> str:
+        last = re.split(r"[/\\]", found[0])[-1]
+        return last if _KEPT.fullmatch(last) else "<path>"
+
+    return _ADDRESS.sub("<address>", _PLACE.sub(place, " ".join(reason.split())))[:1000]
 
 
 def fetch(connection: sa.Connection, request_id: str) -> Request:

@@ -75,19 +75,24 @@ def _adopt() -> None:
 
 
 def _rows(bind: sa.Connection) -> Iterator[tuple[str | None, str | None, dict[str, Any]]]:
-    names: dict[str, str] = {}
+    names: dict[str, str] = {}  # of models, and of the models of requests
+    reports: dict[str, str] = {}  # of requests that have ended
     for name in ("models", "requests", "request_events", "model_versions", "generators", "erasures"):
         table = _reflected(bind, name)
         columns = _TERMS if name == "requests" else table.columns.keys()
-        models = {}
         for row in bind.execute(sa.select(table).order_by(*table.primary_key)).mappings():
             if name == "models":
                 names[row["id"]] = row["name"]
             if name == "requests":
-                models[row["id"]] = names[row["model_id"]]
-            model = row["name"] if name == "models" else names.get(row.get("model_id", ""))
+                names[row["id"]] = names[row["model_id"]]
+                if row["report"] is not None:
+                    reports[row["id"]] = hashlib.sha256(_canonical(row["report"]).encode()).hexdigest()
             request = row["id"] if name == "requests" else row.get("request_id")
-            yield model, request, {"row": {c: _text(row[c]) for c in columns}, "table": name}
+            model = row["name"] if name == "models" else names[row.get("model_id", request)]
+            found = {"row": {c: _text(row[c]) for c in columns}, "table": name}
+            if name == "request_events" and request in reports:
+                found["report"] = reports[request]
+            yield model, request, found
 
 
 def _reflected(bind: sa.Connection, name: str) -> sa.Table:

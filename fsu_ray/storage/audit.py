@@ -1,0 +1,315 @@
+"""The audit: whether the ledger is what its chain says, row by row, and the artifacts what the ledger says.
+
+`verify` reads and changes nothing, on one snapshot: it recomputes the chain, compares every row of every audited
+table with the event that recorded it, requests with their last step, and artifacts with their digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+
+from fsu_ray.errors import AuditFailed, NotFound, StorageError
+from fsu_ray.storage import chain, schema, triggers
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.chain import Event, Head
+from fsu_ray.storage.columns import metadata
+from fsu_ray.storage.ledger import Ledger
+from fsu_ray.storage.schema import TERMINAL, audit_events, audit_pending, erasures, request_events, requests
+
+MOST = 100
+"""How many findings are kept; the others are counted."""
+
+AUDITED = {
+    table.name: table
+    for table in (
+        *(metadata.tables[name] for name in triggers.HISTORY if name != audit_events.name),
+        requests,
+        schema.schedule_windows,
+    )
+}
+"""The tables whose every row has an event."""
+
+_BATCH = 2000  # rows that are read at once
+_CHAIN, _RECORDED, _UNRECORDED, _REQUESTS, _ARTIFACTS = range(5)  # in the order in which findings are told
+
+
+class Findings:
+    """What is not as it should be: how many, and the first of them in the order of their ranks and places."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._kept: list[tuple[int, int, str]] = []
+
+    def add(self, rank: int, place: int, words: str) -> None:
+        """One more."""
+        self.count += 1
+        self._kept.append((rank, place, words))
+        if len(self._kept) > 10 * MOST:
+            self._kept = self._sorted[:MOST]
+
+    def chain(self, seq: int, words: str) -> None:
+        """One more, of an event of the chain."""
+        self.add(_CHAIN, seq, f"{audit_events.name} {seq}: {words}")
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The first `MOST` of them."""
+        return tuple(words for _, _, words in self._sorted[:MOST])
+
+    @property
+    def _sorted(self) -> list[tuple[int, int, str]]:
+        return sorted(self._kept, key=itemgetter(0, 1))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found: `waiting` steps of requests that are not in the chain yet, the number of `artifacts` that
+    were looked at (None: none were to be), `found` findings and the first of them."""
+
+    events: int
+    head: Head
+    waiting: int
+    artifacts: int | None
+    found: int
+    findings: tuple[str, ...]
+    seconds: float
+
+    def check(self) -> None:
+        """Raise AuditFailed, which names the first finding, where there is one."""
+        if self.found:
+            more = f" (and {self.found - 1} more)" if self.found > 1 else ""
+            raise AuditFailed(f"{self.findings[0]}{more}")
+
+
+def verify(ledger: Ledger, artifacts: Artifacts | None = None, noted: Head | None = None) -> Verdict:
+    """Audit a ledger, with `artifacts` these too. `noted` is a head that must still be in the chain."""
+    started, findings = time.perf_counter(), Findings()
+    with ledger.database.reading() as connection:
+        recorded, count, head = _Recorded(findings), 0, Head(0, chain.GENESIS)
+        for batch in chain.unbroken(chain.stored(connection), findings.chain, noted):
+            for event in batch:
+                recorded.take(event)
+            count, head = count + len(batch), Head(batch[-1][0], batch[-1][8])
+        waiting = {f"{row[0]} {row[1]}" for row in connection.execute(sa.select(audit_pending))}
+        for table in AUDITED.values():
+            _compare(connection, table, recorded, waiting if table is request_events else set(), findings)
+        _check_requests(connection, recorded.reports, findings)
+    looked = None if artifacts is None else _check_artifacts(ledger, artifacts, findings)
+    seconds = time.perf_counter() - started
+    return Verdict(count, head, len(waiting), looked, findings.count, findings.first, seconds)
+
+
+def head(ledger: Ledger) -> Head:
+    """The head of the chain with all that has happened until now: what an auditor notes elsewhere."""
+    ledger.database.seal()
+    with ledger.database.reading() as connection:
+        return chain.head(connection)
+
+
+def log(ledger: Ledger, model: str | None = None, request: str | None = None, last: int | None = None) -> list[Event]:
+    """The `last` events, oldest first, None for all: of a model, of the request whose id begins with `request`.
+
+    Raises NotFound.
+    """
+    where = []
+    if model is not None:
+        where.append(audit_events.c.model == ledger.model(model).name)
+    if request is not None:
+        where.append(audit_events.c.request == ledger.request(request).id)
+    ledger.database.seal()
+    with ledger.database.reading() as connection:
+        if last is not None:
+            newest = sa.select(audit_events.c.seq).where(*where).order_by(audit_events.c.seq.desc()).limit(last)
+            where.append(audit_events.c.seq.in_(newest.scalar_subquery()))
+        return [Event(*row) for batch in chain.stored(connection, *where) for row in batch]
+
+
+def count_of(connection: sa.Connection, model: str) -> int:
+    """How many events a model has; raises NotFound without any."""
+    query = sa.select(sa.func.count()).select_from(audit_events).where(audit_events.c.model == model)
+    found = int(connection.scalar(query) or 0)
+    if not found:
+        raise NotFound(f"no model {model!r}; `fsu model list` shows the names")
+    return found
+
+
+class _Entry(NamedTuple):
+    """What an event recorded of a row: which columns, and the digest of their values."""
+
+    seq: int
+    columns: tuple[str, ...]
+    digest: bytes
+
+
+class _Recorded:
+    """What the chain recorded of each row, by table and key, and the digest of each request's report."""
+
+    def __init__(self, findings: Findings) -> None:
+        self.rows: dict[str, dict[str, _Entry]] = {name: {} for name in AUDITED}
+        self.columns: dict[str, set[str]] = {name: set() for name in AUDITED}
+        self.reports: dict[str, tuple[int, str | None]] = {}
+        self._findings = findings
+        self._known: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def take(self, event: Sequence[Any]) -> None:
+        """Note what an event recorded."""
+        seq, name = event[0], event[2]
+        try:
+            detail = json.loads(event[6])
+            table, row = detail["table"], detail["row"]
+            key = _key(AUDITED[table], row)
+            columns = tuple(row)
+            entry = _Entry(seq, self._known.setdefault(columns, columns), _digest(row))
+        except (ValueError, KeyError, TypeError):
+            self._findings.chain(seq, "its detail names no row of the ledger")
+            return
+        before = self.rows[table].setdefault(key, entry)
+        if before is not entry:
+            self._findings.add(_RECORDED, seq, f"{table} {key}: event {seq} records it again, after {before.seq}")
+        self.columns[table].update(columns)
+        # What was there before the chain was is adopted without a digest of its report.
+        if table == request_events.name and row.get("new") in TERMINAL and (name != "adopted" or "report" in detail):
+            self.reports[row["request_id"]] = (seq, detail.get("report"))
+
+
+def _key(table: sa.Table, row: Mapping[str, Any]) -> str:
+    return " ".join(str(row[column.name]) for column in table.primary_key)
+
+
+def _digest(row: Mapping[str, Any]) -> bytes:
+    return hashlib.blake2b(chain.canonical(row).encode(), digest_size=16).digest()
+
+
+def _compare(
+    connection: sa.Connection, table: sa.Table, recorded: _Recorded, waiting: set[str], findings: Findings
+) -> None:
+    """Compare the rows of a table with what the chain recorded of them, as far as it did; those in `waiting` have no
+    event yet."""
+    known = recorded.rows[table.name]
+    for number, row in enumerate(_rows(connection, table, recorded.columns[table.name])):
+        key = _key(table, row)
+        entry = known.pop(key, None)
+        if entry is None:
+            if key not in waiting:
+                findings.add(_UNRECORDED, number, f"{table.name} {key}: no event has recorded it")
+        elif key in waiting:
+            findings.add(_RECORDED, entry.seq, f"{table.name} {key}: waits for the chain, and is in event {entry.seq}")
+        elif not _same(table, row, entry):
+            where = "" if findings.count > MOST else _difference(connection, table, row, entry.seq)
+            findings.add(
+                _RECORDED, entry.seq, f"{table.name} {key}: {where or 'it'} is not what event {entry.seq} recorded"
+            )
+    for key, entry in known.items():
+        findings.add(_RECORDED, entry.seq, f"{table.name} {key}: missing, event {entry.seq} has recorded it")
+
+
+def _rows(connection: sa.Connection, table: sa.Table, names: set[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a table with their keys and the columns of these names, as text where JSON has no type."""
+    chosen = [column for column in table.c if column.primary_key or column.name in names]
+    query = sa.select(*(chain.as_text(connection, column) for column in chosen))
+    keys = [column.name for column in chosen]
+    for batch in connection.execute(query, execution_options={"yield_per": _BATCH}).partitions():
+        for values in batch:
+            yield dict(zip(keys, values, strict=True))
+
+
+def _same(table: sa.Table, row: Mapping[str, Any], entry: _Entry) -> bool:
+    kinds = chain.kinds(table)
+    try:
+        return _digest({name: _value(kinds[name], row[name]) for name in entry.columns}) == entry.digest
+    except (ValueError, KeyError, TypeError):  # no JSON, no such column, bytes in the place of text
+        return False
+
+
+def _value(kind: type | None, value: Any) -> Any:
+    """A value that `chain.as_text` has read, as the chain has it."""
+    if value is None:
+        return None
+    return json.loads(value) if kind is dict else bool(value) if kind is bool else value
+
+
+def _difference(connection: sa.Connection, table: sa.Table, row: Mapping[str, Any], seq: int) -> str:
+    """The first column of a row that is not what the event recorded; empty where the event cannot tell any more."""
+    detail = connection.scalar(sa.select(audit_events.c.detail).where(audit_events.c.seq == seq))
+    said: dict[str, Any] = json.loads(str(detail))["row"]
+    for name, value in said.items():
+        try:
+            if chain.canonical(_value(chain.kinds(table)[name], row[name])) == chain.canonical(value):
+                continue
+        except (ValueError, KeyError, TypeError):
+            pass
+        return f"column {name}"
+    return ""
+
+
+def _check_requests(connection: sa.Connection, reports: dict[str, tuple[int, str | None]], findings: Findings) -> None:
+    """Compare what changes in a request with its last step, its erasure, and the digest of its report."""
+    last, newer = request_events.alias("last"), request_events.alias("newer")
+    newest = sa.select(sa.func.max(newer.c.number)).where(newer.c.request_id == requests.c.id).scalar_subquery()
+    ended = sa.case((requests.c.status.in_(TERMINAL), chain.as_text(connection, last.c.at)))
+    pairs = {
+        "status": (requests.c.status, last.c.new),
+        "changes": (requests.c.changes, last.c.number),
+        "attempt": (requests.c.attempt, last.c.attempt),
+        # A step that was adopted says so where others have the reason.
+        "reason": (requests.c.reason, sa.case((last.c.reason == "adopted", requests.c.reason), else_=last.c.reason)),
+        "finished_at": (chain.as_text(connection, requests.c.finished_at), ended),
+        "version": (requests.c.version, erasures.c.version),
+    }
+    found = requests.outerjoin(last, sa.and_(last.c.request_id == requests.c.id, last.c.number == newest))
+    found = found.outerjoin(erasures, erasures.c.request_id == requests.c.id)
+    report = chain.as_text(connection, requests.c.report)
+    columns = [column.label(f"c{i}") for i, column in enumerate(each for pair in pairs.values() for each in pair)]
+    query = sa.select(requests.c.id, report, *columns).select_from(found)
+    number = 0
+    for batch in connection.execute(query, execution_options={"yield_per": _BATCH}).partitions():
+        for request, kept, *values in batch:
+            number += 1
+            for name, here, there in zip(pairs, values[::2], values[1::2], strict=True):
+                if here != there:
+                    other = "its erasure" if name == "version" else "its last step"
+                    findings.add(_REQUESTS, number, f"requests {request}: column {name} is not that of {other}")
+                    break
+            seq, digest = reports.get(request, (0, None))
+            if seq and _report_digest(kept) != digest:
+                findings.add(_REQUESTS, number, f"requests {request}: column report is not what event {seq} recorded")
+
+
+def _report_digest(text: str | None) -> str | None:
+    try:
+        return None if text is None else chain.digest_of(json.loads(text))
+    except (ValueError, TypeError):
+        return "no JSON"
+
+
+def _check_artifacts(ledger: Ledger, artifacts: Artifacts, findings: Findings) -> int:
+    """Compare artifacts with their digests; how many the ledger needs."""
+    needed, removed = ledger.references()
+    wrong = {digest: what for digest in needed if (what := _what_is_wrong(artifacts, digest)) is not None}
+    there = removed & artifacts.digests().keys()
+    if wrong or there:  # what was removed meanwhile, or submitted again, is as it should be
+        needed_now, removed_now = ledger.references()
+        wrong = {digest: what for digest, what in wrong.items() if digest in needed_now}
+        there = {digest for digest in there & removed_now if artifacts.has(digest)}
+    wrong |= dict.fromkeys(there, "is on record as removed, and still there")
+    for number, digest in enumerate(sorted(wrong)):
+        findings.add(_ARTIFACTS, number, f"artifact {digest}: {wrong[digest]}")
+    return len(needed)
+
+
+def _what_is_wrong(artifacts: Artifacts, digest: str) -> str | None:
+    try:
+        if not artifacts.has(digest):
+            return "missing"
+        artifacts.get(digest)
+    except StorageError as error:
+        return "its content is not that of its name" if error.__cause__ is None else "cannot be read"
+    return None

@@ -1,0 +1,189 @@
+"""The audit chain: what its hashes are of, that it cannot be changed or forked, and what breaks it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from fsu_ray.errors import UserError
+from fsu_ray.storage import audit, chain
+from fsu_ray.storage.chain import GENESIS, Event, Head
+from fsu_ray.storage.schema import erasures, rechecks
+
+
+def events_of(ledger: Any) -> list[Event]:
+    with ledger.database.reading() as connection:
+        return [Event(*row) for batch in chain.stored(connection) for row in batch]
+
+
+def made(count: int) -> list[Event]:
+    """A chain that no ledger has."""
+    events, previous = [], GENESIS
+    for seq in range(1, count + 1):
+        at = f"2026-01-01T00:00:{seq:02}.000000+00:00"
+        said = (seq, at, "removed", "digits", None, "operator", f'{{"row":{{"id":"x-{seq}"}},"table":"removals"}}')
+        event = Event(*said, previous, "")
+        events.append(event._replace(hash=chain.hash_of(event)))
+        previous = events[-1].hash
+    return events
+
+
+def told(events: list[Event], noted: Head | None = None) -> list[tuple[int, str]]:
+    found: list[tuple[int, str]] = []
+    batches = [events[first : first + 3] for first in range(0, len(events), 3)]
+    assert [e for batch in chain.unbroken(batches, lambda *what: found.append(what), noted) for e in batch] == events
+    return found
+
+
+def test_a_hash_is_that_of_plain_json(line: Any) -> None:
+    """Anybody can recompute it: sorted keys, no spaces, the SHA-256 of the text."""
+    line.erase()
+    previous = GENESIS
+    for event in events_of(line.ledger):
+        content = event._asdict()
+        assert content.pop("previous") == previous
+        previous = content.pop("hash")
+        content |= {"detail": json.loads(event.detail), "previous": event.previous}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        assert hashlib.sha256(text.encode()).hexdigest() == previous
+
+
+def test_what_json_has_no_words_for_is_recorded_as_it_is_kept(line: Any) -> None:
+    """NaN, numbers for keys, tuples, whole numbers in a column of floats: the row comes back as the event has it."""
+    line.erase(report={"kl": float("nan"), "by": {10: (1, 2), 9: float("-inf")}}, figures={2: 0.5, 10: None})
+
+    assert audit.verify(line.ledger).findings == ()
+    (event,) = [event for event in events_of(line.ledger) if event.event == "erased"]
+    assert json.loads(event.detail)["row"]["report"]["by"] == {"10": [1, 2], "9": None}
+    assert event.detail == json.dumps(json.loads(event.detail), sort_keys=True, separators=(",", ":"))
+    assert chain.row_of(rechecks, {"share": 1, "passed": 1}, ("share", "passed")) == {"share": 1.0, "passed": True}
+    assert type(chain.row_of(rechecks, {"share": 1}, ("share",))["share"]) is float
+    assert chain.row_of(erasures, {"report": None}, ("report",)) == {"report": None}
+
+
+def test_a_good_chain_is_good() -> None:
+    assert told(made(10)) == []
+    assert told([]) == []
+    assert told(made(10), Head(7, made(10)[6].hash)) == []
+
+
+@pytest.mark.parametrize("field", Event._fields)
+def test_a_change_of_any_field_is_told(field: str) -> None:
+    events = made(10)
+    changed = {"seq": 40, "request": "r-1", "previous": GENESIS, "hash": "1" * 64}.get(field, "other")
+    events[4] = events[4]._replace(**{field: changed})
+
+    found = told(events)
+    assert found[0][0] == 5
+    assert len(found) == (3 if field == "seq" else 2 if field in ("previous", "hash") else 1)
+
+
+def test_the_borders_between_fields_are_part_of_the_hash() -> None:
+    """What moves from one field into the next, so that their texts in a row stay the same, is told."""
+    events = made(3)
+    first = events[0]._replace(event='a","model":"b', model="c")
+    other = events[0]._replace(event="a", model='b","model":"c')
+    assert chain.hash_of(first) != chain.hash_of(other)
+    assert json.loads(first.line)["event"] == first.event
+    detail = '{"row":{}},"event":"x'
+    assert chain.hash_of(events[0]._replace(detail=detail, event="y")) != chain.hash_of(
+        events[0]._replace(detail='{"row":{}}', event='x,"event":"y')
+    )
+
+
+def test_bytes_in_the_place_of_text_are_told() -> None:
+    events: Any = made(3)
+    events[1] = events[1]._replace(actor=b"operator")
+    assert told(events) == [(2, "it is no event")]
+
+
+def test_a_head_is_written_as_it_is_read() -> None:
+    head = Head(17, "ab" * 32)
+    assert Head.parse(str(head)) == head
+    for wrong in ("17", f"17:{'ab' * 31}", f"-1:{'ab' * 32}", f"{'9' * 30}:{'ab' * 32}", f"17:{'AB' * 32}\n", ""):
+        with pytest.raises(UserError, match="give SEQ:HASH"):
+            Head.parse(wrong)
+
+
+def test_events_take_no_update_delete_or_replace(line: Any, raw: Any) -> None:
+    """In whatever connection: the database itself refuses."""
+    before = raw.execute("SELECT * FROM audit_events").fetchall()
+    attempts = ["UPDATE audit_events SET actor = 'x' WHERE seq = 1", "UPDATE audit_events SET seq = 99 WHERE seq = 1"]
+    attempts += ["DELETE FROM audit_events", "DELETE FROM audit_events WHERE seq = 2"]
+    columns = "seq, at, event, model, request, actor, detail, previous, hash"
+    if raw.engine == "sqlite":
+        for own in ("seq", "previous", "hash"):
+            others = {"seq": "99", "previous": "'x'", "hash": "'y'", "actor": "'z'"}
+            values = ", ".join(name if name == own else others.get(name, name) for name in columns.split(", "))
+            attempts.append(f"INSERT OR REPLACE INTO audit_events SELECT {values} FROM audit_events WHERE seq = 1")
+            attempts.append(
+                f"INSERT INTO audit_events SELECT {values} FROM audit_events WHERE seq = 1 "
+                f"ON CONFLICT ({own}) DO UPDATE SET actor = 'x'"
+            )
+    else:
+        attempts += ["TRUNCATE audit_events", "TRUNCATE audit_events CASCADE"]
+        attempts += [
+            f"INSERT INTO audit_events SELECT * FROM audit_events ON CONFLICT ({own}) DO UPDATE SET actor = 'x'"
+            for own in ("seq", "previous", "hash")
+        ]
+    for attempt in attempts:
+        with pytest.raises(sa.exc.IntegrityError, match="audit_events is insert-only"):
+            raw.execute(attempt)
+    assert raw.execute("SELECT * FROM audit_events").fetchall() == before
+
+
+def test_what_is_rolled_back_leaves_no_event(line: Any) -> None:
+    before = events_of(line.ledger)
+    with pytest.raises(ZeroDivisionError), line.ledger.database.writing("nothing") as connection:  # noqa: PT012
+        chain.note(connection, "erased", erasures, {"id": "e-0"}, actor="operator")
+        raise ZeroDivisionError
+    assert events_of(line.ledger) == before
+    line.submit()
+    assert audit.verify(line.ledger).findings == ()
+
+
+def test_the_last_events_enter_the_chain_when_the_ledger_is_closed(url: str, line: Any) -> None:
+    """Steps of the queue wait for the next writer; closing is one."""
+    from fsu_ray.storage.ledger import open_ledger
+
+    with open_ledger(url) as other:
+        line.submit()
+        other.database._sealed_at += 3600
+        assert other.claim("w9", 60.0) is not None
+        assert audit.verify(line.ledger).waiting == 1
+    assert audit.verify(line.ledger).waiting == 0
+    assert events_of(line.ledger)[-1].event == "request_running"
+
+
+WRITER = """
+import hashlib
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, ModelSpec
+url, number = sys.argv[1:]
+spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
+with open_ledger(url) as ledger:
+    name = f"line-{number}"
+    ledger.register_model(name, spec, hashlib.sha256(b"w").hexdigest())
+    for turn in range(5):
+        behaviour = Behaviour(name=f"b{turn}", kind="class", targets=(turn,))
+        ledger.submit(name, behaviour, hashlib.sha256(b"s").hexdigest(), 8, Recipe())
+        claimed = ledger.claim(f"host:{number}", 60.0)
+        if claimed is not None:
+            ledger.release(claimed, "stopped")
+        ledger.move_alias(name, "production", 1)
+"""
+
+
+def test_eight_processes_that_write_make_one_chain(url: str, ledger: Any, in_processes: Any) -> None:
+    in_processes(WRITER, url, processes=8)
+
+    found = audit.verify(ledger)
+    assert (found.findings, found.waiting) == ((), 0)
+    events = events_of(ledger)
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert len(events) >= 8 * (2 + 5 * 4)
+    assert {event.model for event in events} == {f"line-{number}" for number in range(8)}

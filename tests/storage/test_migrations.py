@@ -1,0 +1,165 @@
+"""A ledger of the first revision, with all that could be in it, goes on as one of the latest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, ModelSpec, Status
+from fsu_ray.storage import audit, engines
+from fsu_ray.storage.database import migrations
+from fsu_ray.storage.ledger import open_ledger
+from fsu_ray.work import Outcome
+
+SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
+REPORT = {"forgetting": {"probes_in_target": 1e-07, "samples_in_target": 0.0}, "by": [0.1, None, "ä"], "n": 3}
+AT = "2026-01-0{}T10:00:00.123456+00:00"
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class First:
+    """A database of revision 0001, and plain SQL to fill it as the fsu_ray of that time did."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def insert(self, table: str, **values: Any) -> None:
+        plain = {name: json.dumps(v) if isinstance(v, dict | list) else v for name, v in values.items()}
+        names = ", ".join(plain)
+        marks = ", ".join(f":{name}" for name in plain)
+        self._connection.execute(sa.text(f"INSERT INTO {table} ({names}) VALUES ({marks})"), plain)
+
+    def request(self, number: int, *steps: dict[str, Any]) -> str:
+        """A request for one class, taken through `steps`."""
+        request = f"r-{number:019x}"
+        self.insert(
+            "requests", id=request, model_id="m-1", **behaviour(number), samples=digest(f"samples {number}"),
+            sample_count=8, recipe=Recipe().model_dump(mode="json"), idempotency_key=digest(f"key {number}"),
+            submitted_at=AT.format(number), status="submitted",
+        )  # fmt: skip
+        for step in ({"status": "queued"}, *steps):
+            plain = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in step.items()}
+            change = ", ".join(f"{name} = :{name}" for name in plain)
+            self._connection.execute(sa.text(f"UPDATE requests SET {change} WHERE id = :id"), {**plain, "id": request})
+        return request
+
+
+def behaviour(number: int) -> dict[str, Any]:
+    return {"behaviour_name": f"class {number}", "behaviour_kind": "class", "behaviour_targets": [number]}
+
+
+def running(until: str = AT.format(9)) -> dict[str, Any]:
+    return {"status": "running", "attempt": 1, "worker": "host:1", "lease_until": until, "started_at": AT.format(8)}
+
+
+def ended(status: str, **values: Any) -> dict[str, Any]:
+    return {"status": status, "lease_until": None, "finished_at": AT.format(9), **values}
+
+
+@pytest.fixture
+def first(url: str) -> str:
+    """The URL of a ledger of the first revision: a model, two versions, requests in every state but approval."""
+    connected = engines.connect(url)
+    with connected.writer.begin() as connection:
+        config = migrations()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        made = First(connection)
+        spec = SPEC.model_dump(mode="json")
+        made.insert("models", id="m-1", name="digits", spec=spec, test_set="digits", created_at=AT.format(1))
+        version: dict[str, Any] = {"model_id": "m-1", "root": 1, "created_at": AT.format(1)}
+        made.insert("model_versions", id="v-1", number=1, parent=None, weights=digest("w1"), request_id=None, **version)
+        succeeded = made.request(1, running(), ended("succeeded", version=2, report=REPORT))
+        made.request(2, running(), ended("rejected", reason="not_forgotten", report=REPORT))
+        made.request(3, running(), ended("failed", reason="RuntimeError: broke"))
+        made.request(4, ended("cancelled"))
+        made.request(5)
+        made.request(6, running())
+        made.insert(
+            "model_versions", id="v-2", number=2, parent=1, weights=digest("w2"), request_id=succeeded, **version
+        )
+        made.insert(
+            "generators", id="g-1", model_id="m-1", root=1, spec=spec, recipe_digest=Recipe().generator_digest,
+            weights=digest("g"), dataset=digest("d"), origin="trained", figures={"agreement": 0.99, "starved": []},
+            request_id=succeeded, created_at=AT.format(9),
+        )  # fmt: skip
+        made.insert(
+            "erasures", id="e-1", model_id="m-1", version=2, request_id=succeeded, **behaviour(1),
+            samples=digest("samples 1"), mask=digest("mask"), probes=digest("probes"), generator_id="g-1",
+            generator_use="trained", report=REPORT, created_at=AT.format(9),
+        )  # fmt: skip
+    connected.dispose()
+    return url
+
+
+def test_everything_is_there_and_adopted(first: str, raw: Any) -> None:
+    with open_ledger(first) as ledger:
+        states = [request.status.value for request in ledger.requests("digits")]
+        assert states == ["succeeded", "rejected", "failed", "cancelled", "queued", "running"]
+        assert [version.number for version in ledger.versions("digits")] == [1, 2]
+        assert ledger.erasures("digits")[0].report == ledger.requests("digits")[1].report == REPORT
+        assert ledger.generators("digits")[0].figures == {"agreement": 0.99, "starved": []}
+        assert all(len(ledger.events(request.id)) == 1 for request in ledger.requests())
+
+        found = audit.verify(ledger)
+        assert found.findings == ()
+        events = audit.log(ledger)
+        rows = sum(raw.execute(f"SELECT count(*) FROM {table}").scalar() for table in audit.AUDITED)
+        assert {event.event for event in events} == {"adopted"}
+        assert len(events) == found.events == rows == 17
+        assert found.waiting == 0
+
+
+def test_it_goes_on_working(first: str) -> None:
+    """What ran is taken over, what waited is claimed, and what is new enters the same chain."""
+    with open_ledger(first) as ledger:
+        taken = ledger.claim("w1", 60.0)
+        assert taken is not None
+        assert (taken.behaviour.name, taken.attempt) == ("class 6", 2)
+        ledger.release(taken, "stopped")
+        ledger.submit("digits", Behaviour(name="seven", kind="class", targets=(7,)), digest("s"), 8, Recipe())
+        claimed = ledger.claim("w1", 60.0, "digits")
+        assert claimed is not None
+        assert claimed.behaviour.name == "class 5"
+        outcome = Outcome(
+            reason=None, generator_use="reused", generator_weights=digest("g"), dataset=digest("d"),
+            figures={"agreement": 0.99}, refused=(), weights=digest("w3"), mask=digest("m3"), probes=digest("p3"),
+            report=REPORT, seconds={"relearn": 1.0},
+        )  # fmt: skip
+        ledger.commit(claimed, outcome, ledger.version("digits"), generator_id="g-1")
+
+        assert ledger.request(claimed.id).status is Status.SUCCEEDED
+        assert [erasure.version for erasure in ledger.erasures("digits")] == [2, 3]
+    with open_ledger(first) as ledger:
+        found = audit.verify(ledger)
+        assert (found.findings, found.waiting) == ((), 0)
+        assert found.events > 17
+
+
+def test_what_was_adopted_cannot_change_unnoticed(first: str, raw: Any) -> None:
+    with open_ledger(first) as ledger:
+        name = "erasures_update"
+        raw.execute(f"DROP TRIGGER {name}" + ("" if raw.engine == "sqlite" else " ON erasures"))
+        raw.execute("UPDATE erasures SET report = '{}'")
+        (said,) = audit.verify(ledger).findings
+        assert said.startswith("erasures e-1: column report is not what event ")
+
+
+def test_an_empty_ledger_of_the_first_revision_has_an_empty_chain(url: str) -> None:
+    connected = engines.connect(url)
+    with connected.writer.begin() as connection:
+        config = migrations()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    connected.dispose()
+    with open_ledger(url) as ledger:
+        assert audit.verify(ledger).events == 0
