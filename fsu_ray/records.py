@@ -125,9 +125,11 @@ class Policy(Frozen):
     """What a model line wants done besides its erasures; `Ledger.set_policy` keeps every one there was."""
 
     approval: bool = Field(False, description="requests wait for the approval of somebody else than the requester")
-    samples_days: float | None = Field(None, ge=0, description="after the end, samples are purged; 0: at once")
+    samples_days: float | None = Field(
+        None, ge=0, le=36500, description="after the end, samples are purged; 0: at once"
+    )
     generators: Literal["keep", "retire-after-erasure", "max-age"] = "keep"
-    generator_days: float | None = Field(None, gt=0, description="the age for generators = max-age")
+    generator_days: float | None = Field(None, gt=0, le=36500, description="the age for generators = max-age")
     seal: Literal["dataset", "root"] = Field("dataset", description="what a seal destroys: D' and G, or the root too")
 
     @model_validator(mode="after")

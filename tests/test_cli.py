@@ -189,8 +189,16 @@ def test_places_that_cannot_be_used(fsu: Fsu, home: Path, monkeypatch: pytest.Mo
 
 def test_every_command_has_help_and_an_example(fsu: Fsu) -> None:
     """`--help` everywhere, with an example at its end."""
-    groups = {"model": ["register", "update", "list", "show"], "request": ["submit", "list", "show", "cancel"]}
-    groups |= {"generator": ["list", "show"], "": ["demo", "run", "history"]}
+    groups = {
+        "": ["demo", "run", "history", "erased", "recheck", "scheduler"],
+        "model": ["register", "update", "list", "show", "policy"],
+        "request": ["submit", "list", "show", "cancel", "approve", "deny"],
+        "generator": ["list", "show", "retire", "seal", "tidy"],
+        "alias": ["set", "list", "history"],
+        "schedule": ["add", "list", "show", "pause", "resume", "remove"],
+        "artifacts": ["gc"],
+        "audit": ["verify", "export", "keygen", "head", "log"],
+    }
     for group, names in groups.items():
         for name in names:
             shown = fsu(*[w for w in (group, name) if w], "--help")

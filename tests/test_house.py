@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "recipes", "records", "work"},
     {"config", "gate"},
     {"method", "storage"},
-    {"upkeep", "cluster"},
+    {"upkeep", "recheck", "cluster"},
     {"pipeline"},
     {"search", "schedule", "experiments", "report"},
     {"app", "console"},

@@ -11,6 +11,7 @@ from fsu_ray import console
 from fsu_ray.cli.artifacts import artifacts_app
 from fsu_ray.cli.audit import audit_app
 from fsu_ray.cli.generators import generator_app
+from fsu_ray.cli.lineage import alias_app, lineage_app
 from fsu_ray.cli.models import model_app
 from fsu_ray.cli.requests import request_app
 from fsu_ray.cli.schedules import schedule_app, scheduler_app
@@ -28,6 +29,8 @@ app.add_typer(request_app, name="request")
 app.add_typer(generator_app, name="generator")
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(audit_app, name="audit")
+app.add_typer(alias_app, name="alias")
+app.add_typer(lineage_app)
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(scheduler_app)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import Json, one_line, open_app
+from fsu_ray.cli.lineage import FEW
+from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line, open_app
+from fsu_ray.cli.tree import plain_lines, version_tree
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.records import ModelSpec
+from fsu_ray.records import ModelSpec, Policy
 
 model_app = typer.Typer(help="Models: named lines of versions.", no_args_is_help=True)
 
@@ -95,7 +98,7 @@ def model_update(name: str, weights: Annotated[Path, typer.Option()], json: Json
 def model_list(json: Json = False) -> None:
     """All models with their latest version."""
     ledger = open_app().ledger
-    found = [(model, ledger.versions(model.name)[-1], ledger.erasures(model.name)) for model in ledger.models()]
+    found = [(model, ledger.version(model.name), ledger.gone(model.name)) for model in ledger.models()]
     if json:
         console.print_json([{"model": m, "latest": v, "erased": [e.behaviour for e in gone]} for m, v, gone in found])
         return
@@ -116,31 +119,62 @@ def model_list(json: Json = False) -> None:
 @model_app.command("show", epilog="Example: fsu model show digits-demo")
 @one_line
 def model_show(name: str, json: Json = False) -> None:
-    """One model: its versions, and what each of them no longer does."""
-    opened = open_app()
-    model, versions = opened.ledger.model(name), opened.ledger.versions(name)
-    erasures = opened.ledger.erasures(name)
+    """One model: its versions as a tree, what each has lost, and the aliases that point to it."""
+    ledger = open_app().ledger
+    model, versions, aliases = ledger.model(name), ledger.versions(name), ledger.aliases(name)
     if json:
-        console.print_json({"model": model, "versions": versions, "erasures": erasures})
+        erasures = ledger.every_erasure(name)
+        document = {"model": model, "versions": versions, "erasures": erasures, "aliases": aliases}
+        console.print_json({**document, "policy": ledger.policy(name)})
         return
-    spec = model.spec
-    console.out.print(
-        f"{name}: {spec.arch}, {'x'.join(map(str, spec.shape))}, {spec.classes} classes, "
-        f"mean {spec.mean}, std {spec.std}"
-    )
-    by_version = {e.version: e for e in erasures}
-    rows = []
-    for v in versions:
-        erasure = by_version.get(v.number)
-        gone = f"{erasure.behaviour.name} ({erasure.generator_use})" if erasure else ""
-        rows.append(
-            [
-                v.number,
-                "" if v.parent is None else v.parent,
-                v.root,
-                gone,
-                console.when(v.created_at),
-                v.weights[:16],
-            ]
-        )
-    console.out.print(console.table("Versions", ["version", "parent", "root", "erased", "at", "weights"], rows))
+    tree = version_tree(model, versions, ledger.behaviours(name), aliases)
+    if len(versions) <= FEW:
+        console.out.print(tree)
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in plain_lines(tree))
+
+
+@model_app.command("policy", epilog="Example: fsu model policy m --approval --samples-days 30")
+@one_line
+def model_policy(
+    name: str,
+    approval: Annotated[bool | None, typer.Option(help="Requests wait for somebody else's approval.")] = None,
+    samples_days: Annotated[
+        str | None, typer.Option(metavar="N|never", help="Days after a request's end when its samples are purged.")
+    ] = None,
+    generators: Annotated[str | None, typer.Option(help="keep, retire-after-erasure or max-age.")] = None,
+    generator_days: Annotated[str | None, typer.Option(metavar="N", help="The age for max-age.")] = None,
+    seal: Annotated[str | None, typer.Option(help="What a seal destroys: dataset, or root too.")] = None,
+    by: Who = None,
+    json: Json = False,
+) -> None:
+    """What NAME wants done besides its erasures; with options, what it wants from now on."""
+    ledger = open_app().ledger
+    given = {"approval": approval, "samples_days": samples_days, "generators": generators}
+    given |= {"generator_days": generator_days, "seal": seal}
+    changes = {field: value for field, value in given.items() if value is not None}
+    policy = ledger.policy(name)
+    if changes:
+        policy = ledger.set_policy(name, _changed(policy, changes), by or OPERATOR)
+    if json:
+        console.print_json(policy)
+        return
+    for field, value in policy.model_dump().items():
+        said = {None: "never" if field == "samples_days" else "-", True: "yes", False: "no"}.get(value, value)
+        console.out.print(f"{field:<15} {said}", markup=False)
+
+
+def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:
+    """`policy` with the values that were typed; raises InvalidConfig for what is none."""
+    from pydantic import ValidationError
+
+    if changes.get("samples_days") == "never":
+        changes["samples_days"] = None
+    if changes.get("generators", "max-age") != "max-age":
+        changes.setdefault("generator_days", None)
+    try:
+        return Policy.model_validate({**policy.model_dump(), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"])
+        raise InvalidConfig(f"{where}{first['msg'].removeprefix('Value error, ')}") from None

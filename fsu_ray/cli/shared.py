@@ -32,7 +32,7 @@ def one_line(command: F) -> F:
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             console.err.print(
-                "[yellow]interrupted:[/] a running request goes on from its last checkpoint at the next fsu run"
+                "[yellow]interrupted:[/] what was running is queued again and goes on from its last checkpoint"
             )
             raise typer.Exit(130) from None
 

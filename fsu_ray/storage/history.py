@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from fsu_ray.records import Model, Request, Status
+from fsu_ray.records import Model, Status
 from fsu_ray.storage import rows
-from fsu_ray.storage.schema import erasures, generators, model_versions, requests
+from fsu_ray.storage.schema import (
+    aliases_history,
+    erasures,
+    generator_retirements,
+    generators,
+    model_policies,
+    model_versions,
+    rechecks,
+    removals,
+    request_events,
+    requests,
+    seals,
+)
 
 # What happens at one moment, in the order in which one leads to the other.
 _ORDER = (
     "registered",
+    "policy_set",
     "version_added",
     "submitted",
+    "approved",
+    "denied",
     "generator_trained",
     "generator_warm_started",
     "generator_reused",
@@ -23,25 +39,47 @@ _ORDER = (
     "rejected",
     "failed",
     "cancelled",
+    "rechecked",
+    "recheck_failed",
+    "alias_moved",
+    "generator_retired",
+    "sealed",
+    "purged",
 )
+_BEHAVIOUR = ("behaviour_name", "behaviour_kind", "behaviour_targets")
+
+Event = dict[str, Any]
 
 
-def history(connection: sa.Connection, model: Model) -> list[dict[str, Any]]:
+def history(connection: sa.Connection, model: Model) -> list[Event]:
     """The events of a model, oldest first; see `Ledger.history` for their form."""
-    events = [
-        *_of_versions(connection, model),
-        *_of_requests(connection, model),
-        *_of_generators(connection, model),
-        *_of_erasures(connection, model),
-    ]
+    sources = (
+        _of_versions,
+        _of_policies,
+        _of_requests,
+        _of_decisions,
+        _of_generators,
+        _of_erasures,
+        _of_rechecks,
+        _of_aliases,
+        _of_retirements,
+        _of_seals,
+        _of_purges,
+    )
+    events = [event for source in sources for event in source(connection, model)]
     return sorted(events, key=lambda event: (event["at"], _ORDER.index(event["event"])))
 
 
-def _event(at: datetime, event: str, version: int | None, request: str | None, **detail: Any) -> dict[str, Any]:
+def _event(at: datetime, event: str, version: int | None, request: str | None, **detail: Any) -> Event:
     return {"at": at, "event": event, "version": version, "request": request, "detail": detail}
 
 
-def _of_versions(connection: sa.Connection, model: Model) -> list[dict[str, Any]]:
+def _asked(row: Mapping[Any, Any]) -> dict[str, Any]:
+    name, kind, targets = (row[column] for column in _BEHAVIOUR)
+    return {"behaviour": name, "kind": kind, "targets": targets}
+
+
+def _of_versions(connection: sa.Connection, model: Model) -> list[Event]:
     query = rows.VERSIONS.where(model_versions.c.model_id == model.id, model_versions.c.request_id.is_(None))
     versions = [rows.to_version(row) for row in connection.execute(query).mappings()]
     return [
@@ -52,50 +90,138 @@ def _of_versions(connection: sa.Connection, model: Model) -> list[dict[str, Any]
     ]
 
 
-def _of_requests(connection: sa.Connection, model: Model) -> list[dict[str, Any]]:
-    query = rows.REQUESTS.where(requests.c.model_id == model.id)
-    events = []
-    for request in [rows.to_request(row) for row in connection.execute(query).mappings()]:
-        behaviour = request.behaviour
-        asked = {"behaviour": behaviour.name, "kind": behaviour.kind, "targets": list(behaviour.targets)}
-        events.append(
-            _event(request.submitted_at, "submitted", None, request.id, **asked, sample_count=request.sample_count)
-        )
-        if request.finished_at is None or request.status is Status.SUCCEEDED:
-            continue
-        ending = {"behaviour": behaviour.name, "reason": request.reason}
-        events.append(_event(request.finished_at, request.status.value, None, request.id, **ending))
-        generator = _reused(request)
+def _of_policies(connection: sa.Connection, model: Model) -> list[Event]:
+    found = connection.execute(sa.select(model_policies).where(model_policies.c.model_id == model.id))
+    return [_event(row.created_at, "policy_set", None, None, **row.policy, by=row.actor) for row in found]
+
+
+def _of_requests(connection: sa.Connection, model: Model) -> list[Event]:
+    of_model = requests.c.model_id == model.id
+    terms = sa.select(requests.c.id, requests.c.submitted_at, requests.c.sample_count, *_columns(requests))
+    events = [
+        _event(row["submitted_at"], "submitted", None, row["id"], **_asked(row), sample_count=row["sample_count"])
+        for row in connection.execute(terms.where(of_model).order_by(requests.c.id)).mappings()
+    ]
+    ends = (Status.REJECTED, Status.FAILED, Status.CANCELLED)
+    of_end = sa.select(requests).where(of_model, requests.c.status.in_(ends), ~_denied())
+    for row in connection.execute(of_end.order_by(requests.c.id)).mappings():
+        ending = {"behaviour": row["behaviour_name"], "reason": row["reason"]}
+        events.append(_event(row["finished_at"], row["status"], None, row["id"], **ending))
+        generator = _reused(row["report"])
         if generator is not None:
-            events.append(_event(request.finished_at, "generator_reused", None, request.id, generator=generator))
+            events.append(_event(row["finished_at"], "generator_reused", None, row["id"], generator=generator))
     return events
 
 
-def _reused(request: Request) -> str | None:
+def _columns(table: sa.Table) -> list[sa.Column[Any]]:
+    return [table.c[name] for name in _BEHAVIOUR]
+
+
+def _denied() -> sa.ColumnElement[bool]:
+    """The condition that a request was rejected by a person, before any run."""
+    step = (request_events.c.old == Status.AWAITING_APPROVAL, request_events.c.new == Status.REJECTED)
+    return sa.exists().where(request_events.c.request_id == requests.c.id, *step)
+
+
+def _reused(report: Mapping[str, Any] | None) -> str | None:
     """The generator that a request without an erasure reused, from its report."""
-    generator = (request.report or {}).get("generator", {})
+    generator = (report or {}).get("generator", {})
     return str(generator["id"]) if generator.get("use") == "reused" else None
 
 
-def _of_generators(connection: sa.Connection, model: Model) -> list[dict[str, Any]]:
-    query = rows.GENERATORS.where(generators.c.model_id == model.id)
+def _of_decisions(connection: sa.Connection, model: Model) -> list[Event]:
+    """Requests that waited for an approval, and who gave or refused it."""
+    query = (
+        sa.select(request_events, requests.c.behaviour_name)
+        .join(requests, requests.c.id == request_events.c.request_id)
+        .where(requests.c.model_id == model.id, request_events.c.old == Status.AWAITING_APPROVAL)
+        .where(request_events.c.new.in_((Status.QUEUED, Status.REJECTED)))
+        .order_by(request_events.c.request_id)
+    )
+    words = {Status.QUEUED.value: "approved", Status.REJECTED.value: "denied"}
+    return [
+        _event(row.at, words[row.new], None, row.request_id, behaviour=row.behaviour_name, by=row.actor)
+        for row in connection.execute(query)
+    ]
+
+
+def _of_generators(connection: sa.Connection, model: Model) -> list[Event]:
+    query = sa.select(generators).where(generators.c.model_id == model.id).order_by(generators.c.id)
     events = []
-    for generator in [rows.to_generator(row) for row in connection.execute(query).mappings()]:
-        detail = {"generator": generator.id}
-        if generator.warm_started_from is not None:
-            detail["from"] = generator.warm_started_from
-        events.append(_event(generator.created_at, f"generator_{generator.origin}", None, generator.request, **detail))
+    for row in connection.execute(query):
+        detail = {"generator": row.id}
+        if row.warm_started_from is not None:
+            detail["from"] = row.warm_started_from
+        events.append(_event(row.created_at, f"generator_{row.origin}", None, row.request_id, **detail))
     return events
 
 
-def _of_erasures(connection: sa.Connection, model: Model) -> list[dict[str, Any]]:
-    query = rows.ERASURES.where(erasures.c.model_id == model.id)
+def _of_erasures(connection: sa.Connection, model: Model) -> list[Event]:
+    of_run = (erasures.c.version, erasures.c.request_id, erasures.c.created_at)
+    query = sa.select(*of_run, erasures.c.generator_id, erasures.c.generator_use, *_columns(erasures))
     events = []
-    for erasure in [rows.to_erasure(row) for row in connection.execute(query).mappings()]:
-        if erasure.generator_use == "reused":
-            detail = {"generator": erasure.generator}
-            events.append(_event(erasure.created_at, "generator_reused", erasure.version, erasure.request, **detail))
-        behaviour = erasure.behaviour
-        gone = {"behaviour": behaviour.name, "kind": behaviour.kind, "targets": list(behaviour.targets)}
-        events.append(_event(erasure.created_at, "erased", erasure.version, erasure.request, **gone))
+    ordered = query.where(erasures.c.model_id == model.id).order_by(erasures.c.version, erasures.c.request_id)
+    for row in connection.execute(ordered).mappings():
+        when, of = row["created_at"], (row["version"], row["request_id"])
+        if row["generator_use"] == "reused":
+            events.append(_event(when, "generator_reused", *of, generator=row["generator_id"]))
+        events.append(_event(when, "erased", *of, **_asked(row)))
     return events
+
+
+def _of_rechecks(connection: sa.Connection, model: Model) -> list[Event]:
+    """One event for all that was measured at once, and one for each erasure that has come back."""
+    of_model = (erasures.c.id == rechecks.c.erasure_id, erasures.c.model_id == model.id)
+    at_once = (rechecks.c.created_at, rechecks.c.version, rechecks.c.actor)
+    failed = sa.func.sum(sa.case((rechecks.c.passed, 0), else_=1))
+    counts = sa.select(*at_once, sa.func.count().label("erasures"), failed.label("failed")).where(*of_model)
+    events = [
+        _event(
+            row.created_at, "rechecked", row.version, None, erasures=row.erasures, failed=int(row.failed), by=row.actor
+        )
+        for row in connection.execute(counts.group_by(*at_once))
+    ]
+    returned = sa.select(rechecks, erasures.c.behaviour_name, erasures.c.request_id).where(*of_model)
+    query = returned.where(rechecks.c.passed.is_(False)).order_by(erasures.c.version, erasures.c.request_id)
+    for row in connection.execute(query):
+        found = {"behaviour": row.behaviour_name, "share": row.share, "probes": row.probes}
+        events.append(_event(row.created_at, "recheck_failed", row.version, row.request_id, **found))
+    return events
+
+
+def _of_aliases(connection: sa.Connection, model: Model) -> list[Event]:
+    query = sa.select(aliases_history).where(aliases_history.c.model_id == model.id)
+    events = []
+    for row in connection.execute(query):
+        detail = {"alias": row.alias, "previous": row.previous, "forced": row.forced, "reason": row.reason}
+        events.append(_event(row.created_at, "alias_moved", row.version, None, **detail, by=row.actor))
+    return events
+
+
+def _of_retirements(connection: sa.Connection, model: Model) -> list[Event]:
+    pairs = generator_retirements.join(generators, generators.c.id == generator_retirements.c.generator_id)
+    query = sa.select(generator_retirements).select_from(pairs).where(generators.c.model_id == model.id)
+    return [
+        _event(
+            row.created_at, "generator_retired", None, None, generator=row.generator_id, reason=row.reason, by=row.actor
+        )
+        for row in connection.execute(query)
+    ]
+
+
+def _of_seals(connection: sa.Connection, model: Model) -> list[Event]:
+    query = sa.select(seals).where(seals.c.model_id == model.id)
+    return [
+        _event(row.created_at, "sealed", row.version, None, generator=row.generator_id, by=row.actor)
+        for row in connection.execute(query)
+    ]
+
+
+def _of_purges(connection: sa.Connection, model: Model) -> list[Event]:
+    """Requests whose target samples are gone. What else is removed follows from a retirement or a seal."""
+    pairs = removals.join(requests, requests.c.id == removals.c.request_id)
+    query = sa.select(removals, requests.c.behaviour_name).select_from(pairs).where(requests.c.model_id == model.id)
+    return [
+        _event(row.created_at, "purged", None, row.request_id, behaviour=row.behaviour_name, by=row.actor)
+        for row in connection.execute(query)
+    ]

@@ -138,7 +138,14 @@ class Ledger(Lineage, Queue, Inverters, Windows):
         - `submitted` (behaviour, kind, targets, sample_count);
         - `generator_trained`, `generator_warm_started` (generator; from), `generator_reused` (generator);
         - `erased` (behaviour, kind, targets), with its version;
-        - `rejected`, `failed`, `cancelled` (behaviour, reason).
+        - `rejected`, `failed`, `cancelled` (behaviour, reason);
+        - `policy_set` (the policy's fields, by);
+        - `approved`, `denied` (behaviour, by): a denied request has no `rejected` besides;
+        - `rechecked` (erasures, failed, by): one for all measured at once, with their version; `recheck_failed`
+          (behaviour, share, probes), one for each erasure that has come back;
+        - `alias_moved` (alias, previous, forced, reason, by), with its version;
+        - `generator_retired` (generator, reason, by), `sealed` (generator, by), with its version;
+        - `purged` (behaviour, by): a request's target samples are gone.
         """
         with self._database.reading() as connection:
             return events.history(connection, rows.fetch_model(connection, model))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from fsu_ray.errors import AlreadyExists, InvalidConfig, NotFound, TransitionRefused, UserError
-from fsu_ray.records import AliasMove, Erasure, Model, ModelSpec, ModelVersion, Policy, Recheck, Status
+from fsu_ray.records import AliasMove, Behaviour, Erasure, Model, ModelSpec, ModelVersion, Policy, Recheck, Status
 from fsu_ray.storage import chain, results, rows
 from fsu_ray.storage.database import Part
 from fsu_ray.storage.policies import OPERATOR, check_actor, check_word, fetch_policy
@@ -25,6 +26,7 @@ from fsu_ray.storage.schema import (
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,49}")
 
 
@@ -36,6 +38,21 @@ class Measured:
     probes: int
     share: float | None
     passed: bool
+
+
+@dataclass(frozen=True)
+class Gone:
+    """An erasure in short, with its measures: the shares of target samples and of probes still in a target class as
+    they were at the erasure, None where there was nothing to measure on, and the latest re-check on any version."""
+
+    erasure: str
+    version: int
+    request: str
+    behaviour: Behaviour
+    created_at: datetime
+    samples_in_target: float | None
+    probes_in_target: float | None
+    recheck: Recheck | None
 
 
 class Lineage(Part):
@@ -104,12 +121,13 @@ class Lineage(Part):
         check_actor(actor)
         with self._database.writing(f"model {model!r}") as connection:
             line = rows.fetch_model(connection, model)
+            before = sa.select(sa.func.max(model_policies.c.created_at)).where(model_policies.c.model_id == line.id)
             values: dict[str, Any] = {
                 "id": rows.new_id("p"),
                 "model_id": line.id,
                 "policy": policy.model_dump(mode="json"),
             }
-            values |= {"created_at": rows.now(), "actor": actor}
+            values |= {"created_at": rows.now_after(connection.scalar(before)), "actor": actor}
             chain.insert(connection, "policy_set", model_policies, values, actor=actor, model=model)
         return policy
 
@@ -126,11 +144,16 @@ class Lineage(Part):
             return rows.fetch_version(connection, rows.fetch_model(connection, model), number)
 
     def resolve(self, reference: str) -> tuple[Model, ModelVersion]:
-        """What `MODEL`, `MODEL@NUMBER` or `MODEL@ALIAS` names, the latest version for the first; raises NotFound."""
-        name, _, at = reference.partition("@")
+        """What `MODEL`, `MODEL@NUMBER` or `MODEL@ALIAS` names, the latest version for the first.
+
+        Raises NotFound, and UserError for an `@` with nothing behind it.
+        """
+        name, sign, at = reference.partition("@")
+        if sign and not at:
+            raise UserError(f"{reference!r} names no version: give MODEL, MODEL@NUMBER or MODEL@ALIAS")
         with self._database.reading() as connection:
             model = rows.fetch_model(connection, name)
-            if at.isdigit():
+            if _NUMBER.fullmatch(at):
                 return model, rows.fetch_version(connection, model, int(at))
             if not at:
                 return model, rows.fetch_version(connection, model)
@@ -148,6 +171,32 @@ class Lineage(Part):
             line = rows.fetch_model(connection, model)
             return rows.fetch_erasures(connection, line, rows.fetch_version(connection, line, version).number)
 
+    def every_erasure(self, model: str) -> list[Erasure]:
+        """The erasures of all versions of a model, in whichever line of parents they are; raises NotFound."""
+        with self._database.reading() as connection:
+            query = rows.ERASURES.where(erasures.c.model_id == rows.fetch_model(connection, model).id)
+            ordered = query.order_by(erasures.c.version, erasures.c.request_id)
+            return [rows.to_erasure(row) for row in connection.execute(ordered).mappings()]
+
+    def behaviours(self, model: str) -> dict[int, list[Behaviour]]:
+        """What each version of a model that a request made has lost, by its number; raises NotFound."""
+        found: dict[int, list[Behaviour]] = {}
+        with self._database.reading() as connection:
+            names = (erasures.c.behaviour_name, erasures.c.behaviour_kind, erasures.c.behaviour_targets)
+            query = sa.select(erasures.c.version, *names).where(
+                erasures.c.model_id == rows.fetch_model(connection, model).id
+            )
+            for row in connection.execute(query.order_by(erasures.c.version, erasures.c.request_id)).mappings():
+                found.setdefault(row["version"], []).append(rows.to_behaviour(row))
+        return found
+
+    def gone(self, model: str, version: int | None = None) -> list[Gone]:
+        """`erasures` in short, with their measures then and now, for lines of thousands; raises NotFound."""
+        with self._database.reading() as connection:
+            line = rows.fetch_model(connection, model)
+            number = rows.fetch_version(connection, line, version).number
+            return [_to_gone(row) for row in connection.execute(rows.measured(line, number)).mappings()]
+
     def rechecks(self, model: str, version: int | None = None) -> dict[str, Recheck]:
         """The latest re-check of each erasure of a model, by the erasure's id; with `version` on that one alone.
 
@@ -155,22 +204,25 @@ class Lineage(Part):
         """
         with self._database.reading() as connection:
             line = rows.fetch_model(connection, model)
-            query = sa.select(rechecks).where(rechecks.c.model_id == line.id)
-            if version is not None:
-                query = query.where(rechecks.c.version == version)
-            found = connection.execute(query.order_by(rechecks.c.created_at, rechecks.c.id)).mappings()
+            found = connection.execute(rows.latest_rechecks(line, version)).mappings()
             return {row["erasure_id"]: rows.to_recheck(row) for row in found}
 
     def keep_rechecks(
         self, model: str, version: int, measured: Sequence[Measured], actor: str = OPERATOR
     ) -> list[Recheck]:
-        """Record what the probes of erasures gave on a version. Raises NotFound."""
+        """Record what the probes of erasures gave on a version.
+
+        Raises NotFound, also for an erasure that is not in force at that version.
+        """
         check_actor(actor)
         with self._database.writing(f"model {model!r}") as connection:
             line = rows.fetch_model(connection, model)
             rows.fetch_version(connection, line, version)
+            known = set(connection.scalars(sa.select(erasures.c.id).where(rows.in_force(line, version))))
             moment, kept = rows.now(), []
             for each in measured:
+                if each.erasure not in known:
+                    raise NotFound(f"erasure {each.erasure} is not in force at version {version} of {model!r}")
                 values: dict[str, Any] = {
                     "id": rows.new_id("c"),
                     "erasure_id": each.erasure,
@@ -192,7 +244,9 @@ class Lineage(Part):
     def alias_moves(self, model: str) -> list[AliasMove]:
         """Every move of an alias of a model, oldest first; raises NotFound."""
         with self._database.reading() as connection:
-            return _moves(connection, rows.fetch_model(connection, model))
+            query = _MOVES.where(aliases_history.c.model_id == rows.fetch_model(connection, model).id)
+            ordered = query.order_by(aliases_history.c.created_at, aliases_history.c.id)
+            return [_to_move(row) for row in connection.execute(ordered).mappings()]
 
     def move_alias(
         self, model: str, alias: str, version: int, actor: str = OPERATOR, *, force: bool = False,
@@ -206,62 +260,72 @@ class Lineage(Part):
         """
         check_actor(actor)
         if not _ALIAS.fullmatch(alias):
-            raise UserError(f"{alias!r} is no name for an alias; use up to 50 letters, digits, '.', '_' and '-'")
+            raise UserError(
+                f"{alias!r} is no name for an alias; use a letter, then up to 49 letters, digits, '.', '_' and '-'"
+            )
         if force and reason is None:
             raise UserError("a forced move needs a reason that history can keep, such as the number of a ticket")
+        word = None if reason is None else check_word(reason)
         with self._database.writing(f"alias {alias!r} of {model!r}") as connection:
             line = rows.fetch_model(connection, model)
             target = rows.fetch_version(connection, line, version)
-            kept = _still_there(connection, line, target.number)
+            kept = connection.execute(rows.still_there(line, target.number, most=4)).all()
             if kept and not force:
-                what = ", ".join(repr(each.behaviour.name) for each in kept[:3]) + (", ..." if len(kept) > 3 else "")
+                what = ", ".join(repr(name) for name, _ in kept[:3]) + (", ..." if len(kept) > 3 else "")
                 raise TransitionRefused(
                     f"version {version} of {model!r} still has {what}, erased as of version {kept[0].version}; "
                     "point the alias to a later version, or give --force --reason"
                 )
             before = _newest_move(connection, line, alias)
-            move = AliasMove(
-                model, alias, version, None if before is None else before.version, bool(kept) and force,
-                None if reason is None else check_word(reason), actor, rows.now(),
-            )  # fmt: skip
+            previous, moment = (None, None) if before is None else (before.version, before.created_at)
+            at = rows.now_after(moment)
+            move = AliasMove(model, alias, version, previous, bool(kept), word, actor, at)
             values: dict[str, Any] = {"id": rows.new_id("a"), "model_id": line.id, "alias": alias, "version": version}
-            values |= {"previous": move.previous, "forced": move.forced, "reason": move.reason}
-            values |= {"created_at": move.created_at, "actor": actor}
+            values |= {"previous": previous, "forced": move.forced, "reason": word, "created_at": at, "actor": actor}
             chain.insert(connection, "alias_moved", aliases_history, values, actor=actor, model=model)
             return move
 
 
-def _still_there(connection: sa.Connection, model: Model, version: int) -> list[Erasure]:
-    """The erasures of a model that a version has not: neither itself nor by its parents. Oldest first."""
-    gone = {erasure.behaviour.name for erasure in rows.fetch_erasures(connection, model, version)}
-    query = rows.ERASURES.where(erasures.c.model_id == model.id).order_by(erasures.c.version, erasures.c.id)
-    every = [rows.to_erasure(row) for row in connection.execute(query).mappings()]
-    return [erasure for erasure in every if erasure.behaviour.name not in gone]
+def _to_gone(row: sa.RowMapping) -> Gone:
+    again = None
+    if row["recheck_id"] is not None:
+        columns = [column.name for column in rechecks.c]
+        again = rows.to_recheck({name: row[f"recheck_{name}"] for name in columns})
+    return Gone(
+        erasure=row["id"],
+        version=row["version"],
+        request=row["request_id"],
+        behaviour=rows.to_behaviour(row),
+        created_at=row["created_at"],
+        samples_in_target=row["samples_in_target"],
+        probes_in_target=row["probes_in_target"],
+        recheck=again,
+    )
 
 
-def _moves(connection: sa.Connection, model: Model, alias: str | None = None) -> list[AliasMove]:
-    query = sa.select(aliases_history).where(aliases_history.c.model_id == model.id)
-    if alias is not None:
-        query = query.where(aliases_history.c.alias == alias)
-    ordered = query.order_by(aliases_history.c.created_at, aliases_history.c.id)
-    return [
-        AliasMove(
-            model=model.name,
-            alias=row["alias"],
-            version=row["version"],
-            previous=row["previous"],
-            forced=row["forced"],
-            reason=row["reason"],
-            actor=row["actor"],
-            created_at=row["created_at"],
-        )
-        for row in connection.execute(ordered).mappings()
-    ]
+_MOVES = sa.select(aliases_history, models.c.name.label("model")).join(
+    models, models.c.id == aliases_history.c.model_id
+)
+
+
+def _to_move(row: sa.RowMapping) -> AliasMove:
+    return AliasMove(
+        model=row["model"],
+        alias=row["alias"],
+        version=row["version"],
+        previous=row["previous"],
+        forced=row["forced"],
+        reason=row["reason"],
+        actor=row["actor"],
+        created_at=row["created_at"],
+    )
 
 
 def _newest_move(connection: sa.Connection, model: Model, alias: str) -> AliasMove | None:
-    moves = _moves(connection, model, alias)
-    return moves[-1] if moves else None
+    query = _MOVES.where(aliases_history.c.model_id == model.id, aliases_history.c.alias == alias)
+    newest_first = query.order_by(aliases_history.c.created_at.desc(), aliases_history.c.id.desc()).limit(1)
+    row = connection.execute(newest_first).mappings().one_or_none()
+    return None if row is None else _to_move(row)
 
 
 def _check_name(name: str) -> None:

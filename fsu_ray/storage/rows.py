@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -33,6 +33,7 @@ from fsu_ray.storage.schema import (
     generators,
     model_versions,
     models,
+    rechecks,
     request_events,
     requests,
     seals,
@@ -76,6 +77,8 @@ def _generators() -> sa.Select[Any]:
 
 GENERATORS = _generators()
 
+_LARGEST = 2**31 - 1
+
 
 def new_id(prefix: str) -> str:
     """An id that nobody else will make, such as `r-19a1b2c3d4e5f6a7b8c`: 11 digits of milliseconds, 8 of chance."""
@@ -87,6 +90,12 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def now_after(before: datetime | None) -> datetime:
+    """This moment, or the next one after `before` where the clocks of two machines disagree: what comes last stays
+    the last by its time."""
+    return now() if before is None else max(now(), before + timedelta(microseconds=1))
+
+
 def behaviour_columns(behaviour: Behaviour) -> dict[str, Any]:
     """A behaviour as the three columns that requests and erasures keep of it."""
     return {
@@ -96,7 +105,8 @@ def behaviour_columns(behaviour: Behaviour) -> dict[str, Any]:
     }
 
 
-def _behaviour(row: Mapping[Any, Any]) -> Behaviour:
+def to_behaviour(row: Mapping[Any, Any]) -> Behaviour:
+    """The behaviour whose columns `behaviour_columns` gives."""
     return Behaviour(name=row["behaviour_name"], kind=row["behaviour_kind"], targets=tuple(row["behaviour_targets"]))
 
 
@@ -127,7 +137,7 @@ def to_request(row: Mapping[Any, Any]) -> Request:
     return Request(
         id=row["id"],
         model=row["model"],
-        behaviour=_behaviour(row),
+        behaviour=to_behaviour(row),
         samples=row["samples"],
         sample_count=row["sample_count"],
         recipe=Recipe.model_validate(row["recipe"]),
@@ -168,7 +178,7 @@ def to_event(row: sa.RowMapping) -> RequestEvent:
     )
 
 
-def to_recheck(row: sa.RowMapping) -> Recheck:
+def to_recheck(row: Mapping[Any, Any]) -> Recheck:
     return Recheck(
         erasure=row["erasure_id"],
         version=row["version"],
@@ -206,7 +216,7 @@ def to_erasure(row: sa.RowMapping) -> Erasure:
         model=row["model"],
         version=row["version"],
         request=row["request_id"],
-        behaviour=_behaviour(row),
+        behaviour=to_behaviour(row),
         samples=row["samples"],
         mask=row["mask"],
         probes=row["probes"],
@@ -230,7 +240,8 @@ def fetch_version(connection: sa.Connection, model: Model, number: int | None = 
     of_model = VERSIONS.where(model_versions.c.model_id == model.id)
     newest_first = of_model.order_by(model_versions.c.number.desc()).limit(1)
     query = newest_first if number is None else newest_first.where(model_versions.c.number == number)
-    row = connection.execute(query).mappings().one_or_none()
+    known = number is None or number <= _LARGEST  # neither database compares with more
+    row = connection.execute(query).mappings().one_or_none() if known else None
     if row is None:
         latest = connection.execute(newest_first).mappings().one()["number"]
         raise NotFound(f"model {model.name!r} has no version {number}; its latest is {latest}")
@@ -250,26 +261,74 @@ def fetch_by_id(connection: sa.Connection, query: sa.Select[Any], table: sa.Tabl
 
 
 def line_of(model: Model, number: int) -> sa.CTE:
-    """The numbers of a version and of its parents up to the first, as a recursive query."""
+    """The numbers of a version and of its parents up to the first, as a recursive query.
+
+    Each parent's own parent is looked up in a subquery: of a join PostgreSQL may make, before it has seen the table
+    filled, one that reads the whole model once a version.
+    """
     line = (
         sa.select(model_versions.c.number, model_versions.c.parent)
         .where(model_versions.c.model_id == model.id, model_versions.c.number == number)
         .cte("line", recursive=True)
     )
-    return line.union_all(
-        sa.select(model_versions.c.number, model_versions.c.parent).where(
-            model_versions.c.model_id == model.id, model_versions.c.number == line.c.parent
-        )
-    )
+    above = model_versions.alias("above")
+    parent = sa.select(above.c.parent).where(above.c.model_id == model.id, above.c.number == line.c.parent)
+    step = sa.select(line.c.parent, parent.correlate(line).scalar_subquery()).where(line.c.parent.is_not(None))
+    return line.union_all(step)
+
+
+def in_force(model: Model, number: int) -> sa.ColumnElement[bool]:
+    """The condition that an erasure is of a version or of one of its parents.
+
+    `IS TRUE` has the line computed once and looked up in by hash, whatever PostgreSQL thinks of its length.
+    """
+    line = sa.select(line_of(model, number).c.number)
+    return sa.and_(erasures.c.model_id == model.id, erasures.c.version.in_(line).is_(True))
 
 
 def inherited(model: Model, number: int) -> sa.Select[Any]:
     """What is gone as of a version, oldest first."""
-    line = line_of(model, number)
-    of_line = ERASURES.where(erasures.c.model_id == model.id, erasures.c.version.in_(sa.select(line.c.number)))
-    return of_line.order_by(erasures.c.version, erasures.c.id)
+    return ERASURES.where(in_force(model, number)).order_by(erasures.c.version, erasures.c.request_id)
 
 
 def fetch_erasures(connection: sa.Connection, model: Model, number: int) -> list[Erasure]:
     """What is gone as of a version: the erasures of it and of its parents up to the first, oldest first."""
     return [to_erasure(row) for row in connection.execute(inherited(model, number)).mappings()]
+
+
+def still_there(model: Model, number: int, most: int) -> sa.Select[Any]:
+    """Name and version of the first `most` erasures of a model whose behaviour a version still has, oldest first."""
+    gone = sa.select(erasures.c.behaviour_name).where(in_force(model, number))
+    others = sa.select(erasures.c.behaviour_name, erasures.c.version).where(
+        erasures.c.model_id == model.id, erasures.c.behaviour_name.not_in(gone)
+    )
+    return others.order_by(erasures.c.version, erasures.c.request_id).limit(most)
+
+
+def newest_recheck(version: int | None = None) -> sa.ScalarSelect[Any]:
+    """The id of an erasure's latest re-check, with `version` on that one alone."""
+    newest = rechecks.alias("newest")
+    query = sa.select(newest.c.id).where(newest.c.erasure_id == erasures.c.id)
+    if version is not None:
+        query = query.where(newest.c.version == version)
+    return query.order_by(newest.c.created_at.desc(), newest.c.id.desc()).limit(1).correlate(erasures).scalar_subquery()
+
+
+def latest_rechecks(model: Model, version: int | None = None) -> sa.Select[Any]:
+    """The latest re-check of each erasure of a model that has one, with `version` on that one alone."""
+    pairs = erasures.join(rechecks, rechecks.c.id == newest_recheck(version))
+    return sa.select(rechecks).select_from(pairs).where(erasures.c.model_id == model.id)
+
+
+def measured(model: Model, number: int) -> sa.Select[Any]:
+    """What is gone as of a version, oldest first: of each erasure's report two figures only, and its latest re-check,
+    whose columns are named `recheck_...`."""
+    figures = [
+        erasures.c.report[("forgetting", name)].as_float().label(name)
+        for name in ("samples_in_target", "probes_in_target")
+    ]
+    small = [column for column in erasures.c if column.name not in ("report", "samples", "mask", "probes", "model_id")]
+    again = [column.label(f"recheck_{column.name}") for column in rechecks.c]
+    pairs = erasures.outerjoin(rechecks, rechecks.c.id == newest_recheck())
+    query = sa.select(*small, *figures, *again).select_from(pairs).where(in_force(model, number))
+    return query.order_by(erasures.c.version, erasures.c.request_id)

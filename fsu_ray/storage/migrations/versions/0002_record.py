@@ -269,19 +269,13 @@ def _record(name: str, moment: str, does: str) -> None:
 
 
 def _history_triggers() -> None:
+    for table in ("model_policies", "aliases_history", "rechecks", "removals", "schedules", "schedule_events"):
+        _insert_only(table, "id = NEW.id")
     _insert_only("models", "id = NEW.id OR name = NEW.name")
-    _insert_only("model_policies", "id = NEW.id")
     _insert_only("request_events", "request_id = NEW.request_id AND number = NEW.number")
-    _insert_only("aliases_history", "id = NEW.id")
-    _insert_only("rechecks", "id = NEW.id")
     _insert_only("generator_retirements", "id = NEW.id OR generator_id = NEW.generator_id")
-    _insert_only(
-        "seals",
-        "id = NEW.id OR generator_id = NEW.generator_id OR (model_id = NEW.model_id AND version = NEW.version)",
-    )
-    _insert_only("removals", "id = NEW.id")
-    _insert_only("schedules", "id = NEW.id")
-    _insert_only("schedule_events", "id = NEW.id")
+    sealed = "id = NEW.id OR generator_id = NEW.generator_id OR (model_id = NEW.model_id AND version = NEW.version)"
+    _insert_only("seals", sealed)
     windows = "schedule_windows"
     _refuse(f"{windows}_delete", f"DELETE ON {windows}", "windows are never deleted")
     _no_truncate(windows, "windows are never deleted")
@@ -304,13 +298,11 @@ def _insert_only(table: str, keys: str) -> None:
 
 
 def _refuse(name: str, moment: str, message: str, when: str = "") -> None:
+    condition = "" if not when else f" WHEN {when}" if _on_sqlite() else f" WHEN ({when})"
+    call = f"FOR EACH ROW{condition} EXECUTE FUNCTION fsu_refuse('{message}')"
     if _on_sqlite():
-        condition = f" WHEN {when}" if when else ""
-        op.execute(f"CREATE TRIGGER {name} BEFORE {moment}{condition} BEGIN SELECT RAISE(ABORT, '{message}'); END")
-    else:
-        condition = f" WHEN ({when})" if when else ""
-        call = f"FOR EACH ROW{condition} EXECUTE FUNCTION fsu_refuse('{message}')"
-        op.execute(f"CREATE TRIGGER {name} BEFORE {moment} {call}")
+        call = f"{condition} BEGIN SELECT RAISE(ABORT, '{message}'); END".strip()
+    op.execute(f"CREATE TRIGGER {name} BEFORE {moment} {call}")
 
 
 def _no_truncate(table: str, message: str) -> None:

@@ -1,0 +1,85 @@
+"""Whether what was erased is still gone: the probes of a version's erasures, measured again on its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fsu_ray.gate import refuse_result
+from fsu_ray.recipes import GateRecipe
+from fsu_ray.records import Erasure, Model, ModelVersion
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.ledger import Ledger
+from fsu_ray.storage.lineage import Measured
+from fsu_ray.storage.policies import check_actor
+
+if TYPE_CHECKING:
+    from fsu_ray.method.networks import Classifier
+
+Tell = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Rechecked:
+    """An erasure measured again: `recorded` is the share of its probes in a target class when it was erased, `share`
+    the one now, None without any probe."""
+
+    erasure: Erasure
+    probes: int
+    recorded: float
+    share: float | None
+    passed: bool
+
+
+def recheck(
+    ledger: Ledger, artifacts: Artifacts, reference: str, actor: str, tell: Tell | None = None
+) -> tuple[Model, ModelVersion, list[Rechecked]]:
+    """Measure every erasure in force at `reference` (`Ledger.resolve`) on that version's weights, oldest first.
+
+    All are measured before any is recorded. An erasure passes by the rule that later requests must keep to, with the
+    bounds of its own recipe. Raises NotFound, UserError for an actor that is none, and StorageError where the weights
+    or the probes of an erasure are missing.
+    """
+    check_actor(actor)
+    model, version = ledger.resolve(reference)
+    erasures = ledger.erasures(model.name, version.number)
+    if not erasures:
+        return model, version, []
+    classifier = _classifier(artifacts, model, version)
+    gates = {request.id: request.recipe.gate for request in ledger.requests(model.name)}
+    found = []
+    for done, erasure in enumerate(erasures, 1):
+        found.append(_measure(artifacts, classifier, erasure, gates[erasure.request]))
+        if tell:
+            tell("recheck", done, len(erasures), {})
+    measured = [Measured(each.erasure.id, each.probes, each.share, each.passed) for each in found]
+    ledger.keep_rechecks(model.name, version.number, measured, actor)
+    return model, version, found
+
+
+def _classifier(artifacts: Artifacts, model: Model, version: ModelVersion) -> Classifier:
+    import torch
+
+    from fsu_ray.method.networks import Classifier
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Classifier.from_bytes(model.spec, artifacts.get(version.weights)).to(device)
+
+
+def _measure(artifacts: Artifacts, classifier: Classifier, erasure: Erasure, gate: GateRecipe) -> Rechecked:
+    from fsu_ray.method.context import load_samples
+    from fsu_ray.method.evaluate import share_in
+    from fsu_ray.method.fit import predict
+
+    pixels = load_samples(artifacts.get(erasure.probes))
+    share = share_in(predict(classifier, pixels), erasure.behaviour.targets)
+    recorded = (erasure.report.get("forgetting") or {}).get("probes_in_target") or 0.0
+    return Rechecked(erasure, len(pixels), recorded, share, _still_gone(erasure, share, recorded, gate))
+
+
+def _still_gone(erasure: Erasure, share: float | None, recorded: float, gate: GateRecipe) -> bool:
+    """What `gate` would say of this erasure if it were one of the earlier ones of a request."""
+    prior = {"behaviour": erasure.behaviour.name, "probes_in_target": share, "recorded": recorded}
+    nothing = {"samples_in_target": None, "probes_in_target": None}
+    return refuse_result({"forgetting": nothing, "earlier": [prior], "retention": {"agreement": 1.0}}, gate) is None
