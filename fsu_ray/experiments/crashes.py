@@ -20,13 +20,14 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fsu_ray.app import App
-from fsu_ray.config import read_settings
+from fsu_ray.config import sqlite_url
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Request, Status
+from fsu_ray.records import Behaviour, ModelSpec, Request, Status
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.work import BlobStore, Outcome, WorkOrder
 
 LEASE = 1.0
@@ -38,15 +39,21 @@ RECIPE = {
 }
 
 
+@dataclass(frozen=True)
+class App:
+    """A ledger and its artifacts."""
+
+    ledger: Ledger
+    artifacts: Artifacts
+
+
 def open_app(url: str | None, home: Path) -> App:
     """An app whose artifacts lie in `home`, with its ledger at `url` or in there too."""
-    os.environ["FSU_HOME"] = str(home)
-    settings = read_settings(home)
-    return App.open(replace(settings, ledger=url) if url else settings)
+    return App(open_ledger(url or sqlite_url(home / "ledger.db")), Artifacts.open(str(home / "artifacts")))
 
 
-def work(url: str | None, home: Path) -> None:
-    """What a killed process is: claim until there is nothing to claim, carry out, end."""
+def work(url: str | None, home: Path, model: str) -> None:
+    """What a killed process is: claim the request of `model` if it can be claimed, carry it out, end."""
     import torch
 
     from fsu_ray import pipeline
@@ -62,6 +69,8 @@ def work(url: str | None, home: Path) -> None:
         place = home / "runs" / f"{name}.pt"
         place.parent.mkdir(exist_ok=True)
         saved = Saved(**torch.load(place, weights_only=True)) if place.exists() else None
+        if saved and saved.inversion is None:
+            saved.resumed_at.append(f"after {list(saved.seconds)[-1]}")
 
         def keep(state: Saved) -> None:
             torch.save(asdict(state), place.with_suffix(f".{os.getpid()}"))
@@ -71,14 +80,14 @@ def work(url: str | None, home: Path) -> None:
 
     print("ready", flush=True)
     sys.stdin.readline()
-    while (request := app.ledger.claim(f"w{os.getpid()}", LEASE)) is not None:
+    while (request := app.ledger.claim(f"w{os.getpid()}", LEASE, model)) is not None:
         pipeline.run_request(app.ledger, app.artifacts, execute, request)
     app.ledger.close()
 
 
-def start(url: str | None, home: Path) -> subprocess.Popen[str]:
+def start(url: str | None, home: Path, model: str) -> subprocess.Popen[str]:
     """A process that is ready to claim as soon as it reads a line."""
-    command = [sys.executable, "-m", "fsu_ray.experiments.crashes", "--work", "--home", str(home)]
+    command = [sys.executable, "-m", "fsu_ray.experiments.crashes", "--work", model, "--home", str(home)]
     process = subprocess.Popen(
         [*command, *(["--url", url] if url else [])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -103,7 +112,7 @@ def wait_for(app: App, request: str, *states: Status) -> Request:
 
 def undisturbed(app: App, url: str | None, home: Path, request: str) -> float:
     """Carry out a request; the seconds from its claim to its end."""
-    process = start(url, home)
+    process = start(url, home, app.ledger.request(request).model)
     go(process)
     wait_for(app, request, Status.RUNNING)
     claimed = time.monotonic()
@@ -113,13 +122,14 @@ def undisturbed(app: App, url: str | None, home: Path, request: str) -> float:
 
 def killed(app: App, url: str | None, home: Path, request: str, moment: float) -> Request:
     """Carry out a request whose first worker is killed `moment` seconds after the claim, if it has not ended then."""
-    process = start(url, home)
+    model = app.ledger.request(request).model
+    process = start(url, home, model)
     go(process)
     wait_for(app, request, Status.RUNNING, Status.SUCCEEDED)
     time.sleep(moment)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    second = start(url, home)
+    second = start(url, home, model)
     time.sleep(LEASE)  # the lease of the first one is over then
     go(second)
     second.wait(timeout=300)
@@ -145,16 +155,24 @@ def amiss(app: App, requests: list[str]) -> list[str]:
 
 def fill(app: App, number: int, seed: int) -> list[str]:
     """A classifier, as `number` models with one request each; the requests."""
+    import torch
+
     from fsu_ray.method.context import save_samples
     from fsu_ray.method.datasets import draw, load
+    from fsu_ray.method.fit import Schedule, fit
+    from fsu_ray.method.networks import Classifier
 
-    spec, weights = app.train("digits", "lenet5", 4, seed)
+    spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.3,), std=(0.37,))
     images = load("digits", "train", spec.shape)
+    torch.manual_seed(seed)
+    classifier = Classifier(spec)
+    fit(classifier, images.pixels, images.labels, Schedule(epochs=4, batch=64, seed=seed))
+    weights = app.artifacts.put(classifier.to_bytes())
     samples = app.artifacts.put(save_samples(images.pixels[draw(images, [8], 6, seed)]))
     recipe = Recipe.model_validate(RECIPE)
     made = []
     for model in range(number):
-        app.register(f"m{model}", spec, weights)
+        app.ledger.register_model(f"m{model}", spec, weights)
         eight = Behaviour(name="eight", kind="class", targets=(8,))
         made.append(app.ledger.submit(f"m{model}", eight, samples, 6, recipe)[0].id)
     return made
@@ -167,11 +185,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--home", type=Path, default=None)
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", metavar="MODEL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     home: Path = options.home or Path(tempfile.mkdtemp(prefix="fsu-crashes-"))
     if options.work:
-        work(options.url, home)
+        work(options.url, home, options.work)
         return 0
     app = open_app(options.url, home)
     chance = random.Random(options.seed)

@@ -261,7 +261,7 @@ def without_paths(reason: str) -> str:
 
     def place(found: re.Match[str]) -> str:
         last = re.split(r"[/\\]", found[0])[-1]
-        return last if _KEPT.fullmatch(last) else "<path>"
+        return last if _KEPT.fullmatch(last) else "<path>:" if last.endswith(":") else "<path>"
 
     return _ADDRESS.sub("<address>", _PLACE.sub(place, " ".join(reason.split())))[:1000]
 

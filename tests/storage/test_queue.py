@@ -198,7 +198,7 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("said", "kept"),
         [
-            ("none at /home/alice/me.png:\n try ./other/place.db", "none at <path> try <path>"),
+            ("none at /home/alice/me.png:\n try ./other/place.db", "none at <path>: try <path>"),
             (
                 "'/home/Alice Smith/x.png', [/home/alice/y] a,/home/alice/b <~/x>",
                 "'<path> <path>', [<path>] a,<path> <<path>>",
