@@ -8,6 +8,7 @@ stays good until another worker takes the request over, which only an expired le
 from __future__ import annotations
 
 import re
+from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
@@ -293,12 +294,17 @@ def _step(
     row = connection.execute(update, {**was, **values}).mappings().one_or_none()
     if row is None:
         return None
-    return rows.to_request({**row, "model": request.model})
+    if "report" in values:  # which the database has in JSON's terms
+        return fetch(connection, request.id)
+    return replace(request, **{name: value for name, value in {**row, **values}.items() if name in _FIELDS})
+
+
+_FIELDS = frozenset(field.name for field in fields(Request))
 
 
 @cache
 def _update(names: tuple[str, ...], mine: bool) -> ReturningUpdate[Any]:
-    """The statement of `_step` that sets the columns `names`."""
+    """The statement of `_step` that sets the columns `names`, and gives what others may have set without a step."""
     update = sa.update(requests).where(
         requests.c.id == sa.bindparam("was"),
         requests.c.status == sa.bindparam("was_status"),
@@ -306,4 +312,6 @@ def _update(names: tuple[str, ...], mine: bool) -> ReturningUpdate[Any]:
     )
     if mine:
         update = update.where(requests.c.worker == sa.bindparam("was_worker"))
-    return update.values({name: sa.bindparam(name, type_=requests.c[name].type) for name in names}).returning(requests)
+    return update.values({name: sa.bindparam(name, type_=requests.c[name].type) for name in names}).returning(
+        requests.c.lease_until, requests.c.cancel_by
+    )
