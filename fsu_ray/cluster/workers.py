@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fsu_ray.errors import FsuError, RunFailed, Stopped
-from fsu_ray.work import BlobStore, Outcome, WorkOrder
+from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
 
 STOP_SECONDS = 30.0
 """How long an interrupt waits for the worker's next step."""
@@ -133,7 +133,8 @@ def execute(
         raise pickle.loads(answer["error"])  # our own exception, from our own worker
     if not isinstance(answer, dict):
         raise RunFailed(f"run {name} ended without an outcome; see {runs}/{name}")
-    return Outcome(**answer["outcome"])
+    found = answer["outcome"]
+    return Outcome(**{**found, "also": tuple(Part(**part) for part in found["also"])})
 
 
 def _fit(trainer: Any, stop: threading.Event) -> Any:

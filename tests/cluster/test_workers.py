@@ -19,7 +19,7 @@ from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.work import WorkOrder
+from fsu_ray.work import Asked, WorkOrder
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,15 @@ def artifacts(tmp_path: Path) -> Artifacts:
 
 
 def make_order(trained: Any, artifacts: Artifacts, recipe: Recipe, steps: int) -> WorkOrder:
-    """A request to erase class 8 whose inversion takes `steps`."""
+    """A request to erase class 8, with one for class 3 along, whose inversion takes `steps`."""
     weights = artifacts.put(trained.weights)
     samples = artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [8], 8, 0)]))
     recipe = recipe.model_copy(update={"invert": recipe.invert.model_copy(update={"steps": steps})})
     behaviour = Behaviour(name="eight", kind="class", targets=(8,))
-    return WorkOrder("r-1", trained.spec, weights, weights, behaviour, samples, recipe)
+    three = Behaviour(name="three", kind="class", targets=(3,))
+    along = artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [3], 8, 0)]))
+    also = (Asked("r-2", three, along),)
+    return WorkOrder("r-1", trained.spec, weights, weights, behaviour, samples, recipe, also=also)
 
 
 @pytest.mark.ray
@@ -70,6 +73,8 @@ def test_a_killed_worker_ends_with_the_weights_of_an_undisturbed_run(
     first_after = next(d for s, d, _ in heard[again:] if s == "invert")
     assert first_after > 20  # it did not begin again
     assert (outcome.weights, outcome.mask, outcome.dataset) == (plain.weights, plain.mask, plain.dataset)
+    assert outcome.also == plain.also
+    assert [part.request for part in outcome.also] == ["r-2"]
 
 
 @pytest.mark.ray
