@@ -191,3 +191,10 @@ def test_openssl_makes_keys_too(fsu: Fsu, kept: App, home: Path) -> None:
     assert os.path.getsize("o.pem")
     assert fsu("export", "--out", "a", "--key", "o.pem").exit_code == 0
     assert "signed with the key given" in fsu("verify", "--bundle", "a", "--public-key", "p.pem").stdout
+
+
+def test_a_ledger_without_anything_in_it_is_not_called_good(home: Path) -> None:
+    """It is more likely that FSU_LEDGER or FSU_HOME names another one than was meant."""
+    result = CliRunner().invoke(audit_app, ["verify"])
+    assert result.exit_code == 2
+    assert "the ledger is empty" in result.stderr

@@ -56,9 +56,7 @@ def refused(result: Result, words: str, code: int = 2) -> None:
 
 def test_terms_are_kept(fsu: Fsu, app: App) -> None:
     """Times in local time or from now, a key, a priority, who asks."""
-    made = submit(
-        fsu, 8, "--key", "t-1", "--priority", 7, "--not-before", "+2h", "--due", "2031-05-06T07:00"
-    )
+    made = submit(fsu, 8, "--key", "t-1", "--priority", 7, "--not-before", "+2h", "--due", "2031-05-06T07:00")
     assert made.exit_code == 0, made.output
     (request,) = app.ledger.requests()
     assert (request.key, request.priority, request.requested_by) == ("t-1", 7, None)

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import torch
 
 from fsu_ray.app import App
 from fsu_ray.config import read_settings
+from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import Drain, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Status
+from fsu_ray.storage.ledger import open_ledger
 from fsu_ray.work import Outcome, WorkOrder
 
 pytestmark = pytest.mark.postgres
@@ -50,6 +53,8 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable
     run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=60, **user)
     initdb = Path(found).with_name("initdb")
     run([initdb, "-D", folder / "data", "-U", "postgres", "-A", "trust", "--no-sync"])
+    access = folder / "data" / "pg_hba.conf"
+    access.write_text(f"host all bob 127.0.0.1/32 scram-sha-256\n{access.read_text()}")
     options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder} -c fsync=off"
 
     def control(*words: str) -> None:
@@ -96,6 +101,19 @@ def test_the_end_of_a_run_waits_for_the_server(
     result = carry_out(opened, trained, quick, home, away, late=True)
     assert result.request.status is Status.SUCCEEDED
     assert result.request.attempt == 1
+
+
+def test_a_wrong_password_is_one_line_without_it(control: tuple[Any, str]) -> None:
+    """What the server says, and what to set."""
+    url = sa.make_url(control[1]).set(drivername="postgresql+psycopg")
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("CREATE ROLE bob LOGIN PASSWORD 'right'")
+    engine.dispose()
+    with pytest.raises(InvalidConfig, match='password authentication failed for user "bob"') as caught:
+        open_ledger(control[1].replace("postgres@", "bob:s3cret@", 1))
+    assert "s3cret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def carry_out(

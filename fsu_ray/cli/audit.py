@@ -50,6 +50,8 @@ def audit_verify(
 
         opened = open_app()
         verdict = audit.verify(opened.ledger, opened.artifacts if artifacts else None, noted)
+        if not verdict.events + verdict.found:
+            raise UserError("the ledger is empty: there is nothing to verify; check FSU_LEDGER and FSU_HOME")
     else:
         from fsu_ray.storage.bundle import verify
 

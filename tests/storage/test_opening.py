@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import sqlite3
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,10 @@ import sqlalchemy as sa
 from fsu_ray.errors import (
     FsuError,
     InvalidConfig,
+    LedgerUnavailable,
     StorageError,
 )
+from fsu_ray.records import ModelSpec, Policy
 from fsu_ray.storage.ledger import Ledger, open_ledger
 
 
@@ -123,3 +130,48 @@ for turn in range(6):
         with pytest.raises(StorageError, match=r"ledger\.db: .+ then try again") as caught:
             ledger.models()
         assert one_line(caught)
+
+    def test_a_ledger_that_somebody_holds_is_waited_for_and_then_explained(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("fsu_ray.storage.engines.BUSY_SECONDS", 0.2)
+        with open_ledger(f"sqlite:///{file}") as ledger:
+            other = sqlite3.connect(file, isolation_level=None)
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(
+                LedgerUnavailable, match=r"ledger\.db: database is locked; check .+ then try again"
+            ) as caught:
+                ledger.set_policy("digits", Policy())
+            assert one_line(caught)
+            assert ledger.models() == [], "reading waits for nobody"
+            other.execute("ROLLBACK")
+            other.close()
+
+    def test_a_ledger_that_may_only_be_read_is_explained(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As somebody to whom its folder and file belong not: what is there can be read, nothing is half written."""
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made)
+            with open_ledger(f"sqlite:///{folder}/ledger.db") as ledger:
+                ledger.register_model("m", ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10), "w")
+            for each in folder.iterdir():
+                each.chmod(0o444)
+            folder.chmod(0o555)
+            with _nobody(), pytest.raises((InvalidConfig, StorageError)) as caught:
+                open_ledger(f"sqlite:///{folder}/ledger.db").set_policy("m", Policy())
+            assert "ledger.db" in str(caught.value)
+            assert re.search("readonly|unable to open", str(caught.value))
+            assert one_line(caught)
+            folder.chmod(0o755)
+
+
+@contextlib.contextmanager
+def _nobody() -> Iterator[None]:
+    """Root may write everywhere, so be somebody else for a moment."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
