@@ -125,6 +125,9 @@ def print_result(result: Any) -> None:
     name = f"{request.behaviour.name} of {request.model}"
     if result.version is not None:
         out.print(f"[green]erased[/] {name}: version {result.version.number} (request {request.id})")
+    elif request.status is Status.QUEUED:
+        again = f"; tried again from {when(request.retry_at)} on" if request.retry_at else ""
+        out.print(f"[yellow]queued again[/] {name} (request {request.id}): {request.reason}{again}")
     else:
         out.print(f"[red]{request.status}[/] {name} (request {request.id}): {request.reason}")
     if outcome is None:
