@@ -73,7 +73,10 @@ def print_demo(app: App, shown: Shown) -> None:
     out.print("Type next:")
     out.print(f"  fsu history {name}")
     out.print(f"  fsu model show {name}")
+    out.print(f"  fsu erased {name}")
+    out.print(f"  fsu recheck {name}")
     out.print("  fsu generator list")
+    out.print("  fsu audit verify")
     out.print(
         f"  fsu request submit --model {name} --behaviour again --target {ERASED[0]} --samples {samples}   (refused)"
     )

@@ -20,6 +20,7 @@ from fsu_ray.storage.schema import (
     generator_retirements,
     generators,
     model_versions,
+    models,
     removals,
     requests,
     seals,
@@ -117,23 +118,27 @@ class Inverters(Part):
 
         Samples that another request, which has not ended, needs too are kept for it.
         """
-        with self._database.reading() as connection:
-            query = rows.REQUESTS.where(
-                requests.c.status.in_(TERMINAL), ~sa.exists().where(removals.c.request_id == requests.c.id)
-            )
-            if model is not None:
-                query = query.where(requests.c.model_id == rows.fetch_model(connection, model).id)
-            live = set(connection.scalars(sa.select(requests.c.samples).where(requests.c.status.in_(LIVE))))
-            ended = [rows.to_request(row) for row in connection.execute(query).mappings()]
-            days = {name: fetch_policy(connection, rows.fetch_model(connection, name)).samples_days
-                    for name in {request.model for request in ended}}  # fmt: skip
         moment, due = rows.now(), []
-        for request in ended:
-            wait = days[request.model]
-            if wait is None or request.samples in live or request.finished_at is None:
-                continue
-            if request.finished_at + timedelta(days=wait) <= moment:
-                due.append(request)
+        with self._database.reading() as connection:
+            named = sa.select(models) if model is None else sa.select(models).where(models.c.name == model)
+            lines = [rows.to_model(row) for row in connection.execute(named).mappings()]
+            if model is not None and not lines:
+                rows.fetch_model(connection, model)
+            for line in lines:
+                days = fetch_policy(connection, line).samples_days
+                if days is None:
+                    continue
+                other = requests.alias("other")
+                needed = sa.exists().where(other.c.samples == requests.c.samples, other.c.status.in_(LIVE))
+                purged = sa.exists().where(removals.c.request_id == requests.c.id)
+                ended = rows.REQUESTS.where(
+                    requests.c.model_id == line.id,
+                    requests.c.status.in_(TERMINAL),
+                    requests.c.finished_at <= moment - timedelta(days=days),
+                    ~needed,
+                    ~purged,
+                ).order_by(requests.c.submitted_at, requests.c.id)
+                due += [rows.to_request(row) for row in connection.execute(ended).mappings()]
         return due
 
     def purge(self, request: Request, actor: str = OPERATOR) -> list[str]:

@@ -258,6 +258,7 @@ removals = table(
     *made(),
     sa.CheckConstraint(among("reason", ("purged", "retired", "sealed", "unreferenced")), name="reason"),
     sa.Index("ix_removals_digest", "digest"),
+    sa.Index("ix_removals_request_id", "request_id"),
 )
 
 schedules = table(

@@ -182,6 +182,7 @@ def _removals() -> None:
         _check("removals", "reason", "reason IN ('purged', 'retired', 'sealed', 'unreferenced')"),
     )
     op.create_index("ix_removals_digest", "removals", ["digest"])
+    op.create_index("ix_removals_request_id", "removals", ["request_id"])
 
 
 def _schedules() -> None:
