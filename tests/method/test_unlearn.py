@@ -177,7 +177,7 @@ def test_a_starved_class_is_an_outcome(trained: Any, store: Any, quick: Recipe) 
     assert outcome.figures["starved"]
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop", [1, 4, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (2, 3, 5))])
 def test_a_run_cut_off_at_any_checkpoint_ends_as_an_undisturbed_one(
     trained: Any, store: Any, quick: Recipe, stop: int
 ) -> None:
@@ -226,7 +226,9 @@ def test_the_papers_form_labels_with_the_current_version(trained: Any, store: An
     assert int(Mask.from_bytes(store.get(two.mask or "")).like.sum()) > 0
 
 
-@pytest.mark.parametrize("arch", ["torchvision:resnet18", "preactresnet18:4", "resnet50"])
+@pytest.mark.parametrize(
+    "arch", ["torchvision:resnet18", "preactresnet18:4", pytest.param("resnet50", marks=pytest.mark.slow)]
+)
 def test_any_network_goes_the_whole_way(store: Any, quick: Recipe, arch: str) -> None:
     """Other networks, three channels: a few steps of every stage."""
     size = 16 if arch == "resnet50" else 32  # torch takes its time over 53 layers

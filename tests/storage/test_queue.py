@@ -351,6 +351,7 @@ class TestEvents:
         assert line.ledger.events(request.id)[-1].actor == "mallory"
 
 
+@pytest.mark.slow
 def test_four_workers_carry_out_a_thousand_requests(ledger: Ledger, url: str, in_processes: Any) -> None:
     """1,000 no-op requests over 20 models: none lost, none twice, never two at once on a model."""
     behaviour = {"kind": "subset", "targets": (1,)}
