@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -190,6 +191,19 @@ class TestFailures:
         steps = [(event.actor, event.reason) for event in line.ledger.events(request.id)][3:]
         assert steps == [("w2", "lease_expired"), ("w3", "lease_expired"), ("w9", ended.reason)]
 
+    def test_nobody_takes_over_what_is_to_end(self, line: Any, ask: Callable[..., Any], raw: Any) -> None:
+        """Neither what is to be cancelled nor what has cost too many workers, even before anybody has ended it."""
+        doomed, _ = ask(9)
+        line.claim()
+        late(raw)
+        line.ledger._looked_at = time.monotonic()
+        line.ledger.cancel(doomed.id, "alice")
+        assert line.ledger.claim("w2", 60) is None
+        raw.execute("UPDATE requests SET cancel_by = NULL, failures = 2")
+        assert line.ledger.claim("w2", 60) is None
+        raw.execute("UPDATE requests SET failures = 1")
+        assert line.claim("w2").failures == 2
+
     def test_a_release_is_no_failure(self, line: Any, ask: Callable[..., Any]) -> None:
         ask(9)
         for _ in range(MOST_FAILURES + 1):
@@ -299,6 +313,20 @@ class TestTogether:
             assert (each.status, each.lead, each.worker, each.alone) == (Status.QUEUED, None, None, end == "separate")
         if end == "separate":
             assert line.ledger.companions(line.ledger.claim("w", 60, along=9)) == []
+
+    def test_who_is_to_run_alone_does_not_run_along(self, line: Any, run: Any, ask: Callable[..., Any]) -> None:
+        line.ledger.separate(run, "coalesced run refused")
+        fresh, _ = ask(0, priority=9)
+        lead = line.ledger.claim("w", 60, along=9)
+        assert lead.id == fresh.id
+        assert [each.behaviour.name for each in line.ledger.companions(lead)] == ["one and five"]
+
+    def test_a_result_must_be_of_all_of_them(self, line: Any, run: Any) -> None:
+        """Else one would stay running for ever."""
+        with pytest.raises(LeaseLost):
+            line.ledger.commit(run, line.outcome(run), line.ledger.version("digits"))
+        assert len(line.ledger.versions("digits")) == 1
+        self.commit(line, run)
 
     def test_one_of_them_is_cancelled(self, line: Any, run: Any) -> None:
         second, third = line.ledger.companions(run)
