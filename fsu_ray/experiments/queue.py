@@ -97,12 +97,11 @@ async def procrastinate_work(dsn: str, raw: bool) -> int:
 def _procrastinate(dsn: str) -> Any:
     import procrastinate
 
-    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=dsn))
-
-    @app.task(name="noop")
     async def noop(number: int) -> None:
         """Nothing."""
 
+    app = procrastinate.App(connector=procrastinate.PsycopgConnector(conninfo=dsn))
+    app.task(name="noop")(noop)
     return app
 
 
