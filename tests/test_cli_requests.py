@@ -138,7 +138,7 @@ def test_what_is_destroyed_says_what_that_costs(fsu: Fsu, app: App, trained: Any
     generator = erased(app, trained, quick, home)
     assert "in use" in fsu("generator", "list").stdout
     assert "nothing is due" in fsu("generator", "tidy").stdout
-    app.ledger.set_policy("m", Policy(samples_days=0))
+    assert "samples_days    0.0" in fsu("model", "policy", "m", "--samples-days", "0").stdout
     assert "purged the samples" in fsu("generator", "tidy", "--model", "m").stdout
     sealed = fsu("generator", "seal", generator, "--by", "alice")
     assert "as of version 2" in sealed.stdout, sealed.output

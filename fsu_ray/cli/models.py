@@ -160,7 +160,11 @@ def model_policy(
         console.print_json(policy)
         return
     for field, value in policy.model_dump().items():
-        said = {None: "never" if field == "samples_days" else "-", True: "yes", False: "no"}.get(value, value)
+        said = value
+        if isinstance(value, bool):  # 0 days are no "no"
+            said = "yes" if value else "no"
+        elif value is None:
+            said = "never" if field == "samples_days" else "-"
         console.out.print(f"{field:<15} {said}", markup=False)
 
 
