@@ -121,7 +121,7 @@ def note(
 ) -> None:
     """Have an event appended when this transaction ends: `row` has come into `table`."""
     detail = canonical({"table": table.name, "row": row, **more})
-    connection.info[_NOTED].append((event, model, request, actor, detail))
+    connection.info[_NOTED][1].append((event, model, request, actor, detail))
 
 
 def insert(
@@ -140,13 +140,16 @@ def insert(
 
 
 def begin(connection: sa.Connection) -> None:
-    """A transaction that is alone begins: it takes the steps of requests that are not in the chain yet along."""
-    connection.info[_NOTED] = _pending(connection)
+    """A transaction that is alone begins: nothing is noted yet."""
+    connection.info[_NOTED] = (moment_text(now()), [])
 
 
 def append_noted(connection: sa.Connection) -> None:
-    """Append what this transaction has noted, in that order, and then its own steps of requests."""
-    noted = connection.info.pop(_NOTED) + _pending(connection)
+    """Append what waits of the time before this transaction, what it has noted, and then its own steps of requests."""
+    began, own = connection.info.pop(_NOTED)
+    waiting = _pending(connection)
+    earlier = [each for at, each in waiting if at < began]
+    noted = earlier + own + [each for _, each in waiting[len(earlier) :]]
     if not noted:
         return
     seq, previous = head(connection)
@@ -165,8 +168,8 @@ def append_noted(connection: sa.Connection) -> None:
     connection.execute(_APPEND, links)
 
 
-def _pending(connection: sa.Connection) -> list[tuple[str, str | None, str | None, str, str]]:
-    """The steps of requests that wait for the chain, oldest first; they wait no more."""
+def _pending(connection: sa.Connection) -> list[tuple[str, tuple[str, str | None, str | None, str, str]]]:
+    """The steps of requests that wait for the chain, each behind its moment, oldest first; they wait no more."""
     if connection.dialect.name == "sqlite":  # nobody else writes between the two
         found = list(connection.execute(_STEPS).mappings())
         if found:
@@ -177,8 +180,9 @@ def _pending(connection: sa.Connection) -> list[tuple[str, str | None, str | Non
     noted = []
     for row in found:
         more = {} if row["report"] is None else {"report": digest_of(row["report"])}
-        detail = canonical({"table": request_events.name, "row": row_of(request_events, row), **more})
-        noted.append((f"request_{row['new']}", row["model"], row["request_id"], row["actor"], detail))
+        step = row_of(request_events, row)
+        detail = canonical({"table": request_events.name, "row": step, **more})
+        noted.append((step["at"], (f"request_{row['new']}", row["model"], row["request_id"], row["actor"], detail)))
     return noted
 
 

@@ -1,7 +1,7 @@
 """The queue's guarded updates: each names the state that it expects, and fails loudly when it matches nothing.
 
 Every step counts (`changes`), so a request as it was read stands for its state: a step from it is refused once
-anybody else has moved it. A claim is a running request as `take` gave it, in the hands of its worker. It
+anybody else has moved it. A claim is a running request as `claim` gave it, in the hands of its worker. It
 stays good until another worker takes the request over, which only an expired lease allows.
 """
 
@@ -31,13 +31,14 @@ _KEPT = re.compile(r"(?:[0-9a-f]{64}|r-[0-9a-f]{19}(?:-[0-9a-f]{8})?)[.:]?")
 
 def claim(
     connection: sa.Connection,
-    model: Model | None,
+    model: str | None,
     worker: str,
     lease_seconds: float,
     moment: datetime,
     cap: int | None = None,
 ) -> Request | None:
-    """Begin the next attempt at a request: one UPDATE, which picks it too. None where there is nothing to do.
+    """Begin the next attempt at a request, of the model of that name if given: one UPDATE, which picks it too. None
+    where there is nothing to do.
 
     First one whose lease is over; else, of those that are ready, the most urgent and then the oldest. Ready: queued,
     not before its time, not waiting to be tried again, and no other of its model is running. A take-over counts as a
@@ -45,8 +46,7 @@ def claim(
     the index of running requests.
     """
     until = moment + timedelta(seconds=lease_seconds)
-    known: dict[str, Any] = {"moment": moment, "until": until, "claimant": worker, "cap": cap}
-    known["of"] = None if model is None else model.id
+    known: dict[str, Any] = {"moment": moment, "until": until, "claimant": worker, "cap": cap, "of": model}
     wanted = {name: value for name, value in known.items() if value is not None}
     row = connection.execute(_claim(model is not None, cap is not None), wanted).mappings().one_or_none()
     return None if row is None else rows.to_request(row)
@@ -116,7 +116,8 @@ def _ready(moment: Moment) -> tuple[sa.ColumnElement[bool], ...]:
 def _pick(wanted: tuple[sa.ColumnElement[bool], ...], of_model: bool) -> sa.ScalarSelect[str]:
     query = sa.select(_MINE.id).where(*wanted)
     if of_model:
-        query = query.where(_MINE.model_id == sa.bindparam("of", type_=sa.String))
+        named = sa.select(models.c.id).where(models.c.name == sa.bindparam("of", type_=sa.String))
+        query = query.where(_MINE.model_id == named.scalar_subquery())
     first = query.order_by(_MINE.priority.desc(), _MINE.submitted_at, _MINE.id).limit(1)
     return first.with_for_update(skip_locked=True).scalar_subquery()
 
@@ -160,40 +161,32 @@ def join(
     )
 
 
-def companions(connection: sa.Connection, lead: Request, gone: set[int], moment: datetime) -> list[Request]:
-    """What can run along with a claimed `lead`: ready class requests of its model with its recipe, for other classes.
-
-    `gone` are the classes that are erased already; at least two classes stay. Oldest first.
+def companions(
+    connection: sa.Connection, lead: Request, line: Model, gone: set[int], moment: datetime
+) -> list[Request]:
+    """What can run along with a claimed `lead`: ready class requests of its model `line` with its recipe, for others
+    than the `gone` classes. At least two classes stay. Oldest first.
     """
     ready = rows.REQUESTS.where(
         requests.c.status == Status.QUEUED,
         requests.c.behaviour_kind == "class",
         requests.c.alone.is_(False),
         *_ripe(moment, requests.c),
-        _same_model(lead),
+        requests.c.model_id == line.id,
     ).order_by(requests.c.priority.desc(), requests.c.submitted_at, requests.c.id)
     chosen: list[Request] = []
     names, taken = {lead.behaviour.name}, set(lead.behaviour.targets)
-    classes = None
     for row in connection.execute(ready).mappings():
         request = rows.to_request(row)
         targets = set(request.behaviour.targets)
         if request.recipe != lead.recipe or targets & (taken | gone) or request.behaviour.name in names:
             continue
-        if classes is None:
-            classes = rows.fetch_model(connection, lead.model).spec.classes
-        if classes - len(gone | taken | targets) < 2:
+        if line.spec.classes - len(gone | taken | targets) < 2:
             continue
         chosen.append(request)
         names.add(request.behaviour.name)
         taken |= targets
     return chosen
-
-
-def _same_model(request: Request) -> sa.ColumnElement[bool]:
-    """The condition that a row of requests is of the same model as `request`."""
-    own = requests.alias("own")
-    return requests.c.model_id == sa.select(own.c.model_id).where(own.c.id == request.id).scalar_subquery()
 
 
 def followers(connection: sa.Connection, lead: Request) -> list[Request]:

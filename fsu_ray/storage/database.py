@@ -117,13 +117,15 @@ class Database:
             yield connection
         self._unsealed = True
         if time.monotonic() - self._sealed_at > SEAL_SECONDS:
-            self.seal()
+            with contextlib.suppress(StorageError):  # the step is made; the next one tries again
+                self.seal()
 
     def seal(self) -> None:
         """Append the steps of requests that wait for it to the audit chain."""
-        self._sealed_at, self._unsealed = time.monotonic(), False
+        self._sealed_at = time.monotonic()
         with self.writing("the audit chain"):
             pass
+        self._unsealed = False
 
     @contextmanager
     def _translated(self, subject: str) -> Iterator[None]:

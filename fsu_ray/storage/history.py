@@ -46,7 +46,6 @@ _ORDER = (
     "sealed",
     "purged",
 )
-_BEHAVIOUR = ("behaviour_name", "behaviour_kind", "behaviour_targets")
 
 Event = dict[str, Any]
 
@@ -75,7 +74,7 @@ def _event(at: datetime, event: str, version: int | None, request: str | None, *
 
 
 def _asked(row: Mapping[Any, Any]) -> dict[str, Any]:
-    name, kind, targets = (row[column] for column in _BEHAVIOUR)
+    name, kind, targets = (row[column] for column in rows.BEHAVIOUR)
     return {"behaviour": name, "kind": kind, "targets": targets}
 
 
@@ -114,7 +113,7 @@ def _of_requests(connection: sa.Connection, model: Model) -> list[Event]:
 
 
 def _columns(table: sa.Table) -> list[sa.Column[Any]]:
-    return [table.c[name] for name in _BEHAVIOUR]
+    return [table.c[name] for name in rows.BEHAVIOUR]
 
 
 def _denied() -> sa.ColumnElement[bool]:

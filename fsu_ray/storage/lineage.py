@@ -182,7 +182,7 @@ class Lineage(Part):
         """What each version of a model that a request made has lost, by its number; raises NotFound."""
         found: dict[int, list[Behaviour]] = {}
         with self._database.reading() as connection:
-            names = (erasures.c.behaviour_name, erasures.c.behaviour_kind, erasures.c.behaviour_targets)
+            names = (erasures.c[name] for name in rows.BEHAVIOUR)
             query = sa.select(erasures.c.version, *names).where(
                 erasures.c.model_id == rows.fetch_model(connection, model).id
             )

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from fsu_ray.config import BACKOFF_SECONDS, MOST_FAILURES
 from fsu_ray.errors import TransitionRefused, UserError
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Model, Request, RequestEvent, Status, Terms
+from fsu_ray.records import Behaviour, Request, RequestEvent, Status, Terms
 from fsu_ray.storage import claims, rows, submissions
 from fsu_ray.storage.database import Part
 from fsu_ray.storage.policies import OPERATOR, check_actor, fetch_policy
@@ -112,24 +112,22 @@ class Queue(Part):
         A request whose lease has ended too often fails, one that was to be cancelled is. The request that comes
         back is the claim: hand it to `heartbeat`, `commit` and the others.
         """
-        line = None if model is None else self._line(model)
         self._end_abandoned(worker)
         request = None
         while request is None:
             try:
                 with self._database.stepping("the queue") as connection:
-                    request = claims.claim(connection, line, worker, lease_seconds, rows.now(), cap)
-                    if request is None:
-                        return None
+                    request = claims.claim(connection, model, worker, lease_seconds, rows.now(), cap)
             except TransitionRefused:
                 continue  # the index of running requests: another worker was faster
+            if request is None:
+                if model is not None:
+                    with self._database.reading() as connection:
+                        rows.fetch_model(connection, model)
+                return None
         if request.failures or along:
             self._take_along(request, worker, lease_seconds, along)
         return request
-
-    def _line(self, model: str) -> Model:
-        with self._database.reading() as connection:
-            return rows.fetch_model(connection, model)
 
     def _end_abandoned(self, worker: str) -> None:
         """End the requests that nobody is to take over; looks for them every few seconds."""
@@ -145,7 +143,9 @@ class Queue(Part):
 
     def _take_along(self, request: Request, worker: str, lease_seconds: float, most: int) -> None:
         with self._database.writing(f"request {request.id}") as connection:
-            others = claims.followers(connection, request) or _companions(connection, request)[:most]
+            others = claims.followers(connection, request)
+            if not others and most:
+                others = _companions(connection, request)[:most]
             for other in others:
                 claims.join(connection, other, request, worker, lease_seconds, rows.now())
 
@@ -267,10 +267,9 @@ def _abandon(connection: sa.Connection, seen: Request, worker: str) -> None:
 def _companions(connection: sa.Connection, request: Request) -> list[Request]:
     if request.behaviour.kind != "class" or request.alone:
         return []
-    line: Model = rows.fetch_model(connection, request.model)
-    erased = rows.fetch_erasures(connection, line, rows.fetch_version(connection, line).number)
-    gone = {target for each in erased if each.behaviour.kind == "class" for target in each.behaviour.targets}
-    return claims.companions(connection, request, gone, rows.now())
+    line = rows.fetch_model(connection, request.model)
+    gone = {target for each, _ in rows.fetch_gone(connection, line) if each.kind == "class" for target in each.targets}
+    return claims.companions(connection, request, line, gone, rows.now())
 
 
 def _requeue(connection: sa.Connection, request: Request, reason: str, **values: Any) -> Request:

@@ -96,6 +96,10 @@ def now_after(before: datetime | None) -> datetime:
     return now() if before is None else max(now(), before + timedelta(microseconds=1))
 
 
+BEHAVIOUR = ("behaviour_name", "behaviour_kind", "behaviour_targets")
+"""The columns that requests and erasures keep of a behaviour."""
+
+
 def behaviour_columns(behaviour: Behaviour) -> dict[str, Any]:
     """A behaviour as the three columns that requests and erasures keep of it."""
     return {
@@ -294,6 +298,15 @@ def inherited(model: Model, number: int) -> sa.Select[Any]:
 def fetch_erasures(connection: sa.Connection, model: Model, number: int) -> list[Erasure]:
     """What is gone as of a version: the erasures of it and of its parents up to the first, oldest first."""
     return [to_erasure(row) for row in connection.execute(inherited(model, number)).mappings()]
+
+
+def fetch_gone(connection: sa.Connection, model: Model) -> list[tuple[Behaviour, int]]:
+    """The behaviours that are gone as of a model's latest version, each with the version as of which, oldest first:
+    `fetch_erasures` without their reports."""
+    number = fetch_version(connection, model).number
+    query = sa.select(erasures.c.version, *(erasures.c[name] for name in BEHAVIOUR)).where(in_force(model, number))
+    found = connection.execute(query.order_by(erasures.c.version, erasures.c.request_id)).mappings()
+    return [(to_behaviour(row), row["version"]) for row in found]
 
 
 def still_there(model: Model, number: int, most: int) -> sa.Select[Any]:

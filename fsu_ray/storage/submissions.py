@@ -60,19 +60,14 @@ def check_line(connection: sa.Connection, behaviour: Behaviour, model: Model) ->
 
     Erasing a class must leave two, a subset one that its samples may get: with fewer there is nothing to classify.
     """
-    erased = rows.fetch_erasures(connection, model, rows.fetch_version(connection, model).number)
-    for earlier in erased:
-        if earlier.behaviour.name == behaviour.name:
+    erased = rows.fetch_gone(connection, model)
+    for earlier, version in erased:
+        if earlier.name == behaviour.name:
             raise AlreadyErased(
-                f"behaviour {behaviour.name!r} of {model.name!r} is already erased in version {earlier.version}; "
+                f"behaviour {behaviour.name!r} of {model.name!r} is already erased in version {version}; "
                 "give another name if this is something else"
             )
-    gone = {
-        target: earlier.version
-        for earlier in erased
-        if earlier.behaviour.kind == "class"
-        for target in earlier.behaviour.targets
-    }
+    gone = {target: version for earlier, version in erased if earlier.kind == "class" for target in earlier.targets}
     if behaviour.kind == "class" and set(behaviour.targets) <= set(gone):
         version = max(gone[target] for target in behaviour.targets)
         raise AlreadyErased(f"{_classes(behaviour.targets)} of {model.name!r} is already erased in version {version}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from fsu_ray.errors import UserError
+from fsu_ray.errors import LedgerUnavailable, UserError
 from fsu_ray.storage import audit, chain
 from fsu_ray.storage.chain import GENESIS, Event, Head
 from fsu_ray.storage.schema import erasures, rechecks
@@ -187,3 +187,15 @@ def test_eight_processes_that_write_make_one_chain(url: str, ledger: Any, in_pro
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert len(events) >= 8 * (2 + 5 * 4)
     assert {event.model for event in events} == {f"line-{number}" for number in range(8)}
+
+
+def test_a_step_is_made_whether_or_not_the_chain_can_be_reached(line: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that is in the ledger is not lost to its worker because the chain's turn after it failed."""
+    line.submit()
+
+    def away() -> None:
+        raise LedgerUnavailable("the server closed the connection")
+
+    monkeypatch.setattr("fsu_ray.storage.database.SEAL_SECONDS", 0.0)
+    monkeypatch.setattr(line.ledger.database, "seal", away)
+    assert line.claim().attempt == 1
