@@ -166,10 +166,10 @@ class App:
         if wanted.model is not None:
             self.ledger.model(wanted.model)
 
-        def one(request: Request) -> list[Result]:
+        def one(request: Request, halt: threading.Event) -> list[Result]:
             if started:
                 started(request)
-            return run_request(self.ledger, self.artifacts, execute, request)
+            return run_request(self.ledger, self.artifacts, execute, request, halt)
 
         return drain(self.ledger, worker_name(), wanted, one)
 

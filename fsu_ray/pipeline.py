@@ -58,17 +58,24 @@ class Drain:
     until: datetime | None = None
 
 
-def drain(ledger: Ledger, worker: str, wanted: Drain, run: Callable[[Request], list[Result]]) -> list[Result]:
-    """Claim and run what is ready, until nothing is or the bounds of `wanted` are met."""
+Run = Callable[[Request, threading.Event], list[Result]]
+"""Carries out a claimed request; the event is set once the worker is to end."""
+
+
+def drain(ledger: Ledger, worker: str, wanted: Drain, run: Run) -> list[Result]:
+    """Claim and run what is ready, until nothing is or the bounds of `wanted` are met.
+
+    An interrupt ends all runs at their next step and is raised then.
+    """
     results: list[Result] = []
-    taken, turn = 0, threading.Lock()
+    taken, turn, halt = 0, threading.Lock(), threading.Event()
 
     def claim() -> Request | None:
         nonlocal taken
         with turn:  # one thread claims at a time, so that `most` holds
             left = None if wanted.most is None else wanted.most - taken
             late = wanted.until is not None and datetime.now(UTC) >= wanted.until
-            if late or (left is not None and left <= 0):
+            if halt.is_set() or late or (left is not None and left <= 0):
                 return None
             along = (left or 1000) - 1 if wanted.coalesce else 0
             request = patiently(
@@ -80,31 +87,52 @@ def drain(ledger: Ledger, worker: str, wanted: Drain, run: Callable[[Request], l
 
     def work() -> None:
         while (request := claim()) is not None:
-            results.extend(run(request))
+            results.extend(run(request, halt))
 
     if wanted.parallel == 1:
         work()
         return results
     with ThreadPoolExecutor(wanted.parallel, thread_name_prefix="fsu") as pool:
-        for ended in [pool.submit(work) for _ in range(wanted.parallel)]:
-            ended.result()
+        try:
+            for ended in [pool.submit(work) for _ in range(wanted.parallel)]:
+                ended.result()
+        except BaseException:
+            halt.set()
+            raise
     return results
 
 
-def run_request(ledger: Ledger, store: Artifacts, execute: Execute, request: Request) -> list[Result]:
+@dataclass(frozen=True)
+class Plan:
+    """A claimed request on top of version `base`: the version that labels D', what the registry offers, the order."""
+
+    base: ModelVersion
+    root: ModelVersion
+    offered: Offer
+    order: WorkOrder
+
+
+def run_request(
+    ledger: Ledger, store: Artifacts, execute: Execute, request: Request, halt: threading.Event | None = None
+) -> list[Result]:
     """Carry out a claimed request, and those that run along with it, to the end of this attempt; its result first.
 
     What is raised by `execute` is not raised again: the request is queued to be tried again, fails where the input
     is to blame or it has failed too often, or is cancelled where somebody asked for that. A lost lease is raised,
-    since somebody else has the request then. An interrupt puts the request back into the queue; the next attempt
-    goes on from the last checkpoint. While the ledger is away the run goes on, and its end waits for the ledger.
+    since somebody else has the request then. An interrupt, or `halt` once it is set, puts the request back into the
+    queue; the next attempt goes on from the last checkpoint. While the ledger is away the run goes on, and its end
+    waits for the ledger.
     """
     stop = threading.Event()
+
+    def asked() -> bool:
+        return (halt is not None and halt.is_set()) or ledger.cancelling(request)
+
     try:
-        base, offered, order = patiently(lambda: _prepare(ledger, request))
-        with Heartbeat(lambda: ledger.heartbeat(request, LEASE_SECONDS), lambda: ledger.cancelling(request), stop):
-            outcome = execute(order, store, run_name(order), stop)
-        results = settle(ledger, request, base, offered, order, outcome)
+        plan = patiently(lambda: prepare(ledger, request))
+        with Heartbeat(lambda: ledger.heartbeat(request, LEASE_SECONDS), asked, stop):
+            outcome = execute(plan.order, store, run_name(plan.order), stop)
+        results = settle(ledger, request, plan, outcome)
     except LeaseLost:
         raise
     except Stopped:
@@ -124,11 +152,12 @@ def run_request(ledger: Ledger, store: Artifacts, execute: Execute, request: Req
     return results
 
 
-def _prepare(ledger: Ledger, request: Request) -> tuple[ModelVersion, Offer, WorkOrder]:
+def prepare(ledger: Ledger, request: Request) -> Plan:
+    """What is to be done about a claimed request, as the ledger is now."""
     base = ledger.version(request.model)
     root = ledger.sealed_root(request.model, base)
     offered = offer(ledger, ledger.model(request.model), base, root, request.recipe)
-    return base, offered, make_order(ledger, request, base, root, offered)
+    return Plan(base, root, offered, make_order(ledger, request, base, root, offered))
 
 
 def make_order(ledger: Ledger, request: Request, base: ModelVersion, root: ModelVersion, offered: Offer) -> WorkOrder:
@@ -155,9 +184,7 @@ def run_name(order: WorkOrder) -> str:
     return f"{order.request}-{hashlib.sha256(repr(order).encode()).hexdigest()[:8]}"
 
 
-def settle(
-    ledger: Ledger, request: Request, base: ModelVersion, offered: Offer, order: WorkOrder, outcome: Outcome
-) -> list[Result]:
+def settle(ledger: Ledger, request: Request, plan: Plan, outcome: Outcome) -> list[Result]:
     """Judge the outcome and write it down: one transaction, whichever way it goes.
 
     A coalesced run of which anything is refused is undone: each of its requests is queued again, to run alone.
@@ -165,25 +192,22 @@ def settle(
     reports = [outcome.report, *(part.report for part in outcome.also)]
     refused = (refuse_result(report, request.recipe.gate) for report in reports)
     reason = outcome.reason or next((why for why in refused if why is not None), None)
-    if reason is not None and order.also:
+    if reason is not None and plan.order.also:
         apart = f"coalesced run refused: {reason}"
         return [Result(patiently(lambda: ledger.separate(request, apart)), None, None)]
-    warm = offered.warm or offered.reuse
-    root = patiently(lambda: ledger.sealed_root(request.model, base))
+    reuse, warm = plan.offered.reuse, plan.offered.warm or plan.offered.reuse
     links: dict[str, Any] = {
-        "generator_id": offered.reuse.id if outcome.generator_use == "reused" and offered.reuse else None,
+        "generator_id": reuse.id if outcome.generator_use == "reused" and reuse else None,
         "warm_started_from": warm.id if outcome.generator_use == "warm_started" and warm else None,
-        "root": root.number,
+        "root": plan.root.number,
     }
     if reason is not None:
-        rejected = patiently(lambda: ledger.reject(request, reason, outcome, base, **links))
+        rejected = patiently(lambda: ledger.reject(request, reason, outcome, plan.base, **links))
         return [Result(rejected, None, outcome)]
-    version = _commit(ledger, request, outcome, base, links)
-    ended = [Result(patiently(lambda: ledger.request(request.id)), version, outcome)]
-    for part in outcome.also:
-        own = replace(outcome, report=part.report, mask=part.mask, probes=part.probes)
-        ended.append(Result(patiently(lambda part=part: ledger.request(part.request)), version, own))  # type: ignore[misc]
-    return ended
+    version = _commit(ledger, request, outcome, plan.base, links)
+    ended = patiently(lambda: [ledger.request(asked.request) for asked in plan.order.asked])
+    own = (replace(outcome, report=part.report, mask=part.mask, probes=part.probes) for part in outcome.also)
+    return [Result(each, version, found) for each, found in zip(ended, (outcome, *own), strict=True)]
 
 
 def _commit(

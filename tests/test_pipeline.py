@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -248,7 +249,7 @@ def test_class_requests_of_a_model_run_together(app: App, ask: Callable[..., Req
     for target in (8, 3, 5):
         ask(target, thorough)
     wanted = Drain(coalesce=True)
-    results = drain(app.ledger, "w", wanted, lambda request: run_request(app.ledger, app.artifacts, here, request))
+    results = drain(app.ledger, "w", wanted, functools.partial(run_request, app.ledger, app.artifacts, here))
     assert [r.request.behaviour.targets for r in results] == [(8,), (3,), (5,)]
     assert {(r.request.status, r.request.version) for r in results} == {(Status.SUCCEEDED, 2)}
     erasures = app.ledger.erasures("m")
@@ -306,6 +307,29 @@ def test_models_run_side_by_side(app: App, ask: Callable[..., Request], trained:
     results = drain(app.ledger, "w", Drain(parallel=2), run)
     assert len(results) == 3
     assert max(seen) == 2
+
+
+@pytest.mark.usefixtures("fast")
+def test_an_interrupt_ends_all_runs_of_a_worker(
+    app: App, ask: Callable[..., Request], trained: Any, home: Path
+) -> None:
+    """Those that are under way are put back at their next step, and none that waits is begun."""
+    ask(8)
+    for name in ("n", "o"):
+        app.register(name, trained.spec, trained.weights)
+        app.submit(name, Behaviour(name="x", kind="class", targets=(8,)), str(home / "class-8"), Recipe())
+    both, main = threading.Barrier(2), threading.get_ident()
+
+    def until_told(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
+        if both.wait(10) == 0:
+            signal.pthread_kill(main, signal.SIGINT)
+        assert stop.wait(10)
+        raise Stopped("the run was stopped")
+
+    with pytest.raises(KeyboardInterrupt):
+        drain(app.ledger, "w", Drain(parallel=2), functools.partial(run_request, app.ledger, app.artifacts, until_told))
+    assert {request.status for request in app.ledger.requests()} == {Status.QUEUED}
+    assert sorted(request.attempt for request in app.ledger.requests()) == [0, 1, 1]
 
 
 def test_nothing_new_begins_after_the_end_of_a_window(app: App, ask: Callable[..., Request]) -> None:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def scenario(
             ledger.submit(line, behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
         started = time.monotonic()
         wanted = Drain(most=len(steps), model=line, coalesce=True)
-        result = drain(ledger, "measure", wanted, lambda request: run_request(ledger, store, execute, request))[0]
+        result = drain(ledger, "measure", wanted, partial(run_request, ledger, store, execute))[0]
         wall = round(time.monotonic() - started, 1)
         after = " ".join(str(step) for step in steps)
         if result.version is None or result.outcome is None:
