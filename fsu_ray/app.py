@@ -143,9 +143,13 @@ class App:
         return spec, classifier.to_bytes()
 
     @contextmanager
-    def on_ray(self, tell: Tell, cpus: int | None = None, parallel: int = 1) -> Iterator[Execute]:
+    def on_ray(
+        self, tell: Tell, cpus: int | None = None, parallel: int = 1, number: int | None = None
+    ) -> Iterator[Execute]:
         """An `execute` for the pipeline that runs on the cluster of RAY_ADDRESS, or on one of its own; `parallel` runs
-        share its CPUs."""
+        of `number` workers each (the settings' where it is None) share its CPUs. Raises UserError where it will never
+        have as many."""
+        size = number or self.settings.workers
         from fsu_ray.cluster import workers
 
         if "RAY_JOB_ID" not in os.environ:
@@ -153,9 +157,11 @@ class App:
         workers.connect(cpus)
 
         def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
-            return workers.execute(order, store, self.settings.runs, name, CHECKPOINT_STEPS, tell, stop, parallel)
+            runs = self.settings.runs
+            return workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop, parallel, size)
 
         try:
+            workers.resources(size, parallel)
             yield execute
         finally:
             workers.disconnect()
