@@ -15,6 +15,7 @@ from fsu_ray.cli.lineage import alias_app, lineage_app
 from fsu_ray.cli.models import model_app
 from fsu_ray.cli.requests import request_app
 from fsu_ray.cli.schedules import schedule_app, scheduler_app
+from fsu_ray.cli.search import search_app
 from fsu_ray.cli.shared import Cpus, Json, Workers, one_line, open_app
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.add_typer(alias_app, name="alias")
 app.add_typer(lineage_app)
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(scheduler_app)
+app.add_typer(search_app)
 
 
 @app.command(epilog="Example: fsu demo")

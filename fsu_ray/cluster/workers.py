@@ -129,14 +129,14 @@ def execute(
 
     use_gpu, each = resources(workers, parallel)
     stop = stop or threading.Event()
-    line: Any = ray.remote(num_cpus=0)(_Line).remote()
+    line: Any = ray.remote(num_cpus=0)(Line).remote()
 
     def hear(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
         if stage == "start" and use_gpu and not figures["cuda"]:
             log.warning("worker %d of %d was given a GPU that its torch cannot use: it works on the CPU", done, total)
         tell(stage, done, total, figures)
 
-    listener = _Listener(line, hear, stop)
+    listener = Listener(line, hear, stop)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"order": order, "store": store, "every": every, "line": line},
@@ -151,7 +151,7 @@ def execute(
     )
     try:
         with listener:
-            answer = _fit(trainer, stop).return_value
+            answer = in_thread(trainer.fit, stop).return_value
     except (TrainingFailedError, ControllerError) as error:
         raise RunFailed(f"run {name} broke: {_cause(error)}; see {runs}/{name}") from error
     finally:
@@ -165,25 +165,25 @@ def execute(
     return Outcome(**{**found, "also": tuple(Part(**part) for part in found["also"])})
 
 
-def _fit(trainer: Any, stop: threading.Event) -> Any:
-    """`trainer.fit()`, in a thread: in the main one, Ray would make the end of this process of an interrupt.
+def in_thread(fit: Callable[[], Any], stop: threading.Event, patience: float = STOP_SECONDS) -> Any:
+    """The result of `fit`, in a thread: in the main one, Ray would make the end of this process of an interrupt.
 
-    An interrupt tells the worker to stop instead, waits for that, and is raised then.
+    An interrupt tells the workers to stop instead, waits for that for `patience` seconds, and is raised then.
     """
     ended: Future[Any] = Future()
 
-    def fit() -> None:
+    def act() -> None:
         try:
-            ended.set_result(trainer.fit())
+            ended.set_result(fit())
         except BaseException as error:
             ended.set_exception(error)
 
-    threading.Thread(target=fit, daemon=True).start()
+    threading.Thread(target=act, daemon=True).start()
     try:
         return ended.result()
     except KeyboardInterrupt:
         stop.set()
-        wait([ended], timeout=STOP_SECONDS)
+        wait([ended], timeout=patience)
         raise
 
 
@@ -269,7 +269,7 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else type(first).__name__
 
 
-class _Line:
+class Line:
     """An actor between worker and driver: progress goes one way, the word to stop the other."""
 
     def __init__(self) -> None:
@@ -288,7 +288,7 @@ class _Line:
         return told
 
 
-class _Listener:
+class Listener:
     """Hands what workers say to a function of this process, and its word to stop to them, while the block runs."""
 
     def __init__(self, line: Any, tell: Tell, stop: threading.Event) -> None:
@@ -296,7 +296,7 @@ class _Listener:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
-    def __enter__(self) -> _Listener:
+    def __enter__(self) -> Listener:
         self._thread.start()
         return self
 

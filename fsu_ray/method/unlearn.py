@@ -132,7 +132,7 @@ def _relearn(context: Context, masking: Masking, masks: list[Mask]) -> str | Non
     child = copy.deepcopy(context.current)
     relearn(
         child,
-        *context.group.once(lambda: _training_set(context, masking, masks)),
+        *context.group.once(lambda: training_set(context, masking, masks)),
         context.recipe.relearn,
         lambda epoch, epochs, losses: context.tell("relearn", epoch, epochs, losses),
         context.group,
@@ -144,7 +144,7 @@ def _relearn(context: Context, masking: Masking, masks: list[Mask]) -> str | Non
     return None
 
 
-def _training_set(context: Context, masking: Masking, masks: list[Mask]) -> tuple[Tensor, Tensor, Tensor]:
+def training_set(context: Context, masking: Masking, masks: list[Mask]) -> tuple[Tensor, Tensor, Tensor]:
     """D_unlearn: pixels (N, C, H, W), soft labels (N, K), and which are of D' (N,): the others are the given samples.
 
     The given samples come in `repeats` times, and the few D_e-like samples of a subset that often again. The samples
