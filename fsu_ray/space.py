@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fsu_ray.config import parse_change
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Kind
@@ -109,7 +108,8 @@ def narrowed(space: Space, lines: tuple[str, ...]) -> Space:
     return found
 
 
-def _known(key: str, line: str) -> None:
+def _known(key: str, line: str) -> Any:
+    """The default of a recipe's value; raises InvalidConfig where it has no such value."""
     place: Any = Recipe().model_dump(mode="json")
     for name in key.split("."):
         place = place.get(name, ...) if isinstance(place, dict) else ...
@@ -117,6 +117,7 @@ def _known(key: str, line: str) -> None:
         raise InvalidConfig(
             f"--range {line}: a recipe has no value {key!r}; give KEY=LOW:HIGH or KEY=A,B with a key such as relearn.lr"
         )
+    return place
 
 
 def _line(key: str, text: str, before: Range | Choices | None) -> Range | Choices:
@@ -135,9 +136,6 @@ def _line(key: str, text: str, before: Range | Choices | None) -> Range | Choice
         raise InvalidConfig(f"--range {key}={text}: LOW and HIGH are numbers such as {key}=0.1:0.5") from None
     if not ends[0] <= ends[1] or not all(map(math.isfinite, ends)):
         raise InvalidConfig(f"--range {key}={text} is empty: LOW must not be above HIGH")
-    example: Any = parse_change(f"{key}={low}")
-    for name in key.split("."):
-        example = example[name]
     log = isinstance(before, Range) and before.log and ends[0] > 0
-    whole = before.whole if isinstance(before, Range) else isinstance(example, int) and float(high).is_integer()
+    whole = before.whole if isinstance(before, Range) else isinstance(_known(key, f"{key}={text}"), int)
     return Range(*ends, log=log, whole=whole)

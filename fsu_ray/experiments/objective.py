@@ -27,9 +27,10 @@ import torch
 from fsu_ray.errors import FsuError
 from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, train
 from fsu_ray.method import invert
-from fsu_ray.method.context import save_samples
+from fsu_ray.method.context import Saved, save_samples
 from fsu_ray.method.networks import Classifier
 from fsu_ray.method.objective import Objective, reference
+from fsu_ray.method.synthesize import starved_classes, synthesize
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
 from fsu_ray.space import INVERSION, SPACE, apply, draw
@@ -67,34 +68,28 @@ def measure(bench: Bench, scenario: str, seed: int, store: Artifacts, known: set
     behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
     root, samples = store.put(weights), store.put(save_samples(pixels))
     order = WorkOrder("objective", spec, root, root, behaviour, samples, Recipe())
-    objective, generators = None, {}
+    objective, made = None, {}
     classifier = Classifier.from_bytes(spec, weights).to(memory_format=torch.channels_last)
     for inverter, relearning, recipe in recipes(behaviour.kind, seed):
         if (inverter, relearning) in known:
             continue
         if objective is None:
             objective = Objective(order, store, device, reference(order, store, device, Recipe()))
-        if inverter not in generators:
-            generators[inverter] = invert.invert(classifier, recipe.invert, invert.begin(classifier, recipe.invert))
+        if inverter not in made:
+            generator = invert.invert(classifier, recipe.invert, invert.begin(classifier, recipe.invert))
+            made[inverter] = synthesize(classifier, generator, recipe.synthesize)
         started = time.monotonic()
-        parts = objective.score(recipe, generators[inverter])
+        dataset, drawn = made[inverter]
+        parts = objective.judge(recipe, dataset)
         seconds = time.monotonic() - started
-        made = unlearn(replace(order, recipe=recipe), store, device, saved=_saved(store, generators[inverter]))
-        child = store.get(made.weights) if made.weights else weights
+        starved = starved_classes(drawn["count"], recipe.synthesize)
+        done = Saved(use="trained", generator=root, dataset=store.put(dataset.to_bytes()), figures={"starved": starved})
+        outcome = unlearn(replace(order, recipe=recipe), store, device, saved=done)
+        child = store.get(outcome.weights) if outcome.weights else weights
         found = score(bench, spec, child, [] if crossed else [9], crossed)
         row = {"scenario": scenario, "seed": seed, "inverter": inverter, "relearning": relearning}
-        yield row | {**asdict(parts), "rejected": made.reason, **found, "truth": truth(found, crossed),
+        yield row | {**asdict(parts), "rejected": outcome.reason, **found, "truth": truth(found, crossed),
                      "seconds": round(seconds, 1), "recipe": recipe.model_dump(mode="json")}  # fmt: skip
-
-
-def _saved(store: Artifacts, generator: Any) -> Any:
-    """The state of a run whose inversion is done."""
-    from safetensors.torch import save
-
-    from fsu_ray.method.context import Saved
-
-    tensors = {name: t.detach().contiguous() for name, t in generator.state_dict().items()}
-    return Saved(use="trained", generator=store.put(save(tensors)))
 
 
 def main() -> int:

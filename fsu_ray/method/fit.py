@@ -47,9 +47,8 @@ def fit(
     """Train `classifier` in place with SGD and cross entropy on augmented samples.
 
     pixels (N, C, H, W) uint8; targets (N,) class numbers or (N, K) probabilities; as_they_are (N,) bool:
-    samples that are not augmented. With
-    `frozen_statistics` BatchNorm stays in eval mode, so its running statistics keep describing the
-    data they came from. Deterministic on the CPU for a seed and a number of threads.
+    samples that are not augmented. With `frozen_statistics` BatchNorm stays in eval mode, so its running statistics
+    keep describing the data they came from. Deterministic on the CPU for a seed and a number of threads.
 
     The ranks of `group` share every batch; they must be given the same, and BatchNorm must be frozen then. Raises
     InvalidConfig where a batch has fewer samples than there are ranks.
@@ -71,6 +70,7 @@ def fit(
         # where the input is channels_last, as in PreActResNet-18 of width 8.
         classifier.to(memory_format=torch.contiguous_format)
     pixels, targets = pixels.to(device), targets.to(device)
+    as_they_are = None if as_they_are is None else as_they_are.to(device)
     classifier.train(not schedule.frozen_statistics)
     assert group.size == 1 or schedule.frozen_statistics
     if n // batches < group.size:
@@ -84,12 +84,11 @@ def fit(
         for batch in torch.tensor_split(order, batches):  # even parts: BatchNorm cannot train on a batch of one
             moves = draw_moves(len(batch), rng)[group.share(len(batch))]
             index = batch[group.share(len(batch))]
-            for parameters in optimiser.param_groups:
-                parameters["lr"] = schedule.lr * _shape(step / total, schedule.one_cycle)
+            optimiser.param_groups[0]["lr"] = schedule.lr * _shape(step / total, schedule.one_cycle)
             plain = pixels[index].float() / 255
             view = moved(plain, moves, flip)
             if as_they_are is not None:
-                view = torch.where(as_they_are[index.cpu()].view(-1, 1, 1, 1).to(device), plain, view)
+                view = torch.where(as_they_are[index].view(-1, 1, 1, 1), plain, view)
             with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
                 logits = model(view)
             loss = F.cross_entropy(logits.float(), targets[index]) * group.weight(len(index), len(batch))

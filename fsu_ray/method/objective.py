@@ -100,11 +100,15 @@ class Objective:
         self._parent = [predict(context.current, pixels).argmax(1) for pixels in (self._rest, self._views)]
 
     def score(self, recipe: Recipe, generator: Generator, folds: int = FOLDS) -> Parts:
-        """What `recipe` is worth with `generator`: D' is drawn, and filtered and relearned once for each of `folds`."""
+        """What `recipe` is worth with `generator`, from which D' is drawn."""
+        return self.judge(recipe, synthesize(self.labeller, generator, recipe.synthesize)[0], folds)
+
+    def judge(self, recipe: Recipe, dataset: Synthetic, folds: int = FOLDS) -> Parts:
+        """What `recipe` is worth with D' `dataset`, which is filtered and relearned once for each of `folds`."""
         context = self._context(recipe)
-        dataset, drawn = synthesize(context.labeller, generator, recipe.synthesize)
-        counts = [drawn["count"][k] for k in range(context.classes) if k not in context.gone]
-        starved = [k for k in starved_classes(drawn["count"], recipe.synthesize) if k not in context.gone]
+        count = torch.bincount(dataset.predicted, minlength=context.classes).tolist()
+        counts = [count[k] for k in range(context.classes) if k not in context.gone]
+        starved = [k for k in starved_classes(count, recipe.synthesize) if k not in context.gone]
         if starved:
             return Parts(0.0, reason=f"starved classes {starved}")
         coverage = min(counts) / (sum(counts) / len(counts))

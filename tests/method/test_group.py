@@ -91,6 +91,7 @@ for arch, form in (("lenet5", "norm"), ("preactresnet18:2", "squared")):
 
 
 @pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.slow
 def test_an_inversion_is_the_same_for_any_number_of_ranks(found: Callable[..., list[Any]], size: int) -> None:
     """20 steps in float32: every loss within 1e-4 of one rank's at every step, eq. 5 and 6 and the generator's own
     BatchNorm over the whole batch, which does not divide evenly; the ranks end with one and the same generator."""
@@ -119,6 +120,7 @@ found = (made.to_bytes(), figures)
 """
 
 
+@pytest.mark.slow
 def test_a_data_set_is_the_same_for_any_number_of_ranks(found: Callable[..., list[Any]]) -> None:
     """Byte for byte, figures included, for the same generator; every rank has all of it."""
     (alone,) = found(SYNTHESIZE, 1)
@@ -138,6 +140,7 @@ found = ({name: value.clone() for name, value in classifier.state_dict().items()
 """
 
 
+@pytest.mark.slow
 def test_a_relearning_is_the_same_for_any_number_of_ranks(found: Callable[..., list[Any]]) -> None:
     """Weights and the loss of each epoch, up to rounding; batches that do not divide evenly."""
     ((weights, heard),) = found(FIT, 1)
@@ -168,6 +171,7 @@ for do, act in (
 """
 
 
+@pytest.mark.slow
 def test_what_one_rank_raises_is_raised_on_all(found: Callable[..., list[Any]]) -> None:
     """So that none waits for another; `once` runs on the first rank alone and hands its result to the others."""
     stop, mend = ("Stopped", "stop", True), ("UserError", "mend it", True)

@@ -1,0 +1,125 @@
+"""What the system costs on top of the method: a request through ledger and Ray against the same recipe in one process.
+
+    python -m fsu_ray.experiments.overhead [--runs 3] [--recipe digits] [--set KEY=VALUE]
+
+The request erases class 8 of a LeNet5 that has learned the digits. Each run is measured both ways, in turn: `plain` is
+`method.unlearn` called in this process; `system` is what `fsu run` does from connecting to Ray until it has left it,
+and is told apart into its parts. The first run of each warms up and is not shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fsu_ray.cluster import workers
+from fsu_ray.config import CHECKPOINT_STEPS, make_recipe, parse_change, sqlite_url
+from fsu_ray.method.context import save_samples
+from fsu_ray.method.datasets import draw, load
+from fsu_ray.method.fit import Schedule, fit
+from fsu_ray.method.networks import Classifier
+from fsu_ray.method.unlearn import unlearn
+from fsu_ray.pipeline import Drain, drain, prepare, run_request
+from fsu_ray.records import Behaviour, ModelSpec, Request
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.ledger import Ledger, open_ledger
+from fsu_ray.work import BlobStore, Outcome, WorkOrder
+
+PARTS = ("ray starts", "workers start", "method", "reports", "run ends", "ledger", "ray ends")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A ledger, its artifacts and the folder of Ray's checkpoints."""
+
+    ledger: Ledger
+    artifacts: Artifacts
+    runs: Path
+
+
+def plain(app: Place, request: Request) -> float:
+    """Seconds of the method alone, on the order of a request that waits."""
+    plan = prepare(app.ledger, request)
+    started = time.monotonic()
+    unlearn(plan.order, app.artifacts, torch.device("cpu"))
+    return time.monotonic() - started
+
+
+def system(app: Place) -> dict[str, float]:
+    """Seconds of all that `fsu run` does about what is queued, by parts; `whole` is their sum."""
+    marks: dict[str, float] = {"begun": time.monotonic()}
+    workers.connect()
+    marks["connected"] = time.monotonic()
+
+    def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
+        marks["sent"] = time.monotonic()
+
+        def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+            marks.setdefault("working" if stage == "start" else stage, time.monotonic())
+            marks["heard"] = time.monotonic()
+
+        runs = app.runs
+        try:
+            return workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop)
+        finally:
+            marks["back"] = time.monotonic()
+
+    wanted = Drain(most=1)
+    (result,) = drain(app.ledger, "overhead", wanted, partial(run_request, app.ledger, app.artifacts, execute))
+    marks["written"] = time.monotonic()
+    workers.disconnect()
+    marks["gone"] = time.monotonic()
+    assert result.outcome is not None
+    method = sum(result.outcome.seconds.values())
+    between = marks["sent"] - marks["connected"] + marks["written"] - marks["back"]
+    found = (
+        marks["connected"] - marks["begun"],
+        marks["working"] - marks["sent"],
+        method,
+        marks["heard"] - marks["working"] - method,
+        marks["back"] - marks["heard"],
+        between,
+        marks["gone"] - marks["written"],
+    )
+    return {**dict(zip(PARTS, found, strict=True)), "whole": marks["gone"] - marks["begun"]}
+
+
+def main() -> None:
+    """Print the parts, a line a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--set", action="append", default=[], dest="changes")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = open_ledger(sqlite_url(Path(folder) / "ledger.db"))
+        app = Place(ledger, Artifacts.open(f"{folder}/artifacts"), Path(folder) / "runs")
+        spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.3,), std=(0.37,))
+        images = load("digits", "train", spec.shape)
+        torch.manual_seed(0)
+        classifier = Classifier(spec)
+        fit(classifier, images.pixels, images.labels, Schedule(epochs=30, batch=64))
+        weights = app.artifacts.put(classifier.to_bytes())
+        samples = app.artifacts.put(save_samples(images.pixels[draw(images, [8], 8, 0)]))
+        recipe = make_recipe(options.recipe, [parse_change(text) for text in options.changes])
+        for number in range(options.runs + 1):
+            name = f"m{number}"
+            ledger.register_model(name, spec, weights, "digits")
+            behaviour = Behaviour(name="class-8", kind="class", targets=(8,))
+            request, _ = ledger.submit(name, behaviour, samples, 8, recipe)
+            alone, found = plain(app, request), system(app)
+            if number:
+                parts = ", ".join(f"{part} {found[part]:.1f}" for part in PARTS)
+                over = found["whole"] - alone
+                print(f"plain {alone:.1f} s, system {found['whole']:.1f} s: {over:.1f} s over it ({parts})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
