@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsu_ray.config import CHECKPOINT_STEPS, Settings, make_recipe, read_settings
+from fsu_ray.config import CHECKPOINT_STEPS, Settings, change_recipe, differences, make_recipe, read_settings
 from fsu_ray.errors import AlreadyExists, InvalidData, InvalidSamples, InvalidWeights, UserError
 from fsu_ray.pipeline import Drain, Execute, Result, draft_order, drain, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Generator, Model, ModelSpec, ModelVersion, Request, Terms
+from fsu_ray.records import Behaviour, Generator, Kind, Model, ModelSpec, ModelVersion, Request, Searched, Terms
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.registry import priors
@@ -26,6 +26,22 @@ from fsu_ray.upkeep import destroy
 from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
 
 Tell = Any  # (stage, done, total, figures) -> None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The recipe that a request is to have, and where it is from: a search of its model, else a preset.
+
+    `named` says whether somebody asked for it, by a preset's name or by changes, and `changed` whether by these.
+    `passed_over` are the keys of the [recipe] table of fsu.toml of which a searched recipe has values of its own.
+    """
+
+    recipe: Recipe
+    search: Searched | None
+    preset: str | None
+    named: bool
+    changed: bool
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,23 @@ class App:
     def recipe(self, preset: str = "default", changes: tuple[dict[str, Any], ...] = ()) -> Recipe:
         """The recipe `preset` under the [recipe] table of fsu.toml and `changes`."""
         return make_recipe(preset, [self.settings.recipe, *changes])
+
+    def recipe_for(
+        self, model: str, kind: Kind, preset: str | None = None, changes: tuple[dict[str, Any], ...] = ()
+    ) -> Chosen:
+        """The recipe of a request: `preset` where one is named, else what a search found for this kind of requests of
+        the model, else the preset `default`; `changes` lie on top of any.
+
+        The [recipe] table of fsu.toml lies on presets alone. A searched recipe is taken whole, as it was measured: what
+        the table said at the time of the search is in it already, and what it says since is passed over. Raises
+        NotFound, InvalidConfig for a preset or a value that is none, UserError for a kind that is none.
+        """
+        named, changed = preset is not None or bool(changes), bool(changes)
+        search = self.ledger.searched(model, kind) if preset is None else None
+        if search is None or search.recipe is None:
+            return Chosen(self.recipe(preset or "default", changes), None, preset or "default", named, changed)
+        recipe = change_recipe(search.recipe, changes)
+        return Chosen(recipe, search, None, named, changed, tuple(differences(recipe, self.settings.recipe)))
 
     def register(self, name: str, spec: ModelSpec, weights: bytes, test_set: str | None = None) -> Model:
         """Register a model line; the weights are tried on the architecture before anything is written."""
@@ -74,12 +107,18 @@ class App:
             )
 
     def submit(
-        self, name: str, behaviour: Behaviour, samples: str, recipe: Recipe, terms: Terms | None = None
+        self,
+        name: str,
+        behaviour: Behaviour,
+        samples: str,
+        recipe: Recipe | Chosen,
+        terms: Terms | None = None,
     ) -> tuple[Request, bool]:
         """Queue a request; returns it and whether it is new. Samples are read and checked first."""
         self.ledger.check_behaviour(name, behaviour)
         digest, number = self.keep_samples(name, samples)
-        return self.ledger.submit(name, behaviour, digest, number, recipe, terms)
+        chosen, named = (recipe.recipe, recipe.named) if isinstance(recipe, Chosen) else (recipe, True)
+        return self.ledger.submit(name, behaviour, digest, number, chosen, terms, named=named)
 
     def keep_samples(self, name: str, samples: str) -> tuple[str, int]:
         """Read target samples for model `name` and store them: their digest and number; raises InvalidSamples."""

@@ -128,7 +128,28 @@ def make_recipe(preset: str, changes: Iterable[dict[str, Any]] = ()) -> Recipe:
     """
     if preset not in PRESETS:
         raise InvalidConfig(f"no recipe {preset!r}: use {', '.join(PRESETS)}")
-    merged = PRESETS[preset]
+    return _laid_over(PRESETS[preset], changes)
+
+
+def change_recipe(recipe: Recipe, changes: Iterable[dict[str, Any]]) -> Recipe:
+    """`recipe` with `changes` laid over it in turn; raises as `make_recipe` does."""
+    return _laid_over(recipe.model_dump(mode="json"), changes)
+
+
+def differences(recipe: Recipe, other: dict[str, Any]) -> dict[str, Any]:
+    """The values of `other` (nested dictionaries) that are not those of `recipe`, by keys such as `invert.steps`."""
+    own = _flat(recipe.model_dump(mode="json"))
+    return {key: value for key, value in _flat(other).items() if own.get(key) != value}
+
+
+def _flat(nested: dict[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return flat
+
+
+def _laid_over(merged: dict[str, Any], changes: Iterable[dict[str, Any]]) -> Recipe:
     for change in changes:
         merged = _merge(merged, change)
     try:

@@ -259,6 +259,23 @@ class Erasure:
 
 
 @dataclass(frozen=True)
+class Searched:
+    """A recipe that a search found for the requests of one kind of a model, its score, and what the search measured.
+
+    One without a recipe, and without a score, says that a preset serves again.
+    """
+
+    id: str
+    model: str
+    kind: Kind
+    recipe: Recipe | None
+    score: float | None
+    evidence: Mapping[str, Any]
+    created_at: datetime
+    actor: str
+
+
+@dataclass(frozen=True)
 class Recheck:
     """An erasure's probes measured again on a version: `share` of `probes` in a target class, None without any."""
 

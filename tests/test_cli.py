@@ -167,7 +167,14 @@ def test_the_same_request_twice_is_one(registered: Fsu, home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["history", "x"], ["model", "show", "x"], ["request", "show", "x"], ["generator", "show", "x"]]
+    "words",
+    [
+        ["history", "x"],
+        ["model", "show", "x"],
+        ["request", "show", "x"],
+        ["generator", "show", "x"],
+        ["recipe", "show", "x"],
+    ],
 )
 def test_things_that_are_not_there(fsu: Fsu, words: list[str]) -> None:
     """Each is one line."""
@@ -193,6 +200,7 @@ def test_every_command_has_help_and_an_example(fsu: Fsu) -> None:
         "": ["demo", "run", "history", "erased", "recheck", "scheduler"],
         "model": ["register", "update", "list", "show", "policy"],
         "request": ["submit", "list", "show", "cancel", "approve", "deny"],
+        "recipe": ["list", "show", "reset"],
         "generator": ["list", "show", "retire", "seal", "tidy"],
         "alias": ["set", "list", "history"],
         "schedule": ["add", "list", "show", "pause", "resume", "remove"],

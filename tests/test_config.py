@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fsu_ray.config import PRESETS, make_recipe, parse_change, read_settings
+from fsu_ray.config import PRESETS, change_recipe, differences, make_recipe, parse_change, read_settings
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.recipes import Recipe
 
@@ -47,6 +47,22 @@ def test_changes_are_laid_over_in_turn():
     assert recipe.invert.weights.bn == 1.5
     assert recipe.invert.weights.entropy == Recipe().invert.weights.entropy
     assert repr(PRESETS) == before
+
+
+def test_a_recipe_can_be_changed_as_a_preset_can():
+    """The rest stays, nothing is a change of nothing, and what is wrong is named."""
+    recipe = make_recipe("deep")
+    changed = change_recipe(recipe, [{"invert": {"weights": {"bn": 1.5}}}, {"relearn": {"lr": 0.5}}])
+    assert (changed.invert.weights.bn, changed.relearn.lr, changed.invert.steps) == (1.5, 0.5, 1000)
+    assert change_recipe(recipe, []) == recipe
+    with pytest.raises(InvalidConfig, match=r"^recipe: invert\.stepz: "):
+        change_recipe(recipe, [{"invert": {"stepz": 3}}])
+
+
+def test_what_is_not_as_in_a_recipe_is_named_by_its_keys():
+    """Numbers are compared by value, lists whole."""
+    table = {"form": "paper", "invert": {"steps": 400.0, "weights": {"bn": 3}, "betas": [0.5, 0.999]}}
+    assert differences(Recipe(), table) == {"form": "paper", "invert.weights.bn": 3}
 
 
 @pytest.mark.parametrize(

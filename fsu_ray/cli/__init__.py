@@ -13,6 +13,7 @@ from fsu_ray.cli.audit import audit_app
 from fsu_ray.cli.generators import generator_app
 from fsu_ray.cli.lineage import alias_app, lineage_app
 from fsu_ray.cli.models import model_app
+from fsu_ray.cli.recipes import recipe_app
 from fsu_ray.cli.requests import request_app
 from fsu_ray.cli.schedules import schedule_app, scheduler_app
 from fsu_ray.cli.search import search_app
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(model_app, name="model")
 app.add_typer(request_app, name="request")
+app.add_typer(recipe_app, name="recipe")
 app.add_typer(generator_app, name="generator")
 app.add_typer(artifacts_app, name="artifacts")
 app.add_typer(audit_app, name="audit")

@@ -204,6 +204,8 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "recheck_failed": _rechecked,
     "alias_moved": _moved,
     "sealed": lambda row: f"generator {row['generator_id']} sealed as of version {row['version']}",
+    "recipe_found": lambda row: f"recipe of search {row['id']} for {row['kind']} requests, score {row['score']:.4g}",
+    "recipe_reset": lambda row: f"{row['kind']} requests take a preset again",
     "removed": lambda row: f"artifact {row['digest'][:12]} {row['reason']}",
     "schedule_added": lambda row: f"schedule {row['id']}: {row['cron']} in {row['timezone']}",
     "schedule_active": lambda row: f"schedule {row['schedule_id']} active",

@@ -97,6 +97,9 @@ def erased(reference: Reference, json: Json = False) -> None:
             "" if again is None else f"{_passed(again.passed)} on {again.version}, {console.when(again.created_at)}",
         ])  # fmt: skip
     columns = ["behaviour", "kind", "targets", "version", "request", "at", "samples %", "probes %", "now %", "re-check"]
+    if any(each.recipe_origin for each in gone):  # without one the table is wide enough
+        columns.append("recipe of")
+        rows = [[*row, each.recipe_origin] for row, each in zip(rows, gone, strict=True)]
     count = f"{len(gone)} behaviour{'' if len(gone) == 1 else 's'} gone"
     print_rows(f"{model.name}, version {version.number}: {count}", columns, rows)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fsu_ray import console
+from fsu_ray.cli.recipes import origin_words, print_passed_over, recipe_from, recipe_words
 from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line, open_app
 from fsu_ray.errors import InvalidBehaviour, UserError
 from fsu_ray.records import Behaviour, Status, Terms
@@ -28,7 +29,9 @@ def request_submit(
         str, typer.Option(help="A folder of images, an image or a Parquet file: 5-10 are enough for a class.")
     ],
     kind: Annotated[str, typer.Option(help="class: whole classes; subset: some samples wrongly given them.")] = "class",
-    recipe: Annotated[str, typer.Option(help="default, digits, deep or paper.")] = "default",
+    recipe: Annotated[
+        str | None, typer.Option(help="default, digits, deep or paper; without: what a search found, else default.")
+    ] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="A recipe's value, e.g. invert.steps=300.")] = None,
     key: Annotated[str | None, typer.Option(help="Idempotency key: submissions with one key are one request.")] = None,
     priority: Annotated[int, typer.Option(help="Higher is earlier.")] = 0,
@@ -55,11 +58,16 @@ def request_submit(
         first = error.errors()[0]
         raise UserError(f"{'.'.join(str(p) for p in first['loc']) or '--due'}: {first['msg']}") from None
     opened = open_app()
-    made = opened.recipe(recipe, tuple(parse_change(text) for text in change or ()))
-    request, new = opened.submit(model, wanted, samples, made, terms)
+    chosen = opened.recipe_for(model, wanted.kind, recipe, tuple(parse_change(text) for text in change or ()))
+    request, new = opened.submit(model, wanted, samples, chosen, terms)
+    if new:
+        print_passed_over(chosen)
     if json:
-        console.print_json({"request": request, "new": new})
-    elif new and request.status is Status.AWAITING_APPROVAL:
+        console.print_json({"request": request, "new": new, "recipe_from": recipe_from(chosen) if new else None})
+        return
+    if new:
+        console.out.print(f"recipe: {recipe_words(chosen)}", markup=False)
+    if new and request.status is Status.AWAITING_APPROVAL:
         console.out.print(
             f"{request.id} awaits approval: {request.sample_count} samples; `fsu request approve {request.id} --by ID`"
         )
@@ -116,9 +124,10 @@ def request_show(request: str, json: Json = False) -> None:
     """One request with its steps and its report; the beginning of its id is enough."""
     ledger = open_app().ledger
     found = ledger.request(request)
-    events = ledger.events(found.id)
+    events, origin = ledger.events(found.id), ledger.origin(found)
     if json:
-        console.print_json({**console.plain(found), "events": events})
+        of_recipe = {"recipe_digest": found.recipe.digest, "recipe_origin": None if origin is None else origin.id}
+        console.print_json({**console.plain(found), **of_recipe, "events": events})
         return
     behaviour = found.behaviour
     console.out.print(
@@ -126,6 +135,7 @@ def request_show(request: str, json: Json = False) -> None:
     )
     version = f", version {found.version}" if found.version is not None else ""
     console.out.print(f"{found.status}{version}, attempt {found.attempt}, {found.sample_count} samples")
+    console.out.print(f"recipe {found.recipe.digest[:12]}: {origin_words(origin)}")
     if found.reason:
         console.out.print(f"reason: {found.reason}")
     if found.lead:

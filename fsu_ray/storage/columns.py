@@ -79,9 +79,9 @@ def of_version(column: str) -> sa.ForeignKeyConstraint:
     return sa.ForeignKeyConstraint(["model_id", column], ["model_versions.model_id", "model_versions.number"])
 
 
-def digest(name: str) -> sa.Column[Any]:
-    """The SHA-256 of an artifact, in hex."""
-    return sa.Column(name, sa.String(64), nullable=False)
+def digest(name: str, *, nullable: bool = False) -> sa.Column[Any]:
+    """The SHA-256 of an artifact or a recipe, in hex."""
+    return sa.Column(name, sa.String(64), nullable=nullable)
 
 
 def json(name: str, *, nullable: bool = False) -> sa.Column[Any]:

@@ -22,12 +22,15 @@ from fsu_ray.storage.schema import (
     request_events,
     requests,
     seals,
+    searches,
 )
 
 # What happens at one moment, in the order in which one leads to the other.
 _ORDER = (
     "registered",
     "policy_set",
+    "recipe_found",
+    "recipe_reset",
     "version_added",
     "submitted",
     "approved",
@@ -55,6 +58,7 @@ def history(connection: sa.Connection, model: Model) -> list[Event]:
     sources = (
         _of_versions,
         _of_policies,
+        _of_searches,
         _of_requests,
         _of_decisions,
         _of_generators,
@@ -92,6 +96,18 @@ def _of_versions(connection: sa.Connection, model: Model) -> list[Event]:
 def _of_policies(connection: sa.Connection, model: Model) -> list[Event]:
     found = connection.execute(sa.select(model_policies).where(model_policies.c.model_id == model.id))
     return [_event(row.created_at, "policy_set", None, None, **row.policy, by=row.actor) for row in found]
+
+
+def _of_searches(connection: sa.Connection, model: Model) -> list[Event]:
+    found = connection.execute(sa.select(searches).where(searches.c.model_id == model.id))
+    return [
+        _event(row.created_at, "recipe_reset", None, None, kind=row.kind, by=row.actor)
+        if row.recipe is None
+        else _event(
+            row.created_at, "recipe_found", None, None, search=row.id, kind=row.kind, score=row.score, by=row.actor
+        )
+        for row in found
+    ]
 
 
 def _of_requests(connection: sa.Connection, model: Model) -> list[Event]:
@@ -157,14 +173,18 @@ def _of_generators(connection: sa.Connection, model: Model) -> list[Event]:
 
 def _of_erasures(connection: sa.Connection, model: Model) -> list[Event]:
     of_run = (erasures.c.version, erasures.c.request_id, erasures.c.created_at)
-    query = sa.select(*of_run, erasures.c.generator_id, erasures.c.generator_use, *_columns(erasures))
+    used = (erasures.c.generator_id, erasures.c.generator_use, rows.ORIGIN)
+    query = sa.select(*of_run, *used, *_columns(erasures))
     events = []
     ordered = query.where(erasures.c.model_id == model.id).order_by(erasures.c.version, erasures.c.request_id)
     for row in connection.execute(ordered).mappings():
         when, of = row["created_at"], (row["version"], row["request_id"])
         if row["generator_use"] == "reused":
             events.append(_event(when, "generator_reused", *of, generator=row["generator_id"]))
-        events.append(_event(when, "erased", *of, **_asked(row)))
+        detail = _asked(row)
+        if row["recipe_origin"] is not None:
+            detail["recipe_origin"] = row["recipe_origin"]
+        events.append(_event(when, "erased", *of, **detail))
     return events
 
 

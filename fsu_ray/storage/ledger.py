@@ -13,12 +13,13 @@ from typing import Any
 
 from fsu_ray.errors import TransitionRefused
 from fsu_ray.records import ModelVersion, Request, Status
-from fsu_ray.storage import claims, results, rows
+from fsu_ray.storage import claims, results, rows, searches
 from fsu_ray.storage import history as events
 from fsu_ray.storage.database import Database
 from fsu_ray.storage.inverters import Inverters
 from fsu_ray.storage.lineage import Lineage
 from fsu_ray.storage.queueing import Queue
+from fsu_ray.storage.searches import Searches
 from fsu_ray.storage.windows import Windows
 from fsu_ray.work import Outcome
 
@@ -31,7 +32,7 @@ def open_ledger(url: str) -> Ledger:
     return Ledger(Database.open(url))
 
 
-class Ledger(Lineage, Queue, Inverters, Windows):
+class Ledger(Lineage, Queue, Inverters, Searches, Windows):
     """The system of record. `open_ledger` makes it; it may be shared by threads, not by processes."""
 
     def __enter__(self) -> Ledger:
@@ -73,13 +74,14 @@ class Ledger(Lineage, Queue, Inverters, Windows):
         """
         if outcome.reason is not None or outcome.weights is None or outcome.mask is None or outcome.probes is None:
             raise ValueError(f"request {request.id}: an outcome without a result cannot become a version")
-        ended = results.Ended.of(request, outcome, generator_id, warm_started_from)
         with self._database.writing(f"request {request.id}") as connection:
             moment, worker = rows.now(), str(request.worker)
             model = rows.fetch_model(connection, request.model)
             along = {each.id: each for each in claims.followers(connection, request)}
             if set(along) != {part.request for part in outcome.also}:
                 raise claims.lost(request)
+            origins = searches.origins(connection, (request, *along.values()))
+            ended = results.Ended.of(request, outcome, generator_id, warm_started_from, origins)
             done = {"version": base.number + 1, "reason": None}
             claims.step_claimed(connection, request, Status.SUCCEEDED, worker, moment, report=ended.report, **done)
             for part in outcome.also:
@@ -120,8 +122,9 @@ class Ledger(Lineage, Queue, Inverters, Windows):
         if outcome is None or base is None:
             with self._database.stepping(f"request {request.id}") as connection:
                 return claims.step_claimed(connection, request, Status.REJECTED, worker, moment, reason=reason)
-        ended = results.Ended.of(request, outcome, generator_id, warm_started_from)
         with self._database.writing(f"request {request.id}") as connection:
+            origins = searches.origins(connection, (request,))
+            ended = results.Ended.of(request, outcome, generator_id, warm_started_from, origins)
             rejected = claims.step_claimed(
                 connection, request, Status.REJECTED, worker, moment, reason=reason, report=ended.report
             )
@@ -137,9 +140,10 @@ class Ledger(Lineage, Queue, Inverters, Windows):
         - `registered` (weights, arch) and `version_added` (weights): a version from outside;
         - `submitted` (behaviour, kind, targets, sample_count);
         - `generator_trained`, `generator_warm_started` (generator; from), `generator_reused` (generator);
-        - `erased` (behaviour, kind, targets), with its version;
+        - `erased` (behaviour, kind, targets; recipe_origin where a search found its recipe), with its version;
         - `rejected`, `failed`, `cancelled` (behaviour, reason);
         - `policy_set` (the policy's fields, by);
+        - `recipe_found` (search, kind, score, by), `recipe_reset` (kind, by);
         - `approved`, `denied` (behaviour, by): a denied request has no `rejected` besides;
         - `rechecked` (erasures, failed, by): one for all measured at once, with their version; `recheck_failed`
           (behaviour, share, probes), one for each erasure that has come back;

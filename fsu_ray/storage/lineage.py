@@ -43,7 +43,8 @@ class Measured:
 @dataclass(frozen=True)
 class Gone:
     """An erasure in short, with its measures: the shares of target samples and of probes still in a target class as
-    they were at the erasure, None where there was nothing to measure on, and the latest re-check on any version."""
+    they were at the erasure, None where there was nothing to measure on, and the latest re-check on any version.
+    `recipe_origin` is the search that found its recipe, None where none did."""
 
     erasure: str
     version: int
@@ -53,6 +54,7 @@ class Gone:
     samples_in_target: float | None
     probes_in_target: float | None
     recheck: Recheck | None
+    recipe_origin: str | None
 
 
 class Lineage(Part):
@@ -300,6 +302,7 @@ def _to_gone(row: sa.RowMapping) -> Gone:
         samples_in_target=row["samples_in_target"],
         probes_in_target=row["probes_in_target"],
         recheck=again,
+        recipe_origin=row["recipe_origin"],
     )
 
 

@@ -41,12 +41,16 @@ class Queue(Part):
         sample_count: int,
         recipe: Recipe,
         terms: Terms | None = None,
+        *,
+        named: bool = True,
     ) -> tuple[Request, bool]:
         """Ask for a behaviour to be erased: the request, and whether it is new.
 
         `samples` is the digest of the target samples. A submission that repeats another one (the key in
         `terms`, or without one the same behaviour and samples while it lives) gets that request as it is,
         with its own recipe, and False. A new one is queued, or waits for approval where the policy says so.
+        `named` says whether somebody asked for this recipe: one that is merely in force now tells no two submissions
+        with one key apart.
 
         Raises NotFound, InvalidBehaviour (targets that cannot be erased), AlreadyErased (the name, or all classes
         of a class behaviour, by an erasure of the latest version's line), AlreadyExists (the key stands for
@@ -56,7 +60,7 @@ class Queue(Part):
         with self._database.writing(f"behaviour {behaviour.name!r} of {model!r}") as connection:
             line = rows.fetch_model(connection, model)
             submissions.check_targets(behaviour, line)
-            found = submissions.twin(connection, line, behaviour, samples, recipe, terms.key)
+            found = submissions.twin(connection, line, behaviour, samples, recipe if named else None, terms.key)
             if found is not None:
                 return found, False
             submissions.check_line(connection, behaviour, line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -23,10 +24,19 @@ class Ended:
     outcome: Outcome
     generator: str
     warm_started_from: str | None
+    origins: Mapping[str, str | None]
 
     @classmethod
-    def of(cls, request: Request, outcome: Outcome, reused: str | None, warm_started_from: str | None) -> Ended:
+    def of(
+        cls,
+        request: Request,
+        outcome: Outcome,
+        reused: str | None,
+        warm_started_from: str | None,
+        origins: Mapping[str, str | None],
+    ) -> Ended:
         """`reused` and `warm_started_from` are ids of generators; the outcome's `generator_use` says which one counts.
+        `origins` are the searches that found the recipe, by the ids of the run's requests.
 
         Raises ValueError where that one is missing.
         """
@@ -35,8 +45,8 @@ class Ended:
         if named is None:
             raise ValueError(f"request {request.id}: the run {use} a generator, but its id is not given")
         if use == "warm_started":
-            return cls(request, outcome, rows.new_id("g"), named)
-        return cls(request, outcome, named, None)
+            return cls(request, outcome, rows.new_id("g"), named, origins)
+        return cls(request, outcome, named, None, origins)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -47,8 +57,9 @@ class Ended:
         """The outcome's report, or that of a part of it, as the ledger keeps it.
 
         Beside what `outcome.report` says: `generator` (`id`, `use`, `refused`: why the one that was offered
-        was not reused, `figures`: as measured in this run), `seconds`, the time of each stage, and `resumed`:
-        where the run went on from a checkpoint; of a coalesced run also `coalesced`: all of its requests.
+        was not reused, `figures`: as measured in this run), `recipe` (its `digest`, and its `origin`: the search that
+        had found it when the request was submitted, None without one), `seconds`, the time of each stage, and
+        `resumed`: where the run went on from a checkpoint; of a coalesced run also `coalesced`: all of its requests.
         """
         generator = {
             "id": self.generator,
@@ -56,11 +67,13 @@ class Ended:
             "refused": list(self.outcome.refused),
             "figures": dict(self.outcome.figures),
         }
+        asked = self.request.id if part is None else part.request
+        recipe = {"digest": self.request.recipe.digest, "origin": self.origins[asked]}  # a run has one recipe
         run: dict[str, Any] = {"seconds": dict(self.outcome.seconds), "resumed": list(self.outcome.resumed)}
         if self.outcome.also:
             run["coalesced"] = [self.request.id, *(each.request for each in self.outcome.also)]
         own = self.outcome.report if part is None else part.report
-        return {**own, "generator": generator, **run}
+        return {**own, "generator": generator, "recipe": recipe, **run}
 
     def keep_generator(self, connection: sa.Connection, model: Model, root: int, moment: datetime) -> None:
         """Insert the generator, unless it is one that the ledger has already."""

@@ -333,9 +333,12 @@ def latest_rechecks(model: Model, version: int | None = None) -> sa.Select[Any]:
     return sa.select(rechecks).select_from(pairs).where(erasures.c.model_id == model.id)
 
 
+ORIGIN = erasures.c.report[("recipe", "origin")].as_string().label("recipe_origin")  # a search, see `results`
+
+
 def measured(model: Model, number: int) -> sa.Select[Any]:
-    """What is gone as of a version, oldest first: of each erasure's report two figures only, and its latest re-check,
-    whose columns are named `recheck_...`."""
+    """What is gone as of a version, oldest first: of each erasure's report two figures and the recipe's origin only,
+    and its latest re-check, whose columns are named `recheck_...`."""
     figures = [
         erasures.c.report[("forgetting", name)].as_float().label(name)
         for name in ("samples_in_target", "probes_in_target")
@@ -343,5 +346,5 @@ def measured(model: Model, number: int) -> sa.Select[Any]:
     small = [column for column in erasures.c if column.name not in ("report", "samples", "mask", "probes", "model_id")]
     again = [column.label(f"recheck_{column.name}") for column in rechecks.c]
     pairs = erasures.outerjoin(rechecks, rechecks.c.id == newest_recheck())
-    query = sa.select(*small, *figures, *again).select_from(pairs).where(in_force(model, number))
+    query = sa.select(*small, *figures, ORIGIN, *again).select_from(pairs).where(in_force(model, number))
     return query.order_by(erasures.c.version, erasures.c.request_id)

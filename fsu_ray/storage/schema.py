@@ -24,7 +24,7 @@ from fsu_ray.storage.columns import (
     unique_where,
 )
 
-REVISION = "0003"
+REVISION = "0004"
 """The revision in `migrations` that `metadata` describes."""
 
 VERSION_TABLE = "fsu_revision"
@@ -295,6 +295,22 @@ schedule_windows = table(
     moment("finished_at", nullable=True),
     sa.Column("requests", sa.Integer, nullable=False, server_default="0"),
     sa.CheckConstraint("(lease_until IS NULL) = (finished_at IS NOT NULL)", name="lease"),
+)
+
+searches = table(  # a row without a recipe says that presets serve again
+    "searches",
+    key(),
+    of("model_id", "models.id"),
+    sa.Column("kind", sa.String(10), nullable=False),
+    json("recipe", nullable=True),
+    digest("recipe_digest", nullable=True),
+    sa.Column("score", sa.Float),
+    json("evidence"),
+    *made(),
+    sa.CheckConstraint(among("kind", ("class", "subset")), name="kind"),
+    sa.CheckConstraint("(recipe IS NULL) = (recipe_digest IS NULL)", name="recipe_digest"),
+    sa.CheckConstraint("(recipe IS NULL) = (score IS NULL)", name="score"),
+    sa.Index("ix_searches_model_id_kind_created_at", "model_id", "kind", "created_at"),
 )
 
 audit_events = table(

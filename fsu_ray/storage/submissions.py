@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from fsu_ray.errors import AlreadyErased, AlreadyExists, InvalidBehaviour
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Model, Request, Status, Terms
-from fsu_ray.storage import chain, rows
+from fsu_ray.storage import chain, rows, searches
 from fsu_ray.storage.claims import step_waiting
 from fsu_ray.storage.schema import LIVE, TERMS, requests
 
@@ -20,9 +20,9 @@ def derived_key(behaviour: Behaviour, samples: str) -> str:
 
 
 def twin(
-    connection: sa.Connection, model: Model, behaviour: Behaviour, samples: str, recipe: Recipe, key: str | None
+    connection: sa.Connection, model: Model, behaviour: Behaviour, samples: str, recipe: Recipe | None, key: str | None
 ) -> Request | None:
-    """The request that this submission repeats, if there is one.
+    """The request that this submission repeats, if there is one; with whatever recipe where `recipe` is None.
 
     A key that was given stands for its request for ever, a derived one until the request has ended. Raises
     AlreadyExists where a given key stands for something else.
@@ -37,7 +37,8 @@ def twin(
     if row is None:
         return None
     found = rows.to_request(row)
-    if key is not None and (found.behaviour, found.samples, found.recipe) != (behaviour, samples, recipe):
+    wanted = (behaviour, samples, recipe or found.recipe)
+    if key is not None and (found.behaviour, found.samples, found.recipe) != wanted:
         raise AlreadyExists(
             f"the idempotency key {key!r} of {model.name!r} stands for request {found.id}, which asks for something "
             "else; give a key of its own"
@@ -92,7 +93,7 @@ def insert(
     approval: bool,
 ) -> Request:
     """Write a request as submitted and queue it, or have it wait for approval: two steps of `records.TRANSITIONS`."""
-    moment = rows.now()
+    moment = rows.now_after(searches.newest(connection, model, behaviour.kind))
     values = {
         "id": rows.new_id("r"),
         "model_id": model.id,

@@ -122,6 +122,7 @@ _KEYS = {
     schema.removals: "id = NEW.id",
     schema.schedules: "id = NEW.id",
     schema.schedule_events: "id = NEW.id",
+    schema.searches: "id = NEW.id",
     schema.audit_events: "seq = NEW.seq OR previous = NEW.previous OR hash = NEW.hash",
 }
 HISTORY = tuple(table.name for table in _KEYS)

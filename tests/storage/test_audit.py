@@ -137,9 +137,11 @@ def fill(ledger: Ledger) -> None:
     ledger.deny(submit(ledger, "eight", 8, requested_by="u-17").id, "u-18")
     ledger.set_policy(name, Policy(generators="max-age", generator_days=30.0), "admin-1")
     trained = ledger.generators(name)[0]
+    ledger.keep_recipe(name, "class", Recipe(), 0.9, {"trials": 24, "parts": [{"part": "coverage"}]}, "u-24")
     submit(ledger, "four", 4)
     second = claim(ledger)
     ledger.commit(second, outcome(second, "reused"), ledger.version(name), generator_id=trained.id)
+    ledger.reset_recipe(name, "class", "u-24")
     submit(ledger, "some", 2, 3, kind="subset")
     third = claim(ledger)
     ledger.commit(third, outcome(third, "warm_started"), ledger.version(name), warm_started_from=trained.id)
@@ -208,6 +210,7 @@ CHANGES = {
     "generator_retirements": ("reason = 'age'", "reason"),
     "seals": ("dataset = 'x'", "dataset"),
     "removals": ("digest = 'x'", "digest"),
+    "searches": ("score = score + 1e-9", "score"),
     "schedules": ("minutes = NULL", "minutes"),
     "schedule_events": ("state = 'active', actor = 'somebody'", "state|actor"),
     "schedule_windows": ("missed = missed + 1", "missed"),
@@ -508,12 +511,13 @@ NAMES = {  # what is called the same is the same in every table
 GRAMMAR = {  # of every column that holds text; for JSON, of every text in it
     "models.name": WORD, "models.spec": WORD, "models.test_set": "digits", "model_policies.policy": WORD,
     "requests.recipe": WORD, "requests.idempotency_key": rf"{DIGEST}|{WORD}", "requests.status": STATUS,
-    "requests.reason": REASON, "requests.report": rf"{ID}|{WORD}",
+    "requests.reason": REASON, "requests.report": rf"{ID}|{WORD}|{DIGEST}",
     "request_events.old": STATUS, "request_events.new": STATUS, "request_events.reason": REASON,
     "generators.spec": WORD, "generators.origin": "trained|warm_started", "generators.figures": WORD,
-    "erasures.report": rf"{ID}|{WORD}", "aliases_history.alias": WORD, "aliases_history.reason": r"OPS-\d+",
+    "erasures.report": rf"{ID}|{WORD}|{DIGEST}", "aliases_history.alias": WORD, "aliases_history.reason": r"OPS-\d+",
     "generator_retirements.reason": "operator|erasure|age|seal",
     "removals.reason": "purged|retired|sealed|unreferenced",
+    "searches.kind": "class|subset", "searches.recipe": WORD, "searches.evidence": WORD,
     "schedules.cron": r"[0-9*/, -]+", "schedules.timezone": "[A-Z][a-z]+/[A-Z][a-z]+",
     "schedule_events.state": "active|paused|removed", "audit_events.event": WORD, "audit_events.model": WORD,
     "audit_events.request": ID, "audit_events.previous": DIGEST, "audit_events.hash": DIGEST,

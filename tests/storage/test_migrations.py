@@ -1,4 +1,4 @@
-"""A ledger of the first revision, with all that could be in it, goes on as one of the latest."""
+"""A ledger of an earlier revision, with all that could be in it, goes on as one of the latest."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import sqlalchemy as sa
 from alembic import command
 
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec, Status
+from fsu_ray.records import Behaviour, ModelSpec, Policy, Status
 from fsu_ray.storage import audit, engines
-from fsu_ray.storage.database import migrations
-from fsu_ray.storage.ledger import open_ledger
+from fsu_ray.storage.database import Database, migrations
+from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.work import Outcome
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
@@ -152,6 +152,72 @@ def test_what_was_adopted_cannot_change_unnoticed(first: str, raw: Any) -> None:
         raw.execute("UPDATE erasures SET report = '{}'")
         (said,) = audit.verify(ledger).findings
         assert said.startswith("erasures e-1: column report is not what event ")
+
+
+THEN = (
+    "audit_events", "erasures", "generators", "model_policies", "model_versions", "models", "request_events", "requests"
+)  # fmt: skip
+
+
+@pytest.fixture
+def third(first: str) -> str:
+    """That ledger as revision 0003 had it: what was adopted, and steps that its own chain recorded."""
+    connected = engines.connect(first)
+    with connected.writer.begin() as connection:
+        config = migrations()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0003")
+    with Ledger(Database(connected)) as ledger:  # which nothing has brought up to date
+        ledger.set_policy("digits", Policy(samples_days=30.0))
+        taken = ledger.claim("w1", 60.0)
+        assert taken is not None
+        ledger.fail(taken, "RuntimeError: broke")
+        assert ledger.claim("w1", -1.0) is not None
+    return first
+
+
+def every_row(url: str) -> dict[str, Any]:
+    """The rows of every table that revision 0003 had."""
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        found = {name: connection.exec_driver_sql(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall() for name in THEN}
+    engine.dispose()
+    return found
+
+
+def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str) -> None:
+    """An auditor's noted head is still in it: nothing is adopted, the chain goes on."""
+    before = every_row(third)
+    assert all(before.values())
+    with open_ledger(third) as ledger:
+        assert every_row(third) == before
+        events = audit.log(ledger)
+        found = audit.verify(ledger, None, audit.Head(events[-1].seq, events[-1].hash))
+        assert (found.findings, found.waiting, found.events) == ((), 0, len(before["audit_events"]))
+        assert ledger.searches("digits") == []
+        assert [each.recipe_origin for each in ledger.gone("digits")] == [None]
+        assert "recipe_origin" not in next(e for e in ledger.history("digits") if e["event"] == "erased")["detail"]
+
+
+def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) -> None:
+    """Though a search finds its very recipe before it has ended; what comes after has."""
+    with open_ledger(third) as ledger:
+        kept = ledger.keep_recipe("digits", "class", Recipe(), 0.9, {})
+        behaviour = Behaviour(name="seven", kind="class", targets=(7,))
+        ledger.submit("digits", behaviour, digest("s"), 8, Recipe())
+        for number in (3, 4):
+            claimed = ledger.claim("w1", 60.0, "digits")
+            assert claimed is not None
+            outcome = Outcome(
+                reason=None, generator_use="reused", generator_weights=digest("g"), dataset=digest("d"), figures={},
+                refused=(), weights=digest(f"w{number}"), mask=digest("m"), probes=digest("p"), report=REPORT,
+                seconds={},
+            )  # fmt: skip
+            ledger.commit(claimed, outcome, ledger.version("digits"), generator_id="g-1")
+        gone = [(each.behaviour.name, each.recipe_origin) for each in ledger.gone("digits")]
+        assert gone == [("class 1", None), ("class 5", None), ("seven", kept.id)]
+        found = audit.verify(ledger)
+        assert (found.findings, found.waiting) == ((), 0)
 
 
 def test_an_empty_ledger_of_the_first_revision_has_an_empty_chain(url: str) -> None:

@@ -53,6 +53,7 @@ class TestResults:
                 "refused": ["agreement 0.9 < 0.95"],
                 "figures": outcome.figures,
             },
+            "recipe": {"digest": request.recipe.digest, "origin": None},
             "seconds": {"invert": 60.0},
             "resumed": [],
         }
