@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from fsu_ray.method import invert
 from fsu_ray.method.group import Group
@@ -45,7 +45,7 @@ def timed(rank: int, size: int, threads: int, folder: str, arch: str, recipe: di
         taken.append(time.perf_counter())
         return honest(*words)
 
-    invert.losses = counted
+    invert.losses = counted  # type: ignore[assignment]
     invert.invert(classifier, asked, run, group=Group.current())
     steps = [after - before for before, after in zip(taken[WARM:], taken[WARM + 1 :], strict=False)]
     torch.save(steps, Path(folder) / f"steps-{rank}")
@@ -56,7 +56,7 @@ def timed(rank: int, size: int, threads: int, folder: str, arch: str, recipe: di
 def median_step(size: int, threads: int, arch: str, recipe: dict[str, Any]) -> float:
     """The median seconds of a step of a group of `size`."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(timed, (size, threads, folder, arch, recipe), nprocs=size)  # type: ignore[no-untyped-call]
+        spawn(timed, (size, threads, folder, arch, recipe), nprocs=size)  # type: ignore[no-untyped-call]
         return float(statistics.median(torch.load(Path(folder) / "steps-0")))
 
 

@@ -41,17 +41,22 @@ from fsu_ray.work import BlobStore, WorkOrder
 ENOUGH = 0.5
 """Coverage from which more of it counts no more."""
 
-FOLDS = 2
+FEWEST, MOST_FOLDS = 12, 3
+"""Folds are made until that many target samples have been held out, or there are that many of them."""
+
 APART = 7_919
 """Added to a seed: the reference shares no draw with a recipe under search."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a recipe was found to be worth; all in [0, 1]. `reason`: why it is worth nothing."""
+    """What a recipe was found to be worth; all in [0, 1]. `samples` and `probes`: the two sides of forgetting.
+    `reason`: why it is worth nothing."""
 
     score: float
     forgetting: float = 0.0
+    samples: float = 0.0
+    probes: float = 0.0
     retention: float = 0.0
     stability: float = 0.0
     coverage: float = 0.0
@@ -99,12 +104,12 @@ class Objective:
         self._views = (self._views * 255).round().byte()
         self._parent = [predict(context.current, pixels).argmax(1) for pixels in (self._rest, self._views)]
 
-    def score(self, recipe: Recipe, generator: Generator, folds: int = FOLDS) -> Parts:
+    def score(self, recipe: Recipe, generator: Generator) -> Parts:
         """What `recipe` is worth with `generator`, from which D' is drawn."""
-        return self.judge(recipe, synthesize(self.labeller, generator, recipe.synthesize)[0], folds)
+        return self.judge(recipe, synthesize(self.labeller, generator, recipe.synthesize)[0])
 
-    def judge(self, recipe: Recipe, dataset: Synthetic, folds: int = FOLDS) -> Parts:
-        """What `recipe` is worth with D' `dataset`, which is filtered and relearned once for each of `folds`."""
+    def judge(self, recipe: Recipe, dataset: Synthetic) -> Parts:
+        """What `recipe` is worth with D' `dataset`, which is filtered and relearned once for each fold."""
         context = self._context(recipe)
         count = torch.bincount(dataset.predicted, minlength=context.classes).tolist()
         counts = [count[k] for k in range(context.classes) if k not in context.gone]
@@ -112,39 +117,38 @@ class Objective:
         if starved:
             return Parts(0.0, reason=f"starved classes {starved}")
         coverage = min(counts) / (sum(counts) / len(counts))
-        found: list[tuple[float, float, float]] = []
-        for held_out in self._folds(folds, recipe.relearn.seed):
+        found: list[tuple[float, ...]] = []
+        for held_out in self._folds(recipe):
             context.given = (Given(self._order.asked[0], self._samples, held_out),)
             masking = Masking(context, dataset, "")
             mask = masking.select(recipe.filter, self._order.behaviour, context.given[0].shown)
             if not bool(mask.like.any()):
                 return Parts(0.0, coverage=coverage, reason="nothing found")
             found.append(self._measure(context, self._relearned(context, masking, mask), held_out))
-        forgetting, retention, stability = (sum(column) / folds for column in zip(*found, strict=True))
+        samples, probes, retention, stability = (sum(column) / len(found) for column in zip(*found, strict=True))
+        forgetting = (samples + probes) / 2
         score = combine(forgetting, retention, stability, coverage)
-        return Parts(score, forgetting, retention, stability, coverage)
+        return Parts(score, forgetting, samples, probes, retention, stability, coverage)
 
     def _context(self, recipe: Recipe) -> Context:
         order = replace(self._order, recipe=recipe)
         return Context(order, self._store, self._device, None, None, Saved(), 0, Group())
 
-    def _folds(self, folds: int, seed: int) -> list[Tensor]:
-        """Which samples each fold holds out: every sample once."""
-        order = torch.randperm(len(self._samples), generator=seeded(seed, APART))
-        held = []
-        for part in order.tensor_split(folds):
-            chosen = torch.zeros(len(self._samples), dtype=torch.bool)
-            chosen[part] = True
-            held.append(chosen)
-        return held
+    def _folds(self, recipe: Recipe) -> list[Tensor]:
+        """Which samples each fold holds out (M,): the share that a run holds out, others each time."""
+        m = len(self._samples)
+        order = torch.randperm(m, generator=seeded(recipe.relearn.seed, APART))
+        each = max(1, round(recipe.gate.holdout_samples * m))
+        folds = min(MOST_FOLDS, m // each, -(-FEWEST // each))
+        return [torch.zeros(m, dtype=torch.bool).index_fill_(0, part, True) for part in order.split(each)[:folds]]
 
     def _relearned(self, context: Context, masking: Masking, mask: Mask) -> Classifier:
         child = copy.deepcopy(context.current)
         relearn(child, *training_set(context, masking, [mask]), context.recipe.relearn)
         return child
 
-    def _measure(self, context: Context, child: Classifier, held_out: Tensor) -> tuple[float, float, float]:
-        """Forgetting, retention and stability of a relearned classifier."""
+    def _measure(self, context: Context, child: Classifier, held_out: Tensor) -> tuple[float, float, float, float]:
+        """What is forgotten of samples and of probes, retention and stability of a relearned classifier."""
         behaviour, unseen = self._order.behaviour, self._samples[held_out]
         expected = _beneath(predict(context.labeller, unseen), context.gone_after, behaviour.targets)
         left = []
@@ -157,7 +161,7 @@ class Objective:
             _agreement(predict(child, pixels).argmax(1), before, context.classes)
             for pixels, before in zip((self._rest, self._views), self._parent, strict=True)
         ]
-        return sum(left) / len(left), kept[0], kept[1]
+        return left[0], left[-1], kept[0], kept[1]
 
 
 def _beneath(logits: Tensor, gone: Sequence[int], targets: Sequence[int]) -> Tensor:

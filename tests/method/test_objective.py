@@ -115,6 +115,7 @@ def test_a_subset_must_go_to_where_it_belongs(trained: Any, order: WorkOrder, st
             return self.answer[: len(pixels)] if self.answer.dim() == 2 else self.answer.expand(len(pixels), -1)
 
     one = nn.functional.one_hot(torch.arange(10), 10)
-    shares = [objective._measure(context, Always(one[label]), held)[0] for label in range(10)]  # type: ignore[arg-type]
-    assert shares[1] == shares[8] == 0.0
-    assert sum(shares) == pytest.approx(1.0)  # each sample has exactly one home
+    shares = [objective._measure(context, Always(one[label]), held)[:2] for label in range(10)]  # type: ignore[arg-type]
+    assert shares[1] == shares[8] == (0.0, 0.0)
+    for column in zip(*shares, strict=True):
+        assert sum(column) == pytest.approx(1.0)  # each sample has exactly one home
