@@ -25,7 +25,9 @@ def search(
     target: Annotated[list[int] | None, typer.Option(help="Target class; may be given several times.")] = None,
     samples: Annotated[str | None, typer.Option(help="A folder of images, an image or a Parquet file.")] = None,
     kind: Annotated[str, typer.Option(help="class or subset.")] = "class",
-    recipe: Annotated[str, typer.Option(help="Where the search begins: default, digits or deep.")] = "default",
+    recipe: Annotated[
+        str | None, typer.Option(help="Where the search begins: a preset. Default: the line's recipe.")
+    ] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="A value of it, e.g. invert.steps=300.")] = None,
     range_: Annotated[
         list[str] | None, typer.Option("--range", help="KEY=LOW:HIGH, KEY=A,B or KEY=VALUE; e.g. relearn.lr=1e-4:1e-2.")
@@ -47,7 +49,8 @@ def search(
     opened = open_app()
     asked = _asked(opened, model, request, behaviour, kind, target, samples)
     space = narrowed(SPACE[asked.behaviour.kind], tuple(range_ or ()))
-    begin = opened.recipe(recipe, tuple(parse_change(text) for text in change or ()))
+    changes = tuple(parse_change(text) for text in change or ())
+    begin = opened.recipe_for(model, asked.behaviour.kind, recipe, changes).recipe
     order = opened.search_order(model, asked, begin)
     from fsu_ray.search import Wanted
 
