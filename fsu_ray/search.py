@@ -81,8 +81,18 @@ def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: W
     use_gpu, each = workers.resources()
     line: Any = ray.remote(num_cpus=0)(workers.Line).remote()
     alone = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)}
+    best, heard = 0.0, 0
+
+    def hear(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        nonlocal best, heard
+        if stage == "trial":
+            best, heard = max(best, figures["score"]), heard + 1
+            stage, done, total, figures = "rungs", heard, len(RUNGS) * wanted.trials, {**figures, "best": best}
+        if tell:
+            tell(stage, done, total, figures)
+
     never = threading.Event()  # Tune keeps what there is: nobody needs to stop before an interrupt ends it all
-    with workers.Listener(line, tell or (lambda *_: None), never):
+    with workers.Listener(line, hear, never):
         reference = ray.remote(**alone)(_reference).remote(order, store, line)
         ray.wait([reference])
         share = {"cpu": 1, "gpu": 1} if use_gpu else {"cpu": 1}

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from fsu_ray.errors import FsuError
-from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, train
+from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples
+from fsu_ray.experiments.searched import classifier
 from fsu_ray.method import invert
 from fsu_ray.method.context import Saved, save_samples
 from fsu_ray.method.networks import Classifier
@@ -64,20 +65,20 @@ def truth(found: dict[str, float], crossed: bool) -> float:
 def measure(bench: Bench, scenario: str, seed: int, store: Artifacts, known: set[tuple[int, int]]) -> Iterator[Any]:
     """A row a recipe that is not among the `known` (inverter, relearning)."""
     crossed, device = scenario == "crossed7", torch.device("cpu")
-    spec, weights = train(bench, "lenet5", crossed, 6, seed)
+    spec, weights = classifier(bench, scenario, seed, Path(store.location) / "classifiers")
     behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
     root, samples = store.put(weights), store.put(save_samples(pixels))
     order = WorkOrder("objective", spec, root, root, behaviour, samples, Recipe())
     objective, made = None, {}
-    classifier = Classifier.from_bytes(spec, weights).to(memory_format=torch.channels_last)
+    judge = Classifier.from_bytes(spec, weights).to(memory_format=torch.channels_last)
     for inverter, relearning, recipe in recipes(behaviour.kind, seed):
         if (inverter, relearning) in known:
             continue
         if objective is None:
             objective = Objective(order, store, device, reference(order, store, device, Recipe()))
         if inverter not in made:
-            generator = invert.invert(classifier, recipe.invert, invert.begin(classifier, recipe.invert))
-            made[inverter] = synthesize(classifier, generator, recipe.synthesize)
+            generator = invert.invert(judge, recipe.invert, invert.begin(judge, recipe.invert))
+            made[inverter] = synthesize(judge, generator, recipe.synthesize)
         started = time.monotonic()
         dataset, drawn = made[inverter]
         parts = objective.judge(recipe, dataset)

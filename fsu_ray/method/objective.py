@@ -140,7 +140,8 @@ class Objective:
         order = torch.randperm(m, generator=seeded(recipe.relearn.seed, APART))
         each = max(1, round(recipe.gate.holdout_samples * m))
         folds = min(MOST_FOLDS, m // each, -(-FEWEST // each))
-        return [torch.zeros(m, dtype=torch.bool).index_fill_(0, part, True) for part in torch.split(order, each)[:folds]]
+        none = torch.zeros(m, dtype=torch.bool)
+        return [none.index_fill(0, part, True) for part in torch.split(order, each)[:folds]]
 
     def _relearned(self, context: Context, masking: Masking, mask: Mask) -> Classifier:
         child = copy.deepcopy(context.current)

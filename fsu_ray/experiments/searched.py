@@ -1,0 +1,123 @@
+"""What a search brings: the default recipe against the searched one, on the same classifier, in the same run.
+
+    FSU_DATA=... python -m fsu_ray.experiments.searched class9 --seed 40 --seeds 3 --trials 8 --home FOLDER
+
+For each seed a LeNet5 learns MNIST, its line gets a search (on the target samples that the request gives, nothing
+else), and two lines with its weights erase the behaviour through the whole system, one with the default recipe and one
+with what was found. A JSON line each: true D_r and D_e on the test split, and the seconds. A search that is there
+already is found again (`search.search_name`), and so is a classifier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fsu_ray.cluster import workers
+from fsu_ray.config import CHECKPOINT_STEPS, sqlite_url
+from fsu_ray.errors import FsuError
+from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, train
+from fsu_ray.method.context import save_samples
+from fsu_ray.pipeline import Drain, draft_order, drain, run_request
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.search import Wanted, search
+from fsu_ray.space import SPACE
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.ledger import Ledger, open_ledger
+from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
+
+
+def classifier(bench: Bench, scenario: str, seed: int, folder: Path) -> tuple[ModelSpec, bytes]:
+    """LeNet5 of a scenario and seed, trained once and kept in `folder`."""
+    spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.28,))
+    file = folder / f"{scenario}-{seed}.safetensors"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(train(bench, "lenet5", scenario == "crossed7", 6, seed)[1])
+    return spec, file.read_bytes()
+
+
+def compare(
+    ledger: Ledger, store: Artifacts, execute: Any, runs: str, bench: Bench, home: Path, scenario: str, seed: int,
+    trials: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """A row before, one with the default recipe, one with the searched."""
+    crossed = scenario == "crossed7"
+    gone = [] if crossed else [9]
+    spec, weights = classifier(bench, scenario, seed, home)
+    behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
+    root, samples = store.put(weights), store.put(save_samples(pixels))
+    row = {"scenario": scenario, "seed": seed}
+    yield row | {"recipe": "-", **score(bench, spec, weights, gone, crossed)}
+    line = f"{scenario}-{seed}-{time.time_ns():x}"
+    ledger.register_model(line, spec, root)
+    base = ledger.version(line)
+    order = draft_order(ledger, line, Asked("search", behaviour, samples), Recipe(), base, base)
+    found = search(order, store, (None, runs), Wanted(SPACE[behaviour.kind], trials=trials, seed=seed), _say)
+    for name, recipe in (("default", Recipe()), ("searched", found.recipe)):
+        done = _erase(ledger, store, execute, f"{line}-{name}", spec, root, behaviour, samples, len(pixels), recipe)
+        if "weights" in done:
+            done |= score(bench, spec, store.get(done.pop("weights")), gone, crossed)
+        more = {"score": found.evidence["best" if name == "searched" else "initial"]["score"]}
+        yield row | {"recipe": name, **more, **done}
+    yield row | {"recipe": "search", "evidence": dict(found.evidence)}
+
+
+def _erase(
+    ledger: Ledger, store: Artifacts, execute: Any, line: str, spec: ModelSpec, root: str, behaviour: Behaviour,
+    samples: str, number: int, recipe: Recipe,
+) -> dict[str, Any]:  # fmt: skip
+    ledger.register_model(line, spec, root)
+    ledger.submit(line, behaviour, samples, number, recipe)
+    started = time.monotonic()
+    (result,) = drain(ledger, "searched", Drain(most=1, model=line), partial(run_request, ledger, store, execute))
+    wall = round(time.monotonic() - started, 1)
+    if result.version is None:
+        return {"refused": result.request.reason, "wall": wall}
+    return {"weights": result.version.weights, "wall": wall}
+
+
+def _say(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+    print(
+        f"  {stage} {done}/{total} " + " ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr, flush=True
+    )
+
+
+def main() -> int:
+    """Print the rows; 0, or the error's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenario", choices=["class9", "crossed7"])
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--home", type=Path, required=True, help="a folder for classifiers, ledger and artifacts")
+    options = parser.parse_args()
+    home = options.home.resolve()
+    try:
+        bench, store = read_bench(Path(os.environ.get("FSU_DATA", "."))), Artifacts.open(str(home / "artifacts"))
+        ledger = open_ledger(sqlite_url(home / "ledger.db"))
+        workers.connect()
+
+        def execute(order: WorkOrder, store: BlobStore, name: str, stop: Any) -> Outcome:
+            return workers.execute(order, store, home / "runs", name, CHECKPOINT_STEPS, lambda *_: None, stop)
+
+        for seed in range(options.seed, options.seed + options.seeds):
+            words = (home / "classifiers", options.scenario, seed, options.trials)
+            for row in compare(ledger, store, execute, str(home / "runs"), bench, *words):
+                print(json.dumps(row), flush=True)
+    except FsuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

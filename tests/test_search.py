@@ -1,0 +1,181 @@
+"""The search for a recipe, on a real Ray of two CPUs: better than the first, the same again, and past a dead driver."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fsu_ray.app import App
+from fsu_ray.cluster import workers
+from fsu_ray.errors import FsuError, InvalidSamples, TransitionRefused, UserError
+from fsu_ray.method.datasets import draw, write_samples
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour
+from fsu_ray.search import Found, Wanted, _best, search, search_name
+from fsu_ray.space import SPACE, apply, narrowed
+from fsu_ray.work import Asked
+
+FSU = str(Path(sys.executable).parent / "fsu")
+TINY = {
+    "invert.steps": 24, "invert.batch": 40, "invert.width": 2, "synthesize.per_class": 20, "synthesize.max_draws": 20,
+    "synthesize.entropy_threshold": 2.3, "synthesize.starved_below": 0.0, "relearn.epochs": 1, "relearn.lr": 1e-6,
+    "relearn.repeats": 1,
+}  # fmt: skip
+"""It forgets nothing, so that a search finds something better."""
+
+SETS = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
+RANGES = (
+    "relearn.lr=1e-3:1e-2",
+    "relearn.epochs=3:6",
+    "synthesize.entropy_threshold=2.3",
+    "filter.policy=class,leave-one-out",
+)
+EIGHT = Behaviour(name="eight", kind="class", targets=(8,))
+
+
+@pytest.fixture
+def asked(app: App, trained: Any, home: Path) -> Asked:
+    """A model `m`, and a request to erase class 8 from it, which waits."""
+    app.register("m", trained.spec, trained.weights)
+    write_samples(trained.train.pixels[draw(trained.train, [8], 12, 0)], home / "samples")
+    request, _ = app.submit("m", EIGHT, str(home / "samples"), apply(Recipe(), TINY))
+    return Asked(request.id, request.behaviour, request.samples)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray of its own with two CPUs."""
+    workers.connect(2)
+    yield
+    workers.disconnect()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("optuna", [False, True])
+def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked, optuna: bool) -> None:
+    """Its values are of the space, its score is above that of the recipe that it began with, the evidence says what it
+    took; a trial that ASHA has stopped is no winner."""
+    order = app.search_order("m", asked, apply(Recipe(), TINY))
+    wanted = Wanted(narrowed(SPACE["class"], RANGES), trials=3, optuna=optuna, seed=1)
+    told: list[str] = []
+    found = search(order, app.artifacts, (None, str(app.settings.runs)), wanted, lambda stage, *_: told.append(stage))
+    assert found.better
+    evidence = found.evidence
+    assert found.score == evidence["best"]["score"] > evidence["initial"]["score"]
+    assert evidence["best"]["forgetting"] > evidence["initial"]["forgetting"]
+    assert (evidence["trials"], evidence["name"]) == (3, search_name(order, wanted))
+    assert 1 <= evidence["finished"] <= 3
+    assert 24 + 3 * 6 < evidence["steps"] <= 24 + 3 * 24
+    assert found.recipe == apply(order.recipe, evidence["values"])
+    assert found.recipe.relearn.lr >= 1e-3
+    assert {"reference", "rungs"} <= set(told)
+
+
+@pytest.mark.ray
+def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked, home: Path) -> None:
+    """SIGKILL once a trial has come to its end: the same command again does not run that trial again, and keeps what it
+    finds in the ledger, for later requests."""
+    words = [FSU, "search", "--model", "m", "--request", asked.request, "--trials", "4", "--cpus", "2", "--json", *SETS]
+    words += [word for line in RANGES for word in ("--range", line)]
+    with (home / "first.log").open("w") as log:
+        driver = subprocess.Popen(words, stdout=log, stderr=log)
+        ended: list[Path] = []
+        for _ in range(3000):
+            time.sleep(0.1)
+            ended = [
+                file for file in app.settings.runs.glob("search-*/*/result.json") if '"steps": 24' in file.read_text()
+            ]
+            if ended and list(app.settings.runs.glob("search-*/experiment_state-*.json")):
+                break
+            assert driver.poll() is None, (home / "first.log").read_text()
+        time.sleep(11)  # Tune writes its state every ten seconds
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    before = {file: file.read_text().count('"steps": 24') for file in ended}
+    again = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    document = json.loads(again.stdout)
+    assert document["found"]["evidence"]["trials"] == 4
+    assert {file: file.read_text().count('"steps": 24') for file in ended} == before
+    kept = app.ledger.searched("m", "class")
+    assert kept is not None
+    assert (kept.id, kept.score) == (document["kept"]["id"], document["found"]["score"])
+    chosen = app.recipe_for("m", "class")
+    assert chosen.recipe.model_dump(mode="json") == document["found"]["recipe"]
+
+
+def row(score: float, steps: int, **values: Any) -> Any:
+    """A trial as Tune gives it back."""
+    parts = {"score": score, "forgetting": score, "retention": 1.0, "stability": 1.0, "coverage": 1.0, "reason": ""}
+
+    class Result:
+        metrics = {**parts, "steps": steps, "config": {"values": values}}  # noqa: RUF012
+        error = None
+
+    return Result
+
+
+def test_the_best_is_one_that_was_trained_to_the_end() -> None:
+    """A higher score at an earlier rung is no recipe; without anything better, the first one stays."""
+    base = Recipe()
+    results = [row(0.99, 200, **{"relearn.lr": 0.1}), row(0.8, 400, **{"relearn.lr": 0.2}), row(0.7, 400)]
+    initial = {**row(0.75, 400).metrics}
+    del initial["steps"], initial["config"]
+    found = _best(base, initial, results, "search-1", 5.0)
+    assert (found.score, found.recipe.relearn.lr, found.better) == (0.8, 0.2, True)
+    assert (found.evidence["finished"], found.evidence["steps"]) == (2, 1400)
+    initial["score"] = 0.85
+    assert _best(base, initial, results, "search-1", 5.0) == Found(
+        base, 0.85, {**found.evidence, "initial": initial, "best": initial, "values": {}}
+    )
+
+
+def test_what_cannot_be_searched_is_named(app: App, asked: Asked, trained: Any, home: Path) -> None:
+    """Before Ray is started: the paper's form, one sample, what is no request of the model or has ended."""
+    with pytest.raises(UserError, match="needs the continual form"):
+        app.search_order("m", asked, Recipe(form="paper"))
+    write_samples(trained.train.pixels[:1], home / "one")
+    digest, _ = app.keep_samples("m", str(home / "one"))
+    with pytest.raises(InvalidSamples, match="at least two"):
+        app.search_order("m", Asked("r", EIGHT, digest), Recipe())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "say what is to be erased: --request ID, or --behaviour"),
+        (["--request", "r", "--behaviour", "x"], "say what is to be erased"),
+        (["--behaviour", "x"], "--behaviour goes with --target CLASS and --samples FOLDER"),
+        (["--request", "REQUEST", "--range", "relearn.lr=2:1"], "relearn.lr=2:1 is empty"),
+        (["--request", "REQUEST", "--trials", "0"], "--trials"),
+    ],
+)
+def test_bad_words_end_a_search_with_2_and_one_line(app: App, asked: Asked, words: list[str], said: str) -> None:
+    """No traceback, nothing started."""
+    from typer.testing import CliRunner
+
+    from fsu_ray.cli import app as fsu
+
+    given = [asked.request if word == "REQUEST" else word for word in words]
+    answer = CliRunner().invoke(fsu, ["search", "--model", "m", *given])
+    assert answer.exit_code == 2
+    assert said in answer.output
+    assert "Traceback" not in answer.output
+
+
+def test_a_request_that_has_ended_is_not_searched_for(app: App, asked: Asked) -> None:
+    """A cancelled one needs no recipe."""
+    from fsu_ray.cli.search import _asked
+
+    app.ledger.cancel(asked.request)
+    with pytest.raises(TransitionRefused, match="is cancelled"):
+        _asked(app, "m", asked.request, None, "class", None, None)
+    assert issubclass(TransitionRefused, FsuError)
