@@ -39,6 +39,7 @@ from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.work import WorkOrder
 
 INVERTERS, RELEARNINGS = 8, 3
+RESULTS = Path(__file__).parent / "results"
 STEPS = (40, 100, 200, 400)
 """How long the inverters by chance are trained: some are cut short."""
 
@@ -93,6 +94,41 @@ def measure(bench: Bench, scenario: str, seed: int, store: Artifacts, known: set
                      "seconds": round(seconds, 1), "recipe": recipe.model_dump(mode="json")}  # fmt: skip
 
 
+def report(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write `objective.md` (a table a scenario, with Spearman's correlation) and `objective.png` (score against truth)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from scipy.stats import spearmanr
+
+    names = sorted({row["scenario"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4.5), squeeze=False, layout="constrained")
+    text = ["# The search's objective beside the truth", "", __doc__.split("\n\n")[2].strip().replace("\n", " "), ""]
+    for name, axis in zip(names, axes[0], strict=True):
+        mine = sorted((row for row in rows if row["scenario"] == name), key=lambda row: -float(row["truth"]))
+        rho = float(spearmanr([row["score"] for row in mine], [row["truth"] for row in mine]).statistic)
+        title = f"{name}, seed {mine[0]['seed']}, {len(mine)} recipes: Spearman {rho:.3f}"
+        other = "crossed 7" if name == "crossed7" else "class 9"
+        columns = ("score", "forgetting", "retention", "stability", "coverage")
+        text += [f"## {title}", "", f"| inverter | relearning | {' | '.join(columns)} | D_r | {other} | truth | |"]
+        text += ["|---" * (len(columns) + 6) + "|"]
+        for row in mine:
+            parts = " | ".join(f"{row[column]:.4f}" for column in columns)
+            said = row["reason"] or (row["rejected"] or "").partition(":")[0]
+            ids = f"{row['inverter']} | {row['relearning']}"
+            text.append(f"| {ids} | {parts} | {row['D_r']} | {row[other]} | {row['truth']:.4f} | {said} |")
+        text.append("")
+        colours = [f"C{row['inverter']}" for row in mine]
+        axis.scatter([row["score"] for row in mine], [row["truth"] for row in mine], c=colours)
+        axis.set(title=title, xlabel="score (no real data)", ylabel="truth (test split)")
+        axis.grid(alpha=0.3)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "objective.md").write_text("\n".join(text))
+    figure.savefig(folder / "objective.png", dpi=110)
+    pyplot.close(figure)
+
+
 def main() -> int:
     """Measure or report; 0, or the error's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,7 +138,13 @@ def main() -> int:
     measuring.add_argument("--seed", type=int, required=True)
     measuring.add_argument("--into", type=Path, required=True)
     measuring.add_argument("--artifacts", default="/tmp/fsu-objective")
+    reporting = commands.add_parser("report")
+    reporting.add_argument("rows", type=Path, nargs="+")
+    reporting.add_argument("--into", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.command == "report":
+        report([json.loads(line) for file in options.rows for line in file.read_text().splitlines()], options.into)
+        return 0
     try:
         rows = [json.loads(line) for line in options.into.read_text().splitlines()] if options.into.exists() else []
         mine = [row for row in rows if (row["scenario"], row["seed"]) == (options.scenario, options.seed)]
