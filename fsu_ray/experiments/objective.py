@@ -95,7 +95,7 @@ def measure(bench: Bench, scenario: str, seed: int, store: Artifacts, known: set
 
 
 def report(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write `objective.md` (a table a scenario, with Spearman's correlation) and `objective.png` (score against truth)."""
+    """Write `objective.md` (one table a scenario, Spearman) and `objective.png` (score against truth)."""
     import matplotlib
 
     matplotlib.use("Agg")
