@@ -23,6 +23,7 @@ from fsu_ray.method.networks import Classifier
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
+from fsu_ray.space import apply
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.work import Asked, GeneratorRef, WorkOrder
 
@@ -107,8 +108,13 @@ def test_two_workers_come_to_what_one_does_whoever_is_killed(
     """Two workers share a run; either is killed in the inversion, in the synthesis and in the relearning, and the run
     ends with the digests of one that nobody disturbed. On one and the same D', two workers' relearning is as
     accurate as one's."""
-    order = make_order(trained, artifacts, quick, 60)
-    killer = Killer({"invert": 30, "synthesize": 1, "relearn": 2})
+    long_enough = {
+        "synthesize.per_class": 1200,
+        "relearn.epochs": 3,
+        "relearn.batch": 256,
+    }  # to be killed in each stage
+    order = make_order(trained, artifacts, apply(quick, long_enough), 60)
+    killer = Killer({"invert": 30, "synthesize": 1, "relearn": 1})
     disturbed = workers.execute(order, artifacts, tmp_path / "runs", "r-1", 20, killer, workers=2)
     assert killer.killed == ["invert", "synthesize", "relearn"]
     assert disturbed.resumed == ("invert 20", "after invert", "after filter")
