@@ -74,11 +74,12 @@ def resources(parallel: int = 1) -> tuple[bool, dict[str, float]]:
     """Whether to use a GPU, and what one worker takes: a GPU with two CPUs, else all CPUs of the largest node, or
     its share of them where `parallel` runs go side by side.
 
-    Ray gives a worker as many threads as it has CPUs.
+    FSU_GPU=1 says that the cluster will have a GPU for who asks: an autoscaler starts its nodes only then. Ray gives a
+    worker as many threads as it has CPUs.
     """
     import ray
 
-    if ray.cluster_resources().get("GPU", 0) >= 1:
+    if ray.cluster_resources().get("GPU", 0) >= 1 or os.environ.get("FSU_GPU") == "1":
         return True, {"GPU": 1, "CPU": 2}
     cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
     return False, {"CPU": max(1, int(cpus) // parallel)}
@@ -189,7 +190,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         device = ray.train.torch.get_device()
-        progress("start", 1, 1, {"threads": torch.get_num_threads()})
+        progress("start", 1, 1, {"threads": torch.get_num_threads(), "pid": os.getpid()})
         outcome = unlearn(config["order"], config["store"], device, progress, keep, _resume(), config["every"])
     except FsuError as error:  # not for Ray to retry
         return {"error": pickle.dumps(error)}

@@ -92,6 +92,8 @@ def test_a_gpu_is_used_where_the_cluster_has_one(monkeypatch: pytest.MonkeyPatch
     """One GPU and two CPUs a worker; without one all CPUs of the largest living node."""
     import ray
 
+    monkeypatch.delenv("FSU_GPU", raising=False)
+
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     assert workers.resources() == (True, {"GPU": 1, "CPU": 2})
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
@@ -102,3 +104,5 @@ def test_a_gpu_is_used_where_the_cluster_has_one(monkeypatch: pytest.MonkeyPatch
     ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     assert workers.resources() == (False, {"CPU": 6})
+    monkeypatch.setenv("FSU_GPU", "1")  # none is up, but an autoscaler has some
+    assert workers.resources() == (True, {"GPU": 1, "CPU": 2})
