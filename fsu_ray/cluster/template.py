@@ -94,7 +94,7 @@ def findings(text: str, needed: Iterable[Requirement]) -> list[str]:
         raise InvalidConfig(f"this is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(written, dict):
         raise InvalidConfig("this is not a cluster file: it must be a mapping with a provider")
-    found = list(_secrets(text))
+    found = list(secrets(text))
     try:
         filled = prepare_config(written)
         validate_config(filled)
@@ -114,7 +114,7 @@ def needed() -> list[Requirement]:
     return [each for each in stated if each.marker is None or each.marker.evaluate({"extra": "postgres"})]
 
 
-def _secrets(text: str) -> Iterator[str]:
+def secrets(text: str) -> Iterator[str]:
     """Lines, comments too, that hold what looks like a secret; the finding does not repeat it."""
     for number, line in enumerate(text.splitlines(), 1):
         for name, pattern in SECRETS.items():
