@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from fsu_ray.config import CHECKPOINT_STEPS, Settings, make_recipe, read_settings
-from fsu_ray.errors import AlreadyExists, InvalidData, InvalidWeights, UserError
-from fsu_ray.pipeline import Drain, Execute, Result, drain, run_request
+from fsu_ray.errors import AlreadyExists, InvalidData, InvalidSamples, InvalidWeights, UserError
+from fsu_ray.pipeline import Drain, Execute, Result, draft_order, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Generator, Model, ModelSpec, ModelVersion, Request, Terms
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.registry import priors
 from fsu_ray.upkeep import destroy
-from fsu_ray.work import BlobStore, Outcome, WorkOrder
+from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
 
 Tell = Any  # (stage, done, total, figures) -> None
 
@@ -77,14 +77,17 @@ class App:
         self, name: str, behaviour: Behaviour, samples: str, recipe: Recipe, terms: Terms | None = None
     ) -> tuple[Request, bool]:
         """Queue a request; returns it and whether it is new. Samples are read and checked first."""
+        self.ledger.check_behaviour(name, behaviour)
+        digest, number = self.keep_samples(name, samples)
+        return self.ledger.submit(name, behaviour, digest, number, recipe, terms)
+
+    def keep_samples(self, name: str, samples: str) -> tuple[str, int]:
+        """Read target samples for model `name` and store them: their digest and number; raises InvalidSamples."""
         from fsu_ray.method.context import save_samples
         from fsu_ray.method.datasets import read_samples
 
-        model = self.ledger.model(name)
-        self.ledger.check_behaviour(name, behaviour)
-        pixels = read_samples(samples, model.spec.shape)
-        digest = self.artifacts.put(save_samples(pixels))
-        return self.ledger.submit(name, behaviour, digest, len(pixels), recipe, terms)
+        pixels = read_samples(samples, self.ledger.model(name).spec.shape)
+        return self.artifacts.put(save_samples(pixels)), len(pixels)
 
     def seal(self, generator: str, actor: str) -> Generator:
         """Write the masks of a line into the D' of a generator, and destroy what could still draw the erased.
@@ -142,10 +145,39 @@ class App:
         fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, progress=tell)
         return spec, classifier.to_bytes()
 
+    def search_order(self, name: str, asked: Asked, recipe: Recipe) -> WorkOrder:
+        """What a search for a recipe to erase `asked` from the latest version of model `name` works on, `recipe`
+        being the one that it begins with. Raises NotFound, and UserError for what cannot be searched."""
+        from fsu_ray.method.context import load_samples
+
+        self.ledger.check_behaviour(name, asked.behaviour)
+        if recipe.form == "paper":
+            raise UserError("a search needs the continual form: the paper's draws its D' anew from each version")
+        if len(load_samples(self.artifacts.get(asked.samples))) < 2:
+            raise InvalidSamples("a search holds some of the target samples out: give at least two")
+        base = self.ledger.version(name)
+        return draft_order(self.ledger, name, asked, recipe, base, self.ledger.sealed_root(name, base))
+
+    def search(self, model: str, order: WorkOrder, wanted: Any, actor: str, tell: Tell, cpus: int | None = None) -> Any:
+        """Search for a recipe for `order` on Ray (`search.Wanted`), and keep what is better than the one it began with
+        for the later requests of the line: what was found (`search.Found`), and its record or None."""
+        from fsu_ray.search import search
+
+        with self.on_ray(tell, cpus):
+            found = search(order, self.artifacts, (None, str(self.settings.runs)), wanted, tell)
+        if not found.better:
+            return found, None
+        kind = order.behaviour.kind
+        return found, self.ledger.keep_recipe(model, kind, found.recipe, found.score, found.evidence, actor)
+
     @contextmanager
-    def on_ray(self, tell: Tell, cpus: int | None = None, parallel: int = 1) -> Iterator[Execute]:
+    def on_ray(
+        self, tell: Tell, cpus: int | None = None, parallel: int = 1, number: int | None = None
+    ) -> Iterator[Execute]:
         """An `execute` for the pipeline that runs on the cluster of RAY_ADDRESS, or on one of its own; `parallel` runs
-        share its CPUs."""
+        of `number` workers each (the settings' where it is None) share its CPUs. Raises UserError where it will never
+        have as many."""
+        size = number or self.settings.workers
         from fsu_ray.cluster import workers
 
         if "RAY_JOB_ID" not in os.environ:
@@ -153,9 +185,11 @@ class App:
         workers.connect(cpus)
 
         def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
-            return workers.execute(order, store, self.settings.runs, name, CHECKPOINT_STEPS, tell, stop, parallel)
+            runs = self.settings.runs
+            return workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop, parallel, size)
 
         try:
+            workers.resources(size, parallel)
             yield execute
         finally:
             workers.disconnect()

@@ -1,6 +1,6 @@
 """Every setting and every preset once. Read when asked for, never at import.
 
-Settings come from the environment (`FSU_HOME`, `FSU_LEDGER`, `FSU_ARTIFACTS`), then `fsu.toml` in the
+Settings come from the environment (`FSU_HOME`, `FSU_LEDGER`, `FSU_ARTIFACTS`, `FSU_WORKERS`), then `fsu.toml` in the
 working folder, then the defaults: everything in `.fsu/` below the working folder. Unknown keys are refused.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,13 +73,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Where things lie: `ledger` is a SQLAlchemy URL, `artifacts` a folder or URI, `runs` Ray's checkpoints."""
+    """Where things lie: `ledger` is a SQLAlchemy URL, `artifacts` a folder or URI, `runs` Ray's checkpoints; and how
+    many `workers` a run has."""
 
     home: Path
     ledger: str
     artifacts: str
     runs: Path
     recipe: dict[str, Any]
+    workers: int = 1
 
 
 def read_settings(folder: Path | None = None) -> Settings:
@@ -91,11 +94,11 @@ def read_settings(folder: Path | None = None) -> Settings:
             table = tomllib.loads(file.read_text())
         except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
             raise InvalidConfig(f"{file} does not parse: {error}") from None
-    known = {"home", "ledger", "artifacts", "recipe"}
+    known = {"home", "ledger", "artifacts", "recipe", "workers"}
     surplus = sorted(table.keys() - known)
     if surplus:
         raise InvalidConfig(f"{file} has the unknown key {surplus[0]!r}; it takes {', '.join(sorted(known))}")
-    for key in known - {"recipe"}:
+    for key in known - {"recipe", "workers"}:
         if not isinstance(table.get(key, ""), str):
             raise InvalidConfig(f"{file}: {key} must be a string")
     home = (folder / Path(os.environ.get("FSU_HOME") or table.get("home") or ".fsu").expanduser()).resolve()
@@ -107,7 +110,10 @@ def read_settings(folder: Path | None = None) -> Settings:
     if not isinstance(recipe, dict):
         raise InvalidConfig(f"{file}: recipe must be a table")
     make_recipe("default", [recipe])
-    return Settings(home, ledger, artifacts, home / "runs", recipe)
+    workers = os.environ.get("FSU_WORKERS") or table.get("workers", 1)
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", str(workers)):
+        raise InvalidConfig(f"workers must be a number from 1 on, not {workers!r}: mend FSU_WORKERS or {file.name}")
+    return Settings(home, ledger, artifacts, home / "runs", recipe, int(workers))
 
 
 def sqlite_url(file: Path) -> str:

@@ -26,9 +26,13 @@ from __future__ import annotations
 
 
 class FsuError(Exception):
-    """Root of all errors raised on purpose; `exit_code` is what the command line ends with."""
+    """Root of all errors raised on purpose; `exit_code` is what the command line ends with.
+
+    `agreed`: every process of a run has raised it, so none of them waits for another.
+    """
 
     exit_code = 1
+    agreed = False
 
 
 class UserError(FsuError):

@@ -24,6 +24,7 @@ from fsu_ray.errors import (
     UserError,
 )
 from fsu_ray.gate import refuse_result
+from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelVersion, Request, Status
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger
@@ -162,20 +163,30 @@ def prepare(ledger: Ledger, request: Request) -> Plan:
 
 def make_order(ledger: Ledger, request: Request, base: ModelVersion, root: ModelVersion, offered: Offer) -> WorkOrder:
     """The work order of `request` on top of version `base`, whose D' has the labels of `root`."""
-    model = ledger.model(request.model)
+    asked = Asked(request.id, request.behaviour, request.samples)
+    return replace(
+        draft_order(ledger, request.model, asked, request.recipe, base, root),
+        reuse=offered.reuse,
+        warm=offered.warm,
+        test_set=ledger.model(request.model).test_set,
+        also=tuple(Asked(each.id, each.behaviour, each.samples) for each in ledger.companions(request)),
+    )
+
+
+def draft_order(
+    ledger: Ledger, name: str, asked: Asked, recipe: Recipe, base: ModelVersion, root: ModelVersion
+) -> WorkOrder:
+    """What erasing `asked` from version `base` of model `name` would begin with, whatever the registry offers."""
+    model = ledger.model(name)
     return WorkOrder(
-        request=request.id,
+        request=asked.request,
         spec=model.spec,
         root_weights=root.weights,
         current_weights=base.weights,
-        behaviour=request.behaviour,
-        samples=request.samples,
-        recipe=request.recipe,
+        behaviour=asked.behaviour,
+        samples=asked.samples,
+        recipe=recipe,
         priors=priors(ledger, model, base, root),
-        reuse=offered.reuse,
-        warm=offered.warm,
-        test_set=model.test_set,
-        also=tuple(Asked(each.id, each.behaviour, each.samples) for each in ledger.companions(request)),
     )
 
 

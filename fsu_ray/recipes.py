@@ -102,6 +102,7 @@ class RelearnRecipe(Frozen):
     weight_decay: float = Field(2e-5, ge=0)
     repeats: int = Field(5, ge=0, description="of the given samples, and of a subset's D_e-like ones")
     augment: Literal["samples", "all"] = Field("samples", description="the given samples alone, or all of D_unlearn")
+    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed, weights and sums in float32")
     seed: int = 0
 
 

@@ -20,10 +20,11 @@ def main() -> int:
     parser.add_argument("--model", help="only requests of this model")
     parser.add_argument("--max", type=int, dest="most", help="end after this many requests")
     parser.add_argument("--coalesce", action="store_true", help="erase all class requests of a model in one run")
+    parser.add_argument("--workers", type=int, help="that share each run; default: FSU_WORKERS, or one")
     options = parser.parse_args()
     try:
         app = App.open()
-        with console.watching() as watcher, app.on_ray(watcher.tell) as execute:
+        with console.watching() as watcher, app.on_ray(watcher.tell, number=options.workers) as execute:
             results = app.run(execute, Drain(options.most, options.model, coalesce=options.coalesce))
     except FsuError as error:
         print(f"error: {error}", file=sys.stderr)

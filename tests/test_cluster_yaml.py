@@ -82,9 +82,8 @@ BROKEN = {
     "no bucket": ("FSU_ARTIFACTS=s3://bucket/fsu", "FSU_ARTIFACTS=/mnt/fsu", "FSU_ARTIFACTS is not set to s3://"),
     "no bucket yet": ("s3://bucket/fsu", "s3://EDIT-BUCKET/fsu", "put the name of your bucket there"),
     "an open ledger": (f"FSU_LEDGER={FETCH}", "FSU_LEDGER=postgresql://host/fsu", "FSU_LEDGER must come from a secret"),
-    "a ledger on workers": ("FSU_GPU=1\n    >", f"FSU_GPU=1 FSU_LEDGER={FETCH}\n    >", "is set on a worker"),
+    "a ledger on workers": ("/fsu\n    >", f"/fsu FSU_LEDGER={FETCH}\n    >", "FSU_LEDGER is set on a worker"),
     "no patience": ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=1200", "", "START_TIMEOUT_S=60: a spot node takes minutes"),
-    "CPUs by mistake": ("FSU_GPU=1\n    >", ">", "FSU_GPU=1 is not set on a head"),
     "one thread": ("unset OMP_NUM_THREADS; ulimit -n 65536;\n    ray start", "ray start",
                    "worker_start_ray_commands: `ray up` sets OMP_NUM_THREADS=1"),
     "a key of AWS": ("# The token of", f"# {'AKIA' + 'IOSFODNN7EXAMPLE'}\n# The", "looks like an access key"),
@@ -228,7 +227,7 @@ def test_what_the_head_s_processes_find(node: Path) -> None:
     found = dict(line.split("=", 1) for line in (node / "environment").read_text().splitlines() if "=" in line)
     assert found["FSU_LEDGER"] == "postgresql://fsu:hunter2@db/fsu"
     assert (found["RAY_AUTH_MODE"], found["FSU_ARTIFACTS"]) == ("token", "s3://bucket/fsu")
-    assert (found["AWS_DEFAULT_REGION"], found["FSU_GPU"]) == ("us-west-2", "1")
+    assert (found["AWS_DEFAULT_REGION"], found["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) == ("us-west-2", "1200")
     assert found["PATH"].startswith(f"{node}/fsu/bin:")
     assert "OMP_NUM_THREADS" not in found
     arguments = (node / "arguments").read_text()

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those of a lower layer, and those of its own part.
 LAYERS = [
     {"errors", "recipes", "records", "work"},
-    {"config", "gate"},
+    {"config", "gate", "space"},
     {"method", "storage"},
     {"upkeep", "recheck", "cluster"},
     {"pipeline"},

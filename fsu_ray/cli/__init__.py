@@ -15,7 +15,8 @@ from fsu_ray.cli.lineage import alias_app, lineage_app
 from fsu_ray.cli.models import model_app
 from fsu_ray.cli.requests import request_app
 from fsu_ray.cli.schedules import schedule_app, scheduler_app
-from fsu_ray.cli.shared import Cpus, Json, one_line, open_app
+from fsu_ray.cli.search import search_app
+from fsu_ray.cli.shared import Cpus, Json, Workers, one_line, open_app
 
 app = typer.Typer(
     help="Make a registered classifier forget, request after request, and keep a ledger of what is gone.",
@@ -33,6 +34,7 @@ app.add_typer(alias_app, name="alias")
 app.add_typer(lineage_app)
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(scheduler_app)
+app.add_typer(search_app)
 
 
 @app.command(epilog="Example: fsu demo")
@@ -59,6 +61,7 @@ def run(
     most: Annotated[int | None, typer.Option("--max", min=1, help="End after this many requests.")] = None,
     coalesce: Annotated[bool, typer.Option("--coalesce", help="All class requests of a model in one run.")] = False,
     parallel: Annotated[int, typer.Option(min=1, help="Models side by side in this worker, at most.")] = 1,
+    workers: Workers = None,
     cpus: Cpus = None,
     json: Json = False,
 ) -> None:
@@ -81,7 +84,7 @@ def run(
                     f"request {request.id}: {request.behaviour.name} of {request.model}, attempt {request.attempt}"
                 )
 
-            with opened.on_ray(watcher.tell, cpus, parallel) as execute:
+            with opened.on_ray(watcher.tell, cpus, parallel, workers) as execute:
                 results = opened.run(execute, Drain(most, model, parallel, coalesce), started)
     if json:
         console.print_json(console.results_json(results))

@@ -42,11 +42,7 @@ def request_submit(
 
     from fsu_ray.config import parse_change
 
-    try:
-        wanted = Behaviour.model_validate({"name": behaviour, "kind": kind, "targets": target})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidBehaviour(f"behaviour: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from None
+    wanted = behaviour_of(behaviour, kind, target)
     try:
         terms = Terms(
             key=key,
@@ -181,6 +177,17 @@ def request_deny(request: str, by: Who = None, json: Json = False) -> None:
         console.print_json(found)
     else:
         console.out.print(f"denied {found.id}: rejected")
+
+
+def behaviour_of(name: str, kind: str, targets: list[int]) -> Behaviour:
+    """The behaviour that was typed; raises InvalidBehaviour."""
+    from pydantic import ValidationError
+
+    try:
+        return Behaviour.model_validate({"name": name, "kind": kind, "targets": targets})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidBehaviour(f"behaviour: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from None
 
 
 def _decider(by: str | None) -> str:

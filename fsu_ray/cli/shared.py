@@ -16,6 +16,7 @@ Who = Annotated[
     str | None, typer.Option("--by", envvar="FSU_ACTOR", help="Your opaque id, for the record; not an e-mail address.")
 ]
 Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs of the Ray of this process. Default: all.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Workers that share each run. Default: FSU_WORKERS, or one.")]
 OPERATOR = "operator"
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -227,9 +227,6 @@ def _environment(template: Template) -> Iterator[str]:
     patience = head.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     if not patience.isdigit() or int(patience) < SHORTEST_START:
         yield f"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S={patience}: a spot node takes minutes; {SHORTEST_START} or more"
-    waiting = [k.get("min_workers", 0) for n, k in template.types.items() if n != template.head and _gpus(k)]
-    if waiting and not sum(waiting) and head.get("FSU_GPU") != "1":
-        yield "FSU_GPU=1 is not set on a head: with no GPU up, a run would ask for CPUs and never get a GPU"
     for node in ("head", "worker"):
         starts = [command for command in template.commands(node) if "ray start" in command]
         if not all("unset OMP_NUM_THREADS" in command for command in starts):

@@ -1,11 +1,13 @@
 """Ray Train: one `TorchTrainer` run carries out one work order, all its stages in one worker group.
 
 Starting a group costs 10-20 s, so no stage gets one of its own. A run's name stands for its work order: the
-same name finds its checkpoints again, so a later attempt goes on where the last one was cut off.
+same name finds its checkpoints again, so a later attempt goes on where the last one was cut off, with as many workers
+as it likes: the workers of a group share each batch (`method.group`), which changes no result but by rounding.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -18,8 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fsu_ray.errors import FsuError, RunFailed, Stopped
+from fsu_ray.cluster.growth import growth
+from fsu_ray.errors import FsuError, RunFailed, Stopped, UserError
 from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
+
+log = logging.getLogger(__name__)
 
 STOP_SECONDS = 30.0
 """How long an interrupt waits for the worker's next step."""
@@ -70,19 +75,33 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def resources(parallel: int = 1) -> tuple[bool, dict[str, float]]:
-    """Whether to use a GPU, and what one worker takes: a GPU with two CPUs, else all CPUs of the largest node, or
-    its share of them where `parallel` runs go side by side.
+def resources(workers: int = 1, parallel: int = 1) -> tuple[bool, dict[str, float]]:
+    """Whether to use GPUs, and what each of the `workers` of each of `parallel` runs takes.
 
-    FSU_GPU=1 says that the cluster will have a GPU for who asks: an autoscaler starts its nodes only then. Ray gives a
-    worker as many threads as it has CPUs.
+    One GPU with two CPUs where the cluster has GPUs now or could start nodes that have; else as many CPUs as the nodes
+    can give to each worker at the same time. Ray gives a worker as many threads as it has CPUs. Raises UserError where
+    the cluster neither has nor can grow to what the `workers` of one run take: Ray would wait for ever.
     """
     import ray
 
-    if ray.cluster_resources().get("GPU", 0) >= 1 or os.environ.get("FSU_GPU") == "1":
-        return True, {"GPU": 1, "CPU": 2}
-    cpus = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
-    return False, {"CPU": max(1, int(cpus) // parallel)}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    limit = growth()
+    most = {kind: max(ray.cluster_resources().get(kind, 0), limit.get(kind, 0)) for kind in ("CPU", "GPU")}
+    if most["GPU"] >= 1:
+        each: dict[str, float] = {"GPU": 1, "CPU": 2}
+    else:
+        sizes = [int(node.get("CPU", 0)) for node in nodes]
+        fits = (
+            c for c in range(max(sizes, default=1), 1, -1) if sum(size // c for size in sizes) >= workers * parallel
+        )
+        each = {"CPU": next(fits, 1)}
+    for kind, amount in each.items():
+        if amount * workers > most[kind]:
+            raise UserError(
+                f"{workers} workers take {amount * workers:g} {kind}s, and this cluster has at most {most[kind]:g}: "
+                "ask for fewer (--workers), or let the cluster grow"
+            )
+    return "GPU" in each, each
 
 
 def execute(
@@ -94,37 +113,45 @@ def execute(
     tell: Tell,
     stop: threading.Event | None = None,
     parallel: int = 1,
+    workers: int = 1,
 ) -> Outcome:
-    """Carry out `order` in one Ray Train run called `name` and return its outcome.
+    """Carry out `order` in one Ray Train run called `name`, of as many `workers`, and return its outcome.
 
     `runs` is an absolute folder (shared by all nodes) for checkpoints. `tell(stage, done, total,
     figures)` is called in this process. Once `stop` is set, the worker ends at its next step. Errors raised on
     purpose in the worker come back as they are (Stopped is one); anything else is RunFailed, after Ray has
-    restarted the worker twice.
+    restarted the workers three times. Raises UserError as `resources` does.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError
 
-    use_gpu, each = resources(parallel)
+    use_gpu, each = resources(workers, parallel)
     stop = stop or threading.Event()
-    line: Any = ray.remote(num_cpus=0)(_Line).remote()
-    listener = _Listener(line, tell, stop)
+    line: Any = ray.remote(num_cpus=0)(Line).remote()
+
+    def hear(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if stage == "start" and use_gpu and not figures["cuda"]:
+            log.warning("worker %d of %d was given a GPU that its torch cannot use: it works on the CPU", done, total)
+        tell(stage, done, total, figures)
+
+    listener = Listener(line, hear, stop)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"order": order, "store": store, "every": every, "line": line},
-        scaling_config=ScalingConfig(num_workers=1, use_gpu=use_gpu, resources_per_worker=each),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu and workers > 1 else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=each),
         run_config=RunConfig(
             name=name,
             storage_path=str(runs),
-            failure_config=FailureConfig(max_failures=2, controller_failure_limit=2),
+            failure_config=FailureConfig(max_failures=3, controller_failure_limit=2, max_preemption_failures=20),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
     try:
         with listener:
-            answer = _fit(trainer, stop).return_value
+            answer = in_thread(trainer.fit, stop).return_value
     except (TrainingFailedError, ControllerError) as error:
         raise RunFailed(f"run {name} broke: {_cause(error)}; see {runs}/{name}") from error
     finally:
@@ -138,40 +165,40 @@ def execute(
     return Outcome(**{**found, "also": tuple(Part(**part) for part in found["also"])})
 
 
-def _fit(trainer: Any, stop: threading.Event) -> Any:
-    """`trainer.fit()`, in a thread: in the main one, Ray would make the end of this process of an interrupt.
+def in_thread(fit: Callable[[], Any], stop: threading.Event, patience: float = STOP_SECONDS) -> Any:
+    """The result of `fit`, in a thread: in the main one, Ray would make the end of this process of an interrupt.
 
-    An interrupt tells the worker to stop instead, waits for that, and is raised then.
+    An interrupt tells the workers to stop instead, waits for that for `patience` seconds, and is raised then.
     """
     ended: Future[Any] = Future()
 
-    def fit() -> None:
+    def act() -> None:
         try:
-            ended.set_result(trainer.fit())
+            ended.set_result(fit())
         except BaseException as error:
             ended.set_exception(error)
 
-    threading.Thread(target=fit, daemon=True).start()
+    threading.Thread(target=act, daemon=True).start()
     try:
         return ended.result()
     except KeyboardInterrupt:
         stop.set()
-        wait([ended], timeout=STOP_SECONDS)
+        wait([ended], timeout=patience)
         raise
 
 
-def _work(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The loop of one worker; rank 0 alone has something to say."""
+def _work(config: dict[str, Any]) -> dict[str, Any]:
+    """The loop of one worker of a group; what the first one returns counts."""
     import ray
     import ray.train
     import ray.train.torch
     import torch
 
     from fsu_ray.method.context import Saved
+    from fsu_ray.method.group import Group
     from fsu_ray.method.unlearn import unlearn
 
-    if ray.train.get_context().get_world_rank() != 0:
-        return None
+    group = Group.current()
     last = 0.0
 
     def progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
@@ -183,17 +210,30 @@ def _work(config: dict[str, Any]) -> dict[str, Any] | None:
                 raise Stopped(f"the run was stopped in {stage} at {done} of {total}")
 
     def keep(saved: Saved) -> None:
+        if group.rank:  # a report is one of the whole group
+            ray.train.report({})
+            return
         with tempfile.TemporaryDirectory() as folder:
             torch.save(asdict(saved), Path(folder) / "state.pt")
             ray.train.report({"seconds": sum(saved.seconds.values())}, checkpoint=ray.train.Checkpoint(folder))
 
     torch.use_deterministic_algorithms(True, warn_only=True)
+    order, store, every = config["order"], config["store"], config["every"]
     try:
         device = ray.train.torch.get_device()
-        progress("start", 1, 1, {"threads": torch.get_num_threads(), "pid": os.getpid()})
-        outcome = unlearn(config["order"], config["store"], device, progress, keep, _resume(), config["every"])
-    except FsuError as error:  # not for Ray to retry
-        return {"error": pickle.dumps(error)}
+        processes = group.everyone(os.getpid())
+
+        def begin() -> None:
+            for rank, process in enumerate(processes, 1):
+                figures = {"threads": torch.get_num_threads(), "pid": process, "cuda": device.type == "cuda"}
+                progress("start", rank, group.size, figures)
+
+        group.once(begin)
+        outcome = unlearn(order, store, device, progress, keep, _resume(), every, group)
+    except FsuError as error:
+        if group.size > 1 and not error.agreed:  # the others go on: Ray is to end them
+            raise
+        return {"error": pickle.dumps(error)}  # not for Ray to retry
     return {"outcome": asdict(outcome)}
 
 
@@ -229,7 +269,7 @@ def _cause(error: BaseException) -> str:
     return lines[-1] if lines else type(first).__name__
 
 
-class _Line:
+class Line:
     """An actor between worker and driver: progress goes one way, the word to stop the other."""
 
     def __init__(self) -> None:
@@ -248,7 +288,7 @@ class _Line:
         return told
 
 
-class _Listener:
+class Listener:
     """Hands what workers say to a function of this process, and its word to stop to them, while the block runs."""
 
     def __init__(self, line: Any, tell: Tell, stop: threading.Event) -> None:
@@ -256,7 +296,7 @@ class _Listener:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
-    def __enter__(self) -> _Listener:
+    def __enter__(self) -> Listener:
         self._thread.start()
         return self
 

@@ -42,8 +42,17 @@ def random_view(pixels: Tensor, rng: torch.Generator, flip: bool = False) -> Ten
 
     The draws come from `rng` on the CPU, so they are the same on every device.
     """
-    n = len(pixels)
-    draws = torch.rand((n, 4), generator=rng).to(pixels.device)
+    return moved(pixels, draw_moves(len(pixels), rng), flip)
+
+
+def draw_moves(n: int, rng: torch.Generator) -> Tensor:
+    """The draws (n, 4) of n random views, for `moved`."""
+    return torch.rand((n, 4), generator=rng)
+
+
+def moved(pixels: Tensor, draws: Tensor, flip: bool = False) -> Tensor:
+    """The view of each sample that its row of draws (N, 4) stands for: rotation, two shifts, mirrored or not."""
+    draws = draws.to(pixels.device)
     degrees = (2 * draws[:, 0] - 1) * ROTATION
     shift = (2 * draws[:, 1:3] - 1) * SHIFT
     return transform(pixels, degrees, shift, draws[:, 3] < 0.5 if flip else None)

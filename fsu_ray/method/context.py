@@ -13,6 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fsu_ray.method.augment import seeded
+from fsu_ray.method.group import Group
 from fsu_ray.method.networks import Classifier
 from fsu_ray.records import Behaviour, GeneratorUse
 from fsu_ray.work import Asked, BlobStore, PriorErasure, WorkOrder
@@ -71,8 +72,9 @@ class Given:
 
 
 class Context:
-    """One run of `order`. `current` is the classifier to relearn, `labeller` the one that labels D': the root,
-    or the current version in the paper's form, which knows no earlier masks either."""
+    """One run of `order`, which the ranks of `group` carry out in step. `current` is the classifier to relearn,
+    `labeller` the one that labels D': the root, or the current version in the paper's form, which knows no earlier
+    masks either."""
 
     def __init__(
         self,
@@ -83,8 +85,9 @@ class Context:
         checkpoint: Checkpoint | None,
         saved: Saved,
         every: int,
+        group: Group,
     ) -> None:
-        self.order, self.store, self.device = order, store, device
+        self.order, self.store, self.device, self.group = order, store, device, group
         self.progress, self.checkpoint, self.saved, self.every = progress, checkpoint, saved, every
         self.recipe, self.classes = order.recipe, order.spec.classes
         paper = self.recipe.form == "paper"
@@ -110,9 +113,10 @@ class Context:
         return Given(asked, samples, chosen)
 
     def tell(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
-        """A stage has come to `done` of `total`."""
-        if self.progress:
-            self.progress(stage, done, total, figures or {})
+        """A stage has come to `done` of `total`: for all ranks to say at once, and the first one is heard."""
+        progress = self.progress
+        if progress:
+            self.group.once(lambda: progress(stage, done, total, figures or {}))
 
     def finish(self, stage: str, started: float) -> None:
         """A stage is done: note its time and save the state."""

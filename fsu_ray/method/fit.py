@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsu_ray.method.augment import random_view, seeded
+from fsu_ray.errors import InvalidConfig
+from fsu_ray.method.augment import draw_moves, moved, seeded
+from fsu_ray.method.group import Group
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -40,6 +42,7 @@ def fit(
     flip: bool = False,
     progress: Progress | None = None,
     as_they_are: Tensor | None = None,
+    group: Group | None = None,
 ) -> None:
     """Train `classifier` in place with SGD and cross entropy on augmented samples.
 
@@ -47,7 +50,11 @@ def fit(
     samples that are not augmented. With
     `frozen_statistics` BatchNorm stays in eval mode, so its running statistics keep describing the
     data they came from. Deterministic on the CPU for a seed and a number of threads.
+
+    The ranks of `group` share every batch; they must be given the same, and BatchNorm must be frozen then. Raises
+    InvalidConfig where a batch has fewer samples than there are ranks.
     """
+    group = group or Group()
     device = next(classifier.parameters()).device
     n = len(pixels)
     batches = max(1, -(-n // schedule.batch))
@@ -65,28 +72,34 @@ def fit(
         classifier.to(memory_format=torch.contiguous_format)
     pixels, targets = pixels.to(device), targets.to(device)
     classifier.train(not schedule.frozen_statistics)
+    assert group.size == 1 or schedule.frozen_statistics
+    if n // batches < group.size:
+        raise InvalidConfig(f"a batch of {schedule.batch} does not go round {group.size} workers; take a larger one")
+    model = group.parallel(classifier)
     step = 0
     for epoch in range(schedule.epochs):
         rng = seeded(schedule.seed, epoch)
         order = torch.randperm(n, generator=rng).to(device)
         loss_sum = torch.zeros((), device=device)
-        for index in torch.tensor_split(order, batches):  # even parts: BatchNorm cannot train on a batch of one
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.lr * _shape(step / total, schedule.one_cycle)
+        for batch in torch.tensor_split(order, batches):  # even parts: BatchNorm cannot train on a batch of one
+            moves = draw_moves(len(batch), rng)[group.share(len(batch))]
+            index = batch[group.share(len(batch))]
+            for parameters in optimiser.param_groups:
+                parameters["lr"] = schedule.lr * _shape(step / total, schedule.one_cycle)
             plain = pixels[index].float() / 255
-            view = random_view(plain, rng, flip)
+            view = moved(plain, moves, flip)
             if as_they_are is not None:
                 view = torch.where(as_they_are[index.cpu()].view(-1, 1, 1, 1).to(device), plain, view)
             with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
-                logits = classifier(view)
-            loss = F.cross_entropy(logits.float(), targets[index])
+                logits = model(view)
+            loss = F.cross_entropy(logits.float(), targets[index]) * group.weight(len(index), len(batch))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             loss_sum += loss.detach()
             step += 1
         if progress:
-            progress(epoch + 1, schedule.epochs, {"loss": float(loss_sum) / batches})
+            progress(epoch + 1, schedule.epochs, {"loss": float(group.total(loss_sum)) / group.size / batches})
     classifier.eval()
 
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fsu_ray.method.augment import random_view, seeded
+from fsu_ray.errors import Stopped
+from fsu_ray.method.augment import draw_moves, moved, seeded
+from fsu_ray.method.group import Group
 from fsu_ray.method.networks import Classifier, Generator, affine_batch_norms, observe
 from fsu_ray.recipes import InvertRecipe
 
@@ -115,12 +117,18 @@ def begin(classifier: Classifier, recipe: InvertRecipe, warm: dict[str, Tensor] 
     return Inversion(generator, optimiser)
 
 
-def losses(classifier: Classifier, generator: Generator, recipe: InvertRecipe, step: int) -> dict[str, Tensor]:
+def losses(
+    classifier: Classifier, generator: nn.Module, recipe: InvertRecipe, step: int, group: Group | None = None
+) -> dict[str, Tensor]:
     """The five losses, unweighted, at `step`: one batch with the same number of samples of every class.
 
     The plain samples and all their views go through the classifier in one pass; the BatchNorm
     statistics are those of the plain ones alone.
+
+    A rank of `group` draws its share of the batch. Eq. 5 and 6 are those of the whole batch on every rank, the others
+    those of its share, weighted such that the mean over ranks is that of the batch.
     """
+    group = group or Group()
     device = next(generator.parameters()).device
     k = classifier.spec.classes
     each = max(2, recipe.batch // k)
@@ -129,19 +137,24 @@ def losses(classifier: Classifier, generator: Generator, recipe: InvertRecipe, s
     z = torch.randn((n, recipe.latent), generator=rng).to(device)
     y = torch.arange(k, device=device).repeat_interleave(each)
     squared = recipe.form == "squared"
+    part = group.share(n)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        pixels = generator(z, y).float()
-        views = [random_view(pixels, rng, classifier.spec.flip) for _ in range(recipe.views)]
-        with observe(classifier, first=n) as seen, affine_batch_norms(classifier):
+        pixels = generator(z[part], y[part]).float()
+        own = len(pixels)
+        views = [moved(pixels, draw_moves(n, rng)[part], classifier.spec.flip) for _ in range(recipe.views)]
+        with observe(classifier, first=own) as seen, affine_batch_norms(classifier):
             logits = classifier(torch.cat([pixels, *views])).float()
     assert seen.features is not None
-    probabilities = logits.softmax(1).view(1 + recipe.views, n, k)
+    probabilities = logits.softmax(1).view(1 + recipe.views, own, k)
+    _, moments = group.pool([(mean, variance, kept) for mean, variance, kept, _ in seen.statistics], own)
+    statistics = [(*pooled, *kept[2:]) for pooled, kept in zip(moments, seen.statistics, strict=True)]
+    weight = group.weight(own, n)
     return {
-        "bn": bn_loss(seen.statistics, squared),
-        "entropy": entropy_loss(logits[:n], y),
-        "augmentation": augmentation_loss(probabilities[0], probabilities[1:], squared),
-        "diversity": diversity_loss(z, seen.features[:n].float(), k),
-        "tv": tv_loss(pixels, squared),
+        "bn": bn_loss(statistics, squared),
+        "entropy": entropy_loss(logits[:own], y[part]) * weight,
+        "augmentation": augmentation_loss(probabilities[0], probabilities[1:], squared) * weight,
+        "diversity": diversity_loss(z, group.gather(seen.features[:own].float(), n), k),
+        "tv": tv_loss(pixels, squared) * weight,
     }
 
 
@@ -152,27 +165,39 @@ def invert(
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     checkpoint: Callable[[Inversion], None] | None = None,
     every: int = 100,
+    group: Group | None = None,
+    until: int | None = None,
 ) -> Generator:
-    """Train `run` to `recipe.steps` and return its generator in eval mode.
+    """Train `run` to `recipe.steps`, or to step `until` of these, and return its generator in eval mode.
 
-    `progress` hears of step, steps and the losses, `checkpoint` gets `run`, both every `every`
-    steps. A step's draws depend on the seed and its number alone, so a resumed run ends with the
-    weights of an undisturbed one.
+    `progress` hears of step, steps and the losses every ten steps, `checkpoint` gets `run` every `every`
+    steps, and once more where `progress` raises Stopped. A step's draws depend on the seed and its number alone, so a
+    resumed run ends with the weights of an undisturbed one. The ranks of `group` share each step's batch and end with
+    the same weights.
     """
+    group = group or Group()
+    group.synchronise(run.generator)
+    model = group.parallel(run.generator)
     weights = recipe.weights.model_dump()
     classifier.eval().requires_grad_(False)
     run.generator.train()
-    while run.step < recipe.steps:
-        for group in run.optimiser.param_groups:
-            group["lr"] = recipe.lr * _decay(run.step / recipe.steps)
-        found = losses(classifier, run.generator, recipe, run.step)
+    while run.step < (until or recipe.steps):
+        for parameters in run.optimiser.param_groups:
+            parameters["lr"] = recipe.lr * _decay(run.step / recipe.steps)
+        found = losses(classifier, model, recipe, run.step, group)
         total = torch.stack([weights[name] * value for name, value in found.items()]).sum()
         run.optimiser.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         run.optimiser.step()
         run.step += 1
         if progress and (run.step % 10 == 0 or run.step == recipe.steps):
-            progress(run.step, recipe.steps, {name: float(value.detach()) for name, value in found.items()})
+            means = group.total(torch.stack([value.detach() for value in found.values()])) / group.size
+            try:
+                progress(run.step, recipe.steps, dict(zip(found, means.tolist(), strict=True)))
+            except Stopped:
+                if checkpoint and run.step < recipe.steps:
+                    checkpoint(run)
+                raise
         if checkpoint and run.step % every == 0 and run.step < recipe.steps:
             checkpoint(run)
     classifier.requires_grad_(True)

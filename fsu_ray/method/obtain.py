@@ -23,7 +23,8 @@ def obtain(context: Context) -> Masking:
     """D' under the masks of this run; `context.saved` learns where it came from and its figures."""
     saved = context.saved
     if saved.dataset is not None:
-        return _load(context, saved.dataset)
+        digest = saved.dataset
+        return context.group.together(lambda: _load(context, digest))
     begun = saved.generator is not None or saved.inversion is not None
     if context.order.reuse is not None and not begun:
         found = _reuse(context, context.order.reuse)
@@ -45,8 +46,8 @@ def _reuse(context: Context, offer: GeneratorRef) -> Masking | None:
     """What the registry offers, None where the gate refuses it."""
     started = time.monotonic()
     context.tell("gate", 0, 1)
-    found = _load(context, offer.dataset)
-    figures = _figures(context, found, dict(offer.figures))
+    found = context.group.together(lambda: _load(context, offer.dataset))
+    figures = context.group.once(lambda: _figures(context, found, dict(offer.figures)))
     refused = refuse_generator(figures, context.recipe.gate)
     saved = context.saved
     saved.refused = list(refused)
@@ -98,11 +99,11 @@ def _train(context: Context) -> None:
         lambda step, steps, losses: context.tell("invert", step, steps, losses),
         keep if context.checkpoint else None,
         context.every,
+        context.group,
     )
     saved.use = "warm_started" if weights else "trained"
-    saved.generator = store.put(
-        save_tensors({name: t.detach().cpu().contiguous() for name, t in generator.state_dict().items()})
-    )
+    tensors = {name: t.detach().cpu().contiguous() for name, t in generator.state_dict().items()}
+    saved.generator = context.group.once(lambda: store.put(save_tensors(tensors)))
     saved.seconds["invert"] = before
     context.finish("invert", started)
 
@@ -119,9 +120,10 @@ def _draw(context: Context) -> Masking:
         generator,
         context.recipe.synthesize,
         lambda done, total, figures: context.tell("synthesize", done, total, figures),
+        context.group,
     )
-    masking = Masking(context, dataset, context.store.put(dataset.to_bytes()))
+    masking = Masking(context, dataset, context.group.once(lambda: context.store.put(dataset.to_bytes())))
     saved.dataset = masking.digest
-    saved.figures = _figures(context, masking, drawn)
+    saved.figures = context.group.once(lambda: _figures(context, masking, drawn))
     context.finish("synthesize", started)
     return masking

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fsu_ray.method.fit import Progress, Schedule, fit
+from fsu_ray.method.group import Group
 from fsu_ray.method.networks import Classifier
 from fsu_ray.recipes import RelearnRecipe
 
@@ -16,11 +17,13 @@ def relearn(
     synthetic: Tensor,
     recipe: RelearnRecipe,
     progress: Progress | None = None,
+    group: Group | None = None,
 ) -> None:
     """Train `classifier` in place on D_unlearn; BatchNorm keeps its statistics, which describe the real data.
 
     pixels (N, C, H, W) uint8 with soft labels targets (N, K): D' under all masks and the given samples, relabelled.
     synthetic (N,) bool tells which is which: where `recipe.augment` is `samples`, those of D' are not augmented.
+    Every batch is shared by the ranks of `group`, which give the same data and end with the same weights.
     """
     still = synthetic if recipe.augment == "samples" else None
     schedule = Schedule(
@@ -31,6 +34,8 @@ def relearn(
         weight_decay=recipe.weight_decay,
         one_cycle=False,
         frozen_statistics=True,
+        precision=recipe.precision,
         seed=recipe.seed,
     )
-    fit(classifier, pixels, targets, schedule, flip=classifier.spec.flip, progress=progress, as_they_are=still)
+    flip = classifier.spec.flip
+    fit(classifier, pixels, targets, schedule, flip=flip, progress=progress, as_they_are=still, group=group)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fsu_ray.errors import StorageError
 from fsu_ray.method.augment import rotated, seeded
+from fsu_ray.method.group import Group
 from fsu_ray.method.networks import Classifier, Generator
 from fsu_ray.recipes import SynthesizeRecipe
 
@@ -117,42 +118,64 @@ def synthesize(
     generator: Generator,
     recipe: SynthesizeRecipe,
     progress: Any = None,
+    group: Group | None = None,
 ) -> tuple[Synthetic, dict[str, Any]]:
     """Draw D' with `per_class` samples for each class the generator is conditioned on, labelled by `classifier`.
 
     A class that does not reach its number within `max_draws * per_class` draws gives what it has.
     Returns D' and the figures `acceptance` (share of the draws that pass, a list by class) and
     `count` (samples of D' by predicted class). Every chunk of draws has a seed of its own, so the
-    result does not depend on who draws which chunk.
+    result does not depend on who draws which chunk: each round, every class that lacks samples has one chunk drawn,
+    and the ranks of `group` share these. All of them end with all of D'.
     """
-    device = next(classifier.parameters()).device
+    group = group or Group()
     classifier.eval()
     generator.eval()
     k = classifier.spec.classes
-    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    acceptance = []
-    for label in range(k):
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        found = drawn = 0
-        while found < recipe.per_class and drawn < recipe.max_draws * recipe.per_class:
-            rng = seeded(recipe.seed, label, drawn // CHUNK)
-            z = torch.randn((CHUNK, generator.latent), generator=rng).to(device)
-            y = torch.full((CHUNK,), label, device=device)
-            stored = (generator(z, y) * 255).round().byte()  # what the artifact holds is what is tested
-            passed, logits, uncertainty = trustworthy(classifier, stored.float() / 255, recipe)
-            parts.append((stored[passed].cpu(), logits[passed].cpu(), uncertainty[passed].cpu()))
-            found += int(passed.sum())
-            drawn += CHUNK
-        acceptance.append(found / drawn)
-        pixels, logits, uncertainty = (torch.cat(column)[: recipe.per_class] for column in zip(*parts, strict=True))
-        kept.append((pixels, logits, uncertainty, torch.full((len(pixels),), label)))
+    parts: list[list[Drawn]] = [[] for _ in range(k)]
+    found, most = [0] * k, -(-recipe.max_draws * recipe.per_class // CHUNK)
+    for number in range(most):
+        lacking = [label for label in range(k) if found[label] < recipe.per_class]
+        if not lacking:
+            break
+        mine = {
+            label: _chunk(classifier, generator, recipe, label, number) for label in lacking[group.rank :: group.size]
+        }
+        drawn: dict[int, Drawn] = {}
+        for part in group.everyone(mine):
+            drawn |= part
+        for label in lacking:
+            parts[label].append(drawn[label])
+            found[label] += len(drawn[label][0])
         if progress:
-            progress(label + 1, k, {"acceptance": acceptance[-1]})
+            progress(min(found), recipe.per_class, {"lacking": float(len(lacking))})
+    acceptance = [found[label] / (CHUNK * len(parts[label])) for label in range(k)]
+    kept = []
+    for label in range(k):
+        pixels, logits, uncertainty = (
+            torch.cat(column)[: recipe.per_class] for column in zip(*parts[label], strict=True)
+        )
+        kept.append((pixels, logits, uncertainty, torch.full((len(pixels),), label)))
     pixels, logits, uncertainty, condition = (torch.cat(column) for column in zip(*kept, strict=True))
     holdout = torch.rand(len(pixels), generator=seeded(recipe.seed, k)) < recipe.holdout
     made = Synthetic(pixels.contiguous(), logits, uncertainty, condition, holdout)
     count = torch.bincount(made.predicted, minlength=k).tolist()
     return made, {"acceptance": [round(a, 4) for a in acceptance], "count": count}
+
+
+Drawn = tuple[Tensor, Tensor, Tensor]
+"""Pixels, logits and entropy of samples that have passed."""
+
+
+def _chunk(classifier: Classifier, generator: Generator, recipe: SynthesizeRecipe, label: int, number: int) -> Drawn:
+    """What passes of the chunk of that number for class `label`, on the CPU."""
+    device = next(classifier.parameters()).device
+    rng = seeded(recipe.seed, label, number)
+    z = torch.randn((CHUNK, generator.latent), generator=rng).to(device)
+    y = torch.full((CHUNK,), label, device=device)
+    stored = (generator(z, y) * 255).round().byte()  # what the artifact holds is what is tested
+    passed, logits, uncertainty = trustworthy(classifier, stored.float() / 255, recipe)
+    return stored[passed].cpu(), logits[passed].cpu(), uncertainty[passed].cpu()
 
 
 def starved_classes(count: list[int], recipe: SynthesizeRecipe) -> list[int]:

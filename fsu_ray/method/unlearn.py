@@ -19,6 +19,7 @@ from fsu_ray.method import evaluate, reporting
 from fsu_ray.method.context import Checkpoint, Context, Progress, Saved, load_samples, save_samples
 from fsu_ray.method.filter import Mask, relabel
 from fsu_ray.method.fit import predict
+from fsu_ray.method.group import Group
 from fsu_ray.method.masking import Masking
 from fsu_ray.method.obtain import obtain
 from fsu_ray.method.relearn import relearn
@@ -33,21 +34,29 @@ def unlearn(
     checkpoint: Checkpoint | None = None,
     saved: Saved | None = None,
     every: int = 100,
+    group: Group | None = None,
 ) -> Outcome:
     """Carry out `order` and return what came of it; nothing is judged here but the generator.
 
     `progress(stage, done, total, figures)` hears of every stage, `checkpoint` gets the state after
     each and every `every` steps of the inversion; a run that gets such a state as `saved` goes on
     from it. Raises StorageError where an artifact is missing.
+
+    The ranks of `group` call this in step, with the same arguments, and share the inversion, the synthesis and the
+    relearning; what takes a moment (filter, evaluation, artifacts) the first one does for all. `checkpoint` is called
+    on all of them, `progress` on the first.
     """
-    context = Context(order, store, device, progress, checkpoint, saved or Saved(), every)
+    group = group or Group()
+    context = group.together(
+        lambda: Context(order, store, device, progress, checkpoint, saved or Saved(), every, group)
+    )
     masking = obtain(context)
     reason = _starvation(context)
     reports: list[dict[str, Any]] = [{} for _ in order.asked]
     probes: list[str] = []
     if reason is None:
         masks = _filter(context, masking)
-        probes = [store.put(save_samples(masking.dataset.pixels[mask.like])) for mask in masks]
+        probes = group.once(lambda: [store.put(save_samples(masking.dataset.pixels[mask.like])) for mask in masks])
         reason = _nothing_found(context, masks) or _relearn(context, masking, masks)
         if reason is None:
             reports = _evaluate(context, masking, masks)
@@ -88,14 +97,17 @@ def _filter(context: Context, masking: Masking) -> list[Mask]:
     started = time.monotonic()
     context.tell("filter", 0, 1)
     saved = context.saved
-    if saved.masks:
-        masks = [Mask.from_bytes(context.store.get(mask)) for mask in saved.masks]
-    else:
-        masks = [masking.select(context.recipe.filter, each.behaviour, each.shown) for each in context.given]
-        saved.masks = [context.store.put(mask.to_bytes()) for mask in masks]
+    if not saved.masks:
+        saved.masks = context.group.once(lambda: _select(context, masking))
         context.finish("filter", started)
+    masks = context.group.together(lambda: [Mask.from_bytes(context.store.get(mask)) for mask in saved.masks])
     context.tell("filter", 1, 1, {"found": sum(int(mask.like.sum()) for mask in masks)})
     return masks
+
+
+def _select(context: Context, masking: Masking) -> list[str]:
+    masks = (masking.select(context.recipe.filter, each.behaviour, each.shown) for each in context.given)
+    return [context.store.put(mask.to_bytes()) for mask in masks]
 
 
 def _nothing_found(context: Context, masks: list[Mask]) -> str | None:
@@ -120,18 +132,19 @@ def _relearn(context: Context, masking: Masking, masks: list[Mask]) -> str | Non
     child = copy.deepcopy(context.current)
     relearn(
         child,
-        *_training_set(context, masking, masks),
+        *context.group.once(lambda: training_set(context, masking, masks)),
         context.recipe.relearn,
         lambda epoch, epochs, losses: context.tell("relearn", epoch, epochs, losses),
+        context.group,
     )
     if not all(bool(t.isfinite().all()) for t in child.parameters()):
         return "retention_lost: the relearning diverged; try a lower relearn.lr"
-    context.saved.weights = context.store.put(child.to_bytes())
+    context.saved.weights = context.group.once(lambda: context.store.put(child.to_bytes()))
     context.finish("relearn", started)
     return None
 
 
-def _training_set(context: Context, masking: Masking, masks: list[Mask]) -> tuple[Tensor, Tensor, Tensor]:
+def training_set(context: Context, masking: Masking, masks: list[Mask]) -> tuple[Tensor, Tensor, Tensor]:
     """D_unlearn: pixels (N, C, H, W), soft labels (N, K), and which are of D' (N,): the others are the given samples.
 
     The given samples come in `repeats` times, and the few D_e-like samples of a subset that often again. The samples
@@ -161,6 +174,13 @@ def _evaluate(context: Context, masking: Masking, masks: list[Mask]) -> list[dic
     """A report for each behaviour of this run; their keys are described in `method.reporting` and `method.evaluate`."""
     started = time.monotonic()
     context.tell("evaluate", 0, 1)
+    reports = context.group.once(lambda: _measure(context, masking, masks))
+    context.finish("evaluate", started)
+    context.tell("evaluate", 1, 1, {"agreement": reports[0]["retention"]["agreement"]})
+    return reports
+
+
+def _measure(context: Context, masking: Masking, masks: list[Mask]) -> list[dict[str, Any]]:
     order, dataset = context.order, masking.dataset
     assert context.saved.weights is not None
     child = context.classifier(context.saved.weights)
@@ -174,10 +194,7 @@ def _evaluate(context: Context, masking: Masking, masks: list[Mask]) -> list[dic
         "test": reporting.on_test_set(order, context.current, child, context.gone_after),
     }
     unseen = masking.held_out(masks)
-    reports = [
+    return [
         {"forgetting": reporting.forgetting(given, context.current, child, mask, unseen, before, after), **shared}
         for given, mask in zip(context.given, masks, strict=True)
     ]
-    context.finish("evaluate", started)
-    context.tell("evaluate", 1, 1, {"agreement": shared["retention"]["agreement"]})
-    return reports

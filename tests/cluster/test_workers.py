@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,16 @@ import pytest
 import torch
 
 from fsu_ray.cluster import workers
-from fsu_ray.errors import StorageError
+from fsu_ray.errors import Stopped, StorageError, UserError
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
+from fsu_ray.method.fit import predict
+from fsu_ray.method.networks import Classifier
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.work import Asked, WorkOrder
+from fsu_ray.work import Asked, GeneratorRef, WorkOrder
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,31 @@ def make_order(trained: Any, artifacts: Artifacts, recipe: Recipe, steps: int) -
     return WorkOrder("r-1", trained.spec, weights, weights, behaviour, samples, recipe, also=also)
 
 
+class Killer:
+    """A `tell` that kills the last worker of the group (SIGKILL) once each stage in `at` has come so far; keeps what it
+    hears."""
+
+    def __init__(self, at: dict[str, int]) -> None:
+        self.at, self.killed = at, list[str]()
+        self.heard: list[tuple[str, int, dict[str, float]]] = []
+        self._process = 0
+
+    def __call__(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        self.heard.append((stage, done, figures))
+        if stage == "start":
+            self._process = int(figures["pid"])
+        if stage in self.at and done >= self.at[stage] and stage not in self.killed:
+            self.killed.append(stage)
+            os.kill(self._process, signal.SIGKILL)
+
+
+def accuracy_of(trained: Any, weights: bytes) -> float:
+    """Of the classes that `make_order` leaves, on the test split."""
+    logits = predict(Classifier.from_bytes(trained.spec, weights), trained.test.pixels)
+    kept = ~torch.isin(trained.test.labels, torch.tensor([3, 8]))
+    return float((logits.argmax(1) == trained.test.labels)[kept].float().mean())
+
+
 @pytest.mark.ray
 def test_a_killed_worker_ends_with_the_weights_of_an_undisturbed_run(
     cluster: None, trained: Any, artifacts: Artifacts, quick: Recipe, tmp_path: Path
@@ -54,18 +84,11 @@ def test_a_killed_worker_ends_with_the_weights_of_an_undisturbed_run(
     """SIGKILL in the inversion, behind a checkpoint: Ray restarts the worker, which goes on from there. All of
     the CPUs are used, progress arrives in this process, and the digests are those of a run without Ray."""
     order = make_order(trained, artifacts, quick, 120)
-    heard: list[tuple[str, int, dict[str, float]]] = []
-    killed: list[int] = []
-
-    def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
-        heard.append((stage, done, figures))
-        if stage == "invert" and done >= 40 and not killed:
-            killed.append(done)
-            subprocess.run(["pkill", f"-{signal.SIGKILL.value}", "-f", "ray::RayTrainWorker"], check=True)
-
-    outcome = workers.execute(order, artifacts, tmp_path / "runs", "r-1", 20, tell)
+    killer = Killer({"invert": 40})
+    heard = killer.heard
+    outcome = workers.execute(order, artifacts, tmp_path / "runs", "r-1", 20, killer)
     plain = unlearn(order, artifacts, torch.device("cpu"))
-    assert killed
+    assert killer.killed == ["invert"]
     assert [s for s, _, _ in heard].count("start") == 2
     assert {f["threads"] for s, _, f in heard if s == "start"} == {2}
     assert {"invert", "synthesize", "filter", "relearn", "evaluate"} <= {s for s, _, _ in heard}
@@ -78,6 +101,69 @@ def test_a_killed_worker_ends_with_the_weights_of_an_undisturbed_run(
 
 
 @pytest.mark.ray
+def test_two_workers_come_to_what_one_does_whoever_is_killed(
+    cluster: None, trained: Any, artifacts: Artifacts, quick: Recipe, tmp_path: Path
+) -> None:
+    """Two workers share a run; either is killed in the inversion, in the synthesis and in the relearning, and the run
+    ends with the digests of one that nobody disturbed. On one and the same D', two workers' relearning is as
+    accurate as one's."""
+    order = make_order(trained, artifacts, quick, 60)
+    killer = Killer({"invert": 30, "synthesize": 1, "relearn": 2})
+    disturbed = workers.execute(order, artifacts, tmp_path / "runs", "r-1", 20, killer, workers=2)
+    assert killer.killed == ["invert", "synthesize", "relearn"]
+    assert disturbed.resumed == ("invert 20", "after invert", "after filter")
+    calm = Killer({})
+    undisturbed = workers.execute(order, artifacts, tmp_path / "runs", "r-2", 20, calm, workers=2)
+    for name in ("generator_weights", "dataset", "mask", "weights", "also"):
+        assert getattr(disturbed, name) == getattr(undisturbed, name), name
+    starts = [(done, figures["threads"]) for stage, done, figures in calm.heard if stage == "start"]
+    assert starts == [(1, 1), (2, 1)]
+
+    offered = GeneratorRef("g-1", undisturbed.generator_weights, undisturbed.dataset, undisturbed.figures)
+    alone = unlearn(replace(order, reuse=offered), artifacts, torch.device("cpu"))
+    assert (alone.generator_use, alone.mask) == ("reused", undisturbed.mask)
+    one, two = (accuracy_of(trained, artifacts.get(str(made.weights))) for made in (alone, undisturbed))
+    assert one == pytest.approx(two, abs=0.003)
+
+
+@pytest.mark.ray
+def test_a_run_that_is_stopped_keeps_the_step_that_it_was_at(
+    cluster: None, trained: Any, artifacts: Artifacts, quick: Recipe, tmp_path: Path
+) -> None:
+    """Both workers end at the same step, with a checkpoint of it; the next attempt goes on from there."""
+    order = make_order(trained, artifacts, quick, 400)
+    stop, seen = threading.Event(), []
+
+    def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if stage == "invert" and done > 20:
+            stop.set()
+
+    def again(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        if stage == "invert":
+            seen.append(done)
+            once_more.set()
+
+    with pytest.raises(Stopped, match=r"stopped in invert at \d+ of 400") as stopped:
+        workers.execute(order, artifacts, tmp_path / "runs", "r-3", 1000, tell, stop, workers=2)
+    step, once_more = int(str(stopped.value).split()[-3]), threading.Event()
+    with pytest.raises(Stopped):
+        workers.execute(order, artifacts, tmp_path / "runs", "r-3", 1000, again, once_more, workers=2)
+    assert 20 < step < seen[0] <= step + 100
+
+
+@pytest.mark.ray
+def test_more_workers_than_the_cluster_will_ever_have_are_refused_at_once(
+    cluster: None, trained: Any, artifacts: Artifacts, quick: Recipe, tmp_path: Path
+) -> None:
+    """One line with both numbers, and no waiting."""
+    order = make_order(trained, artifacts, quick, 10)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"3 workers take 3 CPUs, and this cluster has at most 2: ask for fewer"):
+        workers.execute(order, artifacts, tmp_path / "runs", "r-4", 20, lambda *_: None, workers=3)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.ray
 def test_an_error_of_ours_comes_back_as_it_was(
     cluster: None, trained: Any, artifacts: Artifacts, quick: Recipe, tmp_path: Path
 ) -> None:
@@ -85,24 +171,42 @@ def test_an_error_of_ours_comes_back_as_it_was(
     order = make_order(trained, artifacts, quick, 10)
     Path(artifacts.path(order.samples)).unlink()
     with pytest.raises(StorageError, match="is missing"):
-        workers.execute(order, artifacts, tmp_path / "runs", "r-2", 20, lambda *_: None)
+        workers.execute(order, artifacts, tmp_path / "runs", "r-5", 20, lambda *_: None, workers=2)
 
 
-def test_a_gpu_is_used_where_the_cluster_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One GPU and two CPUs a worker; without one all CPUs of the largest living node."""
+def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+    """A node as Ray lists it."""
+    return {"Alive": alive, "Resources": resources}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "growth", "workers_of", "expected"),
+    [
+        ([node(CPU=8.0, GPU=2.0)], None, (2, 1), (True, {"GPU": 1, "CPU": 2})),
+        ([node(CPU=2.0)], {"GPU": 4.0, "CPU": 16.0}, (4, 1), (True, {"GPU": 1, "CPU": 2})),  # spot nodes to come
+        ([node(CPU=4.0), node(CPU=6.0), node(alive=False, CPU=99.0)], None, (1, 1), (False, {"CPU": 6})),
+        ([node(CPU=4.0), node(CPU=4.0), node(CPU=4.0)], None, (4, 1), (False, {"CPU": 2})),
+        ([node(CPU=8.0)], None, (2, 2), (False, {"CPU": 2})),
+        ([node(CPU=2.0)], None, (1, 4), (False, {"CPU": 1})),
+        ([node(CPU=2.0)], None, (3, 1), None),
+        ([node(CPU=8.0, GPU=1.0)], {"GPU": 2.0}, (3, 1), None),
+    ],
+)
+def test_what_a_worker_takes(
+    monkeypatch: pytest.MonkeyPatch, nodes: Any, growth: Any, workers_of: tuple[int, int], expected: Any
+) -> None:
+    """GPUs where there are any or may come to be; else as many CPUs as all workers can have at once; more than there
+    will ever be is refused."""
     import ray
+    from ray._private.state import state
 
-    monkeypatch.delenv("FSU_GPU", raising=False)
-
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
-    assert workers.resources() == (True, {"GPU": 1, "CPU": 2})
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
-    nodes = [
-        {"Alive": True, "Resources": {"CPU": 4.0}},
-        {"Alive": True, "Resources": {"CPU": 6.0}},
-        {"Alive": False, "Resources": {"CPU": 99.0}},
-    ]
+    alive = [each["Resources"] for each in nodes if each["Alive"]]
+    total = {kind: sum(each.get(kind, 0) for each in alive) for kind in ("CPU", "GPU")}
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert workers.resources() == (False, {"CPU": 6})
-    monkeypatch.setenv("FSU_GPU", "1")  # none is up, but an autoscaler has some
-    assert workers.resources() == (True, {"GPU": 1, "CPU": 2})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: growth)
+    if expected is None:
+        with pytest.raises(UserError, match="ask for fewer"):
+            workers.resources(*workers_of)
+    else:
+        assert workers.resources(*workers_of) == expected

@@ -180,7 +180,7 @@ def test_statistics_come_from_the_plain_samples_alone(classifier, monkeypatch):
     judge, made = classifier(), recipe()
     generator = begin(judge, made).generator
     before = losses(judge, generator, made, 0)
-    monkeypatch.setattr(inversion, "random_view", lambda pixels, rng, flip: 50 + 0 * pixels)
+    monkeypatch.setattr(inversion, "moved", lambda pixels, draws, flip: 50 + 0 * pixels)
     after = losses(judge, generator, made, 0)
     torch.testing.assert_close(after["bn"], before["bn"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after["diversity"], before["diversity"], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,126 @@
+"""Does the search's objective point the right way? Recipes all over the space, their score beside the truth.
+
+    FSU_DATA=... python -m fsu_ray.experiments.objective measure class9 --seed 50 --into rows.jsonl
+    python -m fsu_ray.experiments.objective report rows.jsonl --into FOLDER
+
+The score (`method.objective`) sees the classifier and the target samples; the truth is the harmonic mean of the test
+accuracy on D_r and of what is forgotten of D_e: 1 - accuracy for a class, accuracy for the crossed sevens. A row is a
+recipe: 8 inverters, the default one and seven by chance, each with 3 ways to filter and relearn. Rows that are there
+already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fsu_ray.errors import FsuError
+from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, train
+from fsu_ray.method import invert
+from fsu_ray.method.context import save_samples
+from fsu_ray.method.networks import Classifier
+from fsu_ray.method.objective import Objective, reference
+from fsu_ray.method.unlearn import unlearn
+from fsu_ray.recipes import Recipe
+from fsu_ray.space import INVERSION, SPACE, apply, draw
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.work import WorkOrder
+
+INVERTERS, RELEARNINGS = 8, 3
+STEPS = (40, 100, 200, 400)
+"""How long the inverters by chance are trained: some are cut short."""
+
+
+def recipes(kind: Any, seed: int) -> Iterator[tuple[int, int, Recipe]]:
+    """The recipes of a scenario: (inverter, relearning, recipe); the first of each is the default."""
+    rng = random.Random(seed)
+    for inverter in range(INVERTERS):
+        first = draw(SPACE[kind], rng) | {"invert.steps": rng.choice(STEPS)}
+        for relearning in range(RELEARNINGS):
+            second = draw(SPACE[kind], rng)
+            chosen = {k: v for k, v in first.items() if k.startswith(INVERSION) and inverter}
+            chosen |= {k: v for k, v in second.items() if not k.startswith(INVERSION) and relearning}
+            yield inverter, relearning, apply(Recipe(), chosen)
+
+
+def truth(found: dict[str, float], crossed: bool) -> float:
+    """The harmonic mean of test D_r and of what is forgotten of D_e, in [0, 1]."""
+    kept = found["D_r"] / 100
+    gone = found["crossed 7"] / 100 if crossed else 1 - found["class 9"] / 100
+    return 2 * kept * gone / (kept + gone) if kept + gone else 0.0
+
+
+def measure(bench: Bench, scenario: str, seed: int, store: Artifacts, known: set[tuple[int, int]]) -> Iterator[Any]:
+    """A row a recipe that is not among the `known` (inverter, relearning)."""
+    crossed, device = scenario == "crossed7", torch.device("cpu")
+    spec, weights = train(bench, "lenet5", crossed, 6, seed)
+    behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
+    root, samples = store.put(weights), store.put(save_samples(pixels))
+    order = WorkOrder("objective", spec, root, root, behaviour, samples, Recipe())
+    objective, generators = None, {}
+    classifier = Classifier.from_bytes(spec, weights).to(memory_format=torch.channels_last)
+    for inverter, relearning, recipe in recipes(behaviour.kind, seed):
+        if (inverter, relearning) in known:
+            continue
+        if objective is None:
+            objective = Objective(order, store, device, reference(order, store, device, Recipe()))
+        if inverter not in generators:
+            generators[inverter] = invert.invert(classifier, recipe.invert, invert.begin(classifier, recipe.invert))
+        started = time.monotonic()
+        parts = objective.score(recipe, generators[inverter])
+        seconds = time.monotonic() - started
+        made = unlearn(replace(order, recipe=recipe), store, device, saved=_saved(store, generators[inverter]))
+        child = store.get(made.weights) if made.weights else weights
+        found = score(bench, spec, child, [] if crossed else [9], crossed)
+        row = {"scenario": scenario, "seed": seed, "inverter": inverter, "relearning": relearning}
+        yield row | {**asdict(parts), "rejected": made.reason, **found, "truth": truth(found, crossed),
+                     "seconds": round(seconds, 1), "recipe": recipe.model_dump(mode="json")}  # fmt: skip
+
+
+def _saved(store: Artifacts, generator: Any) -> Any:
+    """The state of a run whose inversion is done."""
+    from safetensors.torch import save
+
+    from fsu_ray.method.context import Saved
+
+    tensors = {name: t.detach().contiguous() for name, t in generator.state_dict().items()}
+    return Saved(use="trained", generator=store.put(save(tensors)))
+
+
+def main() -> int:
+    """Measure or report; 0, or the error's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("scenario", choices=["class9", "crossed7"])
+    measuring.add_argument("--seed", type=int, required=True)
+    measuring.add_argument("--into", type=Path, required=True)
+    measuring.add_argument("--artifacts", default="/tmp/fsu-objective")
+    options = parser.parse_args()
+    try:
+        rows = [json.loads(line) for line in options.into.read_text().splitlines()] if options.into.exists() else []
+        mine = [row for row in rows if (row["scenario"], row["seed"]) == (options.scenario, options.seed)]
+        known = {(row["inverter"], row["relearning"]) for row in mine}
+        bench = read_bench(Path(os.environ.get("FSU_DATA", ".")))
+        for row in measure(bench, options.scenario, options.seed, Artifacts.open(options.artifacts), known):
+            with options.into.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print({k: v for k, v in row.items() if k != "recipe"}, flush=True)
+    except FsuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""How good a recipe is for one erasure, measured without any real data: what the search maximises.
+
+A recipe makes a D' and relearns on it. It is judged on what it has not seen: target samples that were held out, fold
+by fold, and a reference D' from a generator of its own seed and fixed recipe, which no recipe under search has a say
+in. So a generator that collapses to a few images gains nothing by it: its classifier loses the reference.
+
+forgetting   held-out target samples and the reference's D_e-like samples that have left the target classes; of a
+             subset, that have gone to the class that the root sees beneath them
+retention    reference samples of the rest that keep the parent's class, mean over classes
+stability    the same of reference samples turned and shifted at random, parent and child on the same views
+coverage     samples of the rarest class in the recipe's D' over the mean, 1 from `ENOUGH` on
+
+The score is the harmonic mean of forgetting and kept = (retention + stability) / 2, times the root of coverage; 0
+where D' starves a class or nothing is found, which the pipeline would reject.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fsu_ray.method import invert
+from fsu_ray.method.augment import draw_moves, moved, seeded
+from fsu_ray.method.context import Context, Given, Saved
+from fsu_ray.method.filter import Mask
+from fsu_ray.method.fit import predict
+from fsu_ray.method.group import Group
+from fsu_ray.method.masking import Masking
+from fsu_ray.method.networks import Classifier, Generator
+from fsu_ray.method.relearn import relearn
+from fsu_ray.method.synthesize import Synthetic, starved_classes, synthesize
+from fsu_ray.method.unlearn import training_set
+from fsu_ray.recipes import FilterRecipe, Recipe
+from fsu_ray.work import BlobStore, WorkOrder
+
+ENOUGH = 0.5
+"""Coverage from which more of it counts no more."""
+
+FOLDS = 2
+APART = 7_919
+"""Added to a seed: the reference shares no draw with a recipe under search."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe was found to be worth; all in [0, 1]. `reason`: why it is worth nothing."""
+
+    score: float
+    forgetting: float = 0.0
+    retention: float = 0.0
+    stability: float = 0.0
+    coverage: float = 0.0
+    reason: str = ""
+
+
+def combine(forgetting: float, retention: float, stability: float, coverage: float) -> float:
+    """The score of these parts, as the module says."""
+    kept = (retention + stability) / 2
+    both = forgetting + kept
+    return 2 * forgetting * kept / both * math.sqrt(min(1.0, coverage / ENOUGH)) if both > 0 else 0.0
+
+
+def reference(order: WorkOrder, store: BlobStore, device: torch.device, recipe: Recipe) -> Synthetic:
+    """A D' of the order's root by a generator of `recipe`, whose seeds are moved apart from all others."""
+    apart = recipe.model_copy(
+        update={
+            "invert": recipe.invert.model_copy(update={"seed": recipe.invert.seed + APART}),
+            "synthesize": recipe.synthesize.model_copy(update={"seed": recipe.synthesize.seed + APART}),
+        }
+    )
+    context = Context(replace(order, recipe=apart), store, device, None, None, Saved(), 0, Group())
+    run = invert.begin(context.labeller, apart.invert)
+    generator = invert.invert(context.labeller, apart.invert, run)
+    return synthesize(context.labeller, generator, apart.synthesize)[0]
+
+
+class Objective:
+    """Scores recipes for `order` on the `reference` (see the function of that name). Needs two target samples."""
+
+    def __init__(self, order: WorkOrder, store: BlobStore, device: torch.device, reference: Synthetic) -> None:
+        self._order, self._store, self._device = order, store, device
+        context = self._context(order.recipe)
+        self.labeller = context.labeller
+        self._samples = context.given[0].samples
+        masking = Masking(context, reference, "")
+        mask = masking.select(FilterRecipe(), order.behaviour, self._samples)
+        self._probes = reference.pixels[mask.like]
+        self._expected = _beneath(reference.logits[mask.like], context.gone_after, order.behaviour.targets)
+        rest = ~mask.like
+        for earlier in masking.earlier:
+            rest &= ~earlier.like
+        self._rest = reference.pixels[rest]
+        self._views = moved(self._rest.float() / 255, draw_moves(len(self._rest), seeded(APART)), order.spec.flip)
+        self._views = (self._views * 255).round().byte()
+        self._parent = [predict(context.current, pixels).argmax(1) for pixels in (self._rest, self._views)]
+
+    def score(self, recipe: Recipe, generator: Generator, folds: int = FOLDS) -> Parts:
+        """What `recipe` is worth with `generator`: D' is drawn, and filtered and relearned once for each of `folds`."""
+        context = self._context(recipe)
+        dataset, drawn = synthesize(context.labeller, generator, recipe.synthesize)
+        counts = [drawn["count"][k] for k in range(context.classes) if k not in context.gone]
+        starved = [k for k in starved_classes(drawn["count"], recipe.synthesize) if k not in context.gone]
+        if starved:
+            return Parts(0.0, reason=f"starved classes {starved}")
+        coverage = min(counts) / (sum(counts) / len(counts))
+        found: list[tuple[float, float, float]] = []
+        for held_out in self._folds(folds, recipe.relearn.seed):
+            context.given = (Given(self._order.asked[0], self._samples, held_out),)
+            masking = Masking(context, dataset, "")
+            mask = masking.select(recipe.filter, self._order.behaviour, context.given[0].shown)
+            if not bool(mask.like.any()):
+                return Parts(0.0, coverage=coverage, reason="nothing found")
+            found.append(self._measure(context, self._relearned(context, masking, mask), held_out))
+        forgetting, retention, stability = (sum(column) / folds for column in zip(*found, strict=True))
+        score = combine(forgetting, retention, stability, coverage)
+        return Parts(score, forgetting, retention, stability, coverage)
+
+    def _context(self, recipe: Recipe) -> Context:
+        order = replace(self._order, recipe=recipe)
+        return Context(order, self._store, self._device, None, None, Saved(), 0, Group())
+
+    def _folds(self, folds: int, seed: int) -> list[Tensor]:
+        """Which samples each fold holds out: every sample once."""
+        order = torch.randperm(len(self._samples), generator=seeded(seed, APART))
+        held = []
+        for part in order.tensor_split(folds):
+            chosen = torch.zeros(len(self._samples), dtype=torch.bool)
+            chosen[part] = True
+            held.append(chosen)
+        return held
+
+    def _relearned(self, context: Context, masking: Masking, mask: Mask) -> Classifier:
+        child = copy.deepcopy(context.current)
+        relearn(child, *training_set(context, masking, [mask]), context.recipe.relearn)
+        return child
+
+    def _measure(self, context: Context, child: Classifier, held_out: Tensor) -> tuple[float, float, float]:
+        """Forgetting, retention and stability of a relearned classifier."""
+        behaviour, unseen = self._order.behaviour, self._samples[held_out]
+        expected = _beneath(predict(context.labeller, unseen), context.gone_after, behaviour.targets)
+        left = []
+        for pixels, home in ((unseen, expected), (self._probes, self._expected)):
+            if len(pixels):
+                answer = predict(child, pixels).argmax(1)
+                away = ~torch.isin(answer, torch.tensor(behaviour.targets))
+                left.append(float((away if behaviour.kind == "class" else answer == home).float().mean()))
+        kept = [
+            _agreement(predict(child, pixels).argmax(1), before, context.classes)
+            for pixels, before in zip((self._rest, self._views), self._parent, strict=True)
+        ]
+        return sum(left) / len(left), kept[0], kept[1]
+
+
+def _beneath(logits: Tensor, gone: Sequence[int], targets: Sequence[int]) -> Tensor:
+    """The class (N,) that logits (N, K) name once the erased and the target classes are out."""
+    out = torch.zeros(logits.shape[1], dtype=torch.bool)
+    out[[*gone, *targets]] = True
+    return logits.masked_fill(out, -torch.inf).argmax(1)
+
+
+def _agreement(after: Tensor, before: Tensor, classes: int) -> float:
+    """Share of the samples that keep their class (N,), mean over the classes that there were."""
+    same = (after == before).float()
+    shares = [same[before == k].mean() for k in range(classes) if bool((before == k).any())]
+    return float(torch.stack(shares).mean()) if shares else 0.0
