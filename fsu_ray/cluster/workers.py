@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fsu_ray.cluster.growth import growth
 from fsu_ray.errors import FsuError, RunFailed, Stopped, UserError
 from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
 
@@ -82,10 +83,9 @@ def resources(workers: int = 1, parallel: int = 1) -> tuple[bool, dict[str, floa
     the cluster neither has nor can grow to what the `workers` of one run take: Ray would wait for ever.
     """
     import ray
-    from ray._private.state import state
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    limit = state.get_max_resources_from_cluster_config() or {}  # what the autoscaler may start, if there is one
+    limit = growth()
     most = {kind: max(ray.cluster_resources().get(kind, 0), limit.get(kind, 0)) for kind in ("CPU", "GPU")}
     if most["GPU"] >= 1:
         each: dict[str, float] = {"GPU": 1, "CPU": 2}

@@ -153,29 +153,37 @@ def amiss(app: App, requests: list[str]) -> list[str]:
     return found
 
 
-def fill(app: App, number: int, seed: int) -> list[str]:
-    """A classifier, as `number` models with one request each; the requests."""
-    import torch
+@dataclass(frozen=True)
+class Subject:
+    """A classifier of the digits, and samples of one of its classes: digests of what is in the store."""
 
-    from fsu_ray.method.context import save_samples
-    from fsu_ray.method.datasets import draw, load
-    from fsu_ray.method.fit import Schedule, fit
-    from fsu_ray.method.networks import Classifier
+    spec: ModelSpec
+    weights: str
+    samples: str
 
-    spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.3,), std=(0.37,))
-    images = load("digits", "train", spec.shape)
-    torch.manual_seed(seed)
-    classifier = Classifier(spec)
-    fit(classifier, images.pixels, images.labels, Schedule(epochs=4, batch=64, seed=seed))
-    weights = app.artifacts.put(classifier.to_bytes())
-    samples = app.artifacts.put(save_samples(images.pixels[draw(images, [8], 6, seed)]))
-    recipe = Recipe.model_validate(RECIPE)
-    made = []
-    for model in range(number):
-        app.ledger.register_model(f"m{model}", spec, weights)
+    @classmethod
+    def train(cls, app: App, seed: int) -> Subject:
+        """Trained in seconds."""
+        import torch
+
+        from fsu_ray.method.context import save_samples
+        from fsu_ray.method.datasets import draw, load
+        from fsu_ray.method.fit import Schedule, fit
+        from fsu_ray.method.networks import Classifier
+
+        spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.3,), std=(0.37,))
+        images = load("digits", "train", spec.shape)
+        torch.manual_seed(seed)
+        classifier = Classifier(spec)
+        fit(classifier, images.pixels, images.labels, Schedule(epochs=4, batch=64, seed=seed))
+        weights = app.artifacts.put(classifier.to_bytes())
+        return cls(spec, weights, app.artifacts.put(save_samples(images.pixels[draw(images, [8], 6, seed)])))
+
+    def ask(self, app: App, model: str, recipe: Recipe) -> str:
+        """Register it as `model`, and queue a request to erase class 8 from that; the request."""
+        app.ledger.register_model(model, self.spec, self.weights)
         eight = Behaviour(name="eight", kind="class", targets=(8,))
-        made.append(app.ledger.submit(f"m{model}", eight, samples, 6, recipe)[0].id)
-    return made
+        return app.ledger.submit(model, eight, self.samples, 6, recipe)[0].id
 
 
 def main() -> int:
@@ -193,7 +201,8 @@ def main() -> int:
         return 0
     app = open_app(options.url, home)
     chance = random.Random(options.seed)
-    requests = iter(fill(app, 2 * options.kills + 1, options.seed))
+    subject, recipe = Subject.train(app, options.seed), Recipe.model_validate(RECIPE)
+    requests = iter([subject.ask(app, f"m{number}", recipe) for number in range(2 * options.kills + 1)])
     done = [next(requests)]
     whole = undisturbed(app, options.url, home, done[0])
     print(f"undisturbed: {whole:.1f} s from claim to end", flush=True)
