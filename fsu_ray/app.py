@@ -19,7 +19,7 @@ from fsu_ray.errors import AlreadyExists, InvalidData, InvalidWeights, UserError
 from fsu_ray.pipeline import Drain, Execute, Result, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Generator, Model, ModelSpec, ModelVersion, Request, Terms
-from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.artifacts import Artifacts, locate
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.registry import priors
 from fsu_ray.upkeep import destroy
@@ -148,12 +148,11 @@ class App:
         share its CPUs."""
         from fsu_ray.cluster import workers
 
-        if "RAY_JOB_ID" not in os.environ:
-            self.settings.runs.mkdir(parents=True, exist_ok=True)
+        runs = locate(self.settings.runs)
         workers.connect(cpus)
 
         def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
-            return workers.execute(order, store, self.settings.runs, name, CHECKPOINT_STEPS, tell, stop, parallel)
+            return workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop, parallel)
 
         try:
             yield execute

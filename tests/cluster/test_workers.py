@@ -63,7 +63,7 @@ def test_a_killed_worker_ends_with_the_weights_of_an_undisturbed_run(
             killed.append(done)
             subprocess.run(["pkill", f"-{signal.SIGKILL.value}", "-f", "ray::RayTrainWorker"], check=True)
 
-    outcome = workers.execute(order, artifacts, tmp_path / "runs", "r-1", 20, tell)
+    outcome = workers.execute(order, artifacts, (None, str(tmp_path / "runs")), "r-1", 20, tell)
     plain = unlearn(order, artifacts, torch.device("cpu"))
     assert killed
     assert [s for s, _, _ in heard].count("start") == 2
@@ -85,7 +85,7 @@ def test_an_error_of_ours_comes_back_as_it_was(
     order = make_order(trained, artifacts, quick, 10)
     Path(artifacts.path(order.samples)).unlink()
     with pytest.raises(StorageError, match="is missing"):
-        workers.execute(order, artifacts, tmp_path / "runs", "r-2", 20, lambda *_: None)
+        workers.execute(order, artifacts, (None, str(tmp_path / "runs")), "r-2", 20, lambda *_: None)
 
 
 def test_a_gpu_is_used_where_the_cluster_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
