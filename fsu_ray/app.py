@@ -19,7 +19,7 @@ from fsu_ray.errors import AlreadyExists, InvalidData, InvalidSamples, InvalidWe
 from fsu_ray.pipeline import Drain, Execute, Result, draft_order, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Generator, Kind, Model, ModelSpec, ModelVersion, Request, Searched, Terms
-from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.artifacts import Artifacts, locate
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.registry import priors
 from fsu_ray.upkeep import destroy
@@ -203,7 +203,7 @@ class App:
         from fsu_ray.search import search
 
         with self.on_ray(tell, cpus):
-            found = search(order, self.artifacts, (None, str(self.settings.runs)), wanted, tell)
+            found = search(order, self.artifacts, locate(self.settings.runs), wanted, tell)
         if not found.better:
             return found, None
         kind = order.behaviour.kind
@@ -219,12 +219,10 @@ class App:
         size = number or self.settings.workers
         from fsu_ray.cluster import workers
 
-        if "RAY_JOB_ID" not in os.environ:
-            self.settings.runs.mkdir(parents=True, exist_ok=True)
+        runs = locate(self.settings.runs)
         workers.connect(cpus)
 
         def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
-            runs = self.settings.runs
             return workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop, parallel, size)
 
         try:

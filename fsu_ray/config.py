@@ -1,7 +1,8 @@
 """Every setting and every preset once. Read when asked for, never at import.
 
-Settings come from the environment (`FSU_HOME`, `FSU_LEDGER`, `FSU_ARTIFACTS`, `FSU_WORKERS`), then `fsu.toml` in the
-working folder, then the defaults: everything in `.fsu/` below the working folder. Unknown keys are refused.
+Settings come from the environment (`FSU_HOME`, `FSU_LEDGER`, `FSU_ARTIFACTS`, `FSU_RUNS`, `FSU_WORKERS`), then
+`fsu.toml` in the working folder, then the defaults: everything in `.fsu/` below the working folder, and Ray's
+checkpoints below the artifacts where these are in a bucket. Unknown keys are refused.
 """
 
 from __future__ import annotations
@@ -73,13 +74,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Where things lie: `ledger` is a SQLAlchemy URL, `artifacts` a folder or URI, `runs` Ray's checkpoints; and how
-    many `workers` a run has."""
+    """Where things lie: `ledger` is a SQLAlchemy URL, `artifacts` and `runs` (Ray's checkpoints) a folder or URI; and
+    how many `workers` a run has."""
 
     home: Path
     ledger: str
     artifacts: str
-    runs: Path
+    runs: str
     recipe: dict[str, Any]
     workers: int = 1
 
@@ -94,7 +95,7 @@ def read_settings(folder: Path | None = None) -> Settings:
             table = tomllib.loads(file.read_text())
         except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
             raise InvalidConfig(f"{file} does not parse: {error}") from None
-    known = {"home", "ledger", "artifacts", "recipe", "workers"}
+    known = {"home", "ledger", "artifacts", "runs", "recipe", "workers"}
     surplus = sorted(table.keys() - known)
     if surplus:
         raise InvalidConfig(f"{file} has the unknown key {surplus[0]!r}; it takes {', '.join(sorted(known))}")
@@ -103,9 +104,8 @@ def read_settings(folder: Path | None = None) -> Settings:
             raise InvalidConfig(f"{file}: {key} must be a string")
     home = (folder / Path(os.environ.get("FSU_HOME") or table.get("home") or ".fsu").expanduser()).resolve()
     ledger = os.environ.get("FSU_LEDGER") or table.get("ledger") or sqlite_url(home / "ledger.db")
-    artifacts = os.environ.get("FSU_ARTIFACTS") or table.get("artifacts") or str(home / "artifacts")
-    if "://" not in artifacts:
-        artifacts = str((folder / Path(artifacts).expanduser()).resolve())
+    artifacts = _place(folder, os.environ.get("FSU_ARTIFACTS") or table.get("artifacts") or str(home / "artifacts"))
+    runs = os.environ.get("FSU_RUNS") or table.get("runs") or _runs_beside(artifacts, home)
     recipe = table.get("recipe", {})
     if not isinstance(recipe, dict):
         raise InvalidConfig(f"{file}: recipe must be a table")
@@ -113,7 +113,20 @@ def read_settings(folder: Path | None = None) -> Settings:
     workers = os.environ.get("FSU_WORKERS") or table.get("workers", 1)
     if not re.fullmatch(r"[1-9][0-9]{0,3}", str(workers)):
         raise InvalidConfig(f"workers must be a number from 1 on, not {workers!r}: mend FSU_WORKERS or {file.name}")
-    return Settings(home, ledger, artifacts, home / "runs", recipe, int(workers))
+    return Settings(home, ledger, artifacts, _place(folder, runs), recipe, int(workers))
+
+
+def _place(folder: Path, text: str) -> str:
+    """An absolute folder, seen from `folder`, or a URI as it is."""
+    return text if "://" in text else str((folder / Path(text).expanduser()).resolve())
+
+
+def _runs_beside(artifacts: str, home: Path) -> str:
+    """Where checkpoints lie if nobody says: with the artifacts in a bucket, so that one permission does for both."""
+    if "://" not in artifacts or artifacts.startswith("file://"):
+        return str(home / "runs")
+    place, mark, options = artifacts.partition("?")
+    return f"{place.rstrip('/')}/runs{mark}{options}"
 
 
 def sqlite_url(file: Path) -> str:

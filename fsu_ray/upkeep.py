@@ -25,11 +25,12 @@ class Tidied:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Artifacts to delete, with their bytes: `stray` ones that nothing refers to, `late` ones that are on record as
-    removed."""
+    """What to delete, with its bytes: `stray` artifacts that nothing refers to, `late` ones that are on record as
+    removed, `unfinished` ones whose writers were killed."""
 
     stray: dict[str, int]
     late: dict[str, int]
+    unfinished: dict[str, int]
 
 
 def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: str = "policy") -> Tidied:
@@ -75,6 +76,7 @@ def garbage(ledger: Ledger, artifacts: Artifacts, stray_after: timedelta = STRAY
     return Garbage(
         stray={d: size for d, (size, at) in stored.items() if d not in needed | removed and at < before},
         late={d: size for d, (size, _) in stored.items() if d in removed},
+        unfinished=artifacts.unfinished(before),
     )
 
 
@@ -82,3 +84,5 @@ def collect(ledger: Ledger, artifacts: Artifacts, found: Garbage, actor: str) ->
     """Delete `found`."""
     destroy(artifacts, list(found.late))
     destroy(artifacts, ledger.discard(found.stray, actor))
+    for name in found.unfinished:
+        artifacts.discard(name)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -90,7 +102,7 @@ def quick() -> Recipe:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, with no settings from outside."""
-    for name in ("FSU_HOME", "FSU_LEDGER", "FSU_ARTIFACTS", "RAY_ADDRESS"):
+    for name in ("FSU_HOME", "FSU_LEDGER", "FSU_ARTIFACTS", "FSU_RUNS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -100,6 +112,120 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def app(home: Path) -> App:
     """An app on a new ledger in an empty folder."""
     return App.open(read_settings())
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket of a server on loopback (kind s3 or gs), seen with plain HTTP: past everything that is tested."""
+
+    kind: str
+    address: str
+    name: str
+
+    def uri(self, prefix: str = "store", address: str | None = None) -> str:
+        """The place `prefix` in it, reached directly or at another address."""
+        user = "anonymous@" if self.kind == "gs" else ""
+        return f"{self.kind}://{user}{self.name}/{prefix}?endpoint_override={address or self.address}&scheme=http"
+
+    def make(self) -> None:
+        if self.kind == "s3":
+            self._ask("PUT", f"/{self.name}")
+        else:
+            self._ask("POST", "/storage/v1/b", json.dumps({"name": self.name}).encode(), "application/json")
+
+    def names(self, prefix: str = "store") -> list[str]:
+        """The objects below `prefix`, without those that stand for folders and the one that tries writing."""
+        if self.kind == "s3":
+            answer = self._ask("GET", f"/{self.name}?list-type=2").decode()
+            found = re.findall("<Key>(.*?)</Key>", answer)
+        else:
+            found = [item["name"] for item in json.loads(self._ask("GET", self._objects())).get("items", [])]
+        below = [name.removeprefix(f"{prefix}/") for name in found if name.startswith(f"{prefix}/")]
+        return [name for name in below if not name.endswith("/") and name not in ("", ".writable")]
+
+    def read(self, name: str, prefix: str = "store") -> bytes:
+        key = f"{prefix}/{name}"
+        if self.kind == "s3":
+            return self._ask("GET", f"/{self.name}/{key}")
+        return self._ask("GET", f"{self._objects()}/{quote(key, safe='')}?alt=media")
+
+    def write(self, name: str, data: bytes, prefix: str = "store") -> None:
+        key = f"{prefix}/{name}"
+        if self.kind == "s3":
+            self._ask("PUT", f"/{self.name}/{key}", data)
+        else:
+            self._ask("POST", f"/upload{self._objects()}?uploadType=media&name={quote(key, safe='')}", data)
+
+    def _objects(self) -> str:
+        return f"/storage/v1/b/{self.name}/o"
+
+    def _ask(self, method: str, path: str, data: bytes | None = None, kind: str = "application/octet-stream") -> bytes:
+        signed = "AWS4-HMAC-SHA256 Credential=us/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=00"
+        headers = {"Content-Type": kind, "Authorization": signed}
+        request = urllib.request.Request(f"http://{self.address}{path}", data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return bytes(answer.read())
+
+
+@contextmanager
+def serving(*command: str) -> Iterator[str]:
+    """A server on loopback in a process of its own, begun by `command` and its port: its address.
+
+    In this process it would wait for Python's lock while a client of pyarrow, which has it, waits for the server.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([*command, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A server that speaks S3 (moto's): its address. Credentials are in the environment, where they are looked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_ACCESS_KEY_ID", "the-key-id")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+        with serving(sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p") as address:
+            yield address
+
+
+@pytest.fixture(scope="session")
+def gs_server() -> Iterator[str]:
+    """A server that speaks Google Cloud Storage's protocol (gcp-storage-emulator's): its address."""
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory", "--host", "127.0.0.1", "--port"]
+    with serving(*command) as address:
+        yield address
+
+
+def _bucket(kind: str, address: str) -> Bucket:
+    bucket = Bucket(kind, address, f"bucket-{secrets.token_hex(4)}")
+    bucket.make()
+    return bucket
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str) -> Bucket:
+    """An empty bucket of S3."""
+    return _bucket("s3", s3_server)
+
+
+@pytest.fixture
+def gs_bucket(gs_server: str) -> Bucket:
+    """An empty bucket of Google Cloud Storage."""
+    return _bucket("gs", gs_server)
 
 
 @pytest.fixture

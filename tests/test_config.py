@@ -119,7 +119,7 @@ def test_everything_lies_in_dot_fsu_by_default(home):
     """The ledger, the artifacts and the runs are below .fsu of the working folder, and nothing is written."""
     found = read_settings()
     root = home.resolve() / ".fsu"
-    assert (found.home, found.runs) == (root, root / "runs")
+    assert (found.home, found.runs) == (root, str(root / "runs"))
     assert found.ledger == f"sqlite:///{root / 'ledger.db'}"
     assert found.artifacts == str(root / "artifacts")
     assert found.recipe == {}
@@ -142,7 +142,33 @@ def test_the_file_wins_over_the_defaults_and_the_environment_over_the_file(home,
     monkeypatch.setenv("FSU_HOME", str(home / "elsewhere"))
     found = read_settings(home)
     assert found.artifacts == str(home / "things")
-    assert (found.home, found.runs) == (home / "elsewhere", home / "elsewhere" / "runs")
+    assert (found.home, found.runs) == (home / "elsewhere", str(home / "elsewhere" / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "runs"),
+    [
+        ("s3://bucket", "s3://bucket/runs"),
+        ("s3://bucket/a/", "s3://bucket/a/runs"),
+        ("s3://bucket/a?region=eu-west-1&scheme=http", "s3://bucket/a/runs?region=eu-west-1&scheme=http"),
+        ("gs://bucket/a", "gs://bucket/a/runs"),
+    ],
+)
+def test_checkpoints_lie_below_artifacts_that_are_in_a_bucket(home, monkeypatch, artifacts, runs):
+    """Workers anywhere reach both; who says where they lie has the last word."""
+    monkeypatch.setenv("FSU_ARTIFACTS", artifacts)
+    assert read_settings(home).runs == runs
+    (home / "fsu.toml").write_text('runs = "checkpoints"\n')
+    assert read_settings(home).runs == str(home / "checkpoints")
+    monkeypatch.setenv("FSU_RUNS", "gs://other/place")
+    assert read_settings(home).runs == "gs://other/place"
+
+
+def test_checkpoints_lie_at_home_where_artifacts_are_in_a_folder(home, monkeypatch):
+    """A shared folder is no bucket, in either way of writing it."""
+    for artifacts in ("file:///shared/artifacts", "/shared/artifacts"):
+        monkeypatch.setenv("FSU_ARTIFACTS", artifacts)
+        assert read_settings(home).runs == str(home.resolve() / ".fsu" / "runs")
 
 
 def test_an_empty_variable_is_no_setting(home, monkeypatch):

@@ -66,7 +66,7 @@ def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked, o
     order = app.search_order("m", asked, apply(Recipe(), TINY))
     wanted = Wanted(narrowed(SPACE["class"], RANGES), trials=3, optuna=optuna, seed=1)
     told: list[str] = []
-    found = search(order, app.artifacts, (None, str(app.settings.runs)), wanted, lambda stage, *_: told.append(stage))
+    found = search(order, app.artifacts, (None, app.settings.runs), wanted, lambda stage, *_: told.append(stage))
     assert found.better
     evidence = found.evidence
     assert found.score == evidence["best"]["score"] > evidence["initial"]["score"]
@@ -91,9 +91,11 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked,
         for _ in range(3000):
             time.sleep(0.1)
             ended = [
-                file for file in app.settings.runs.glob("search-*/*/result.json") if '"steps": 24' in file.read_text()
+                file
+                for file in Path(app.settings.runs).glob("search-*/*/result.json")
+                if '"steps": 24' in file.read_text()
             ]
-            if ended and list(app.settings.runs.glob("search-*/experiment_state-*.json")):
+            if ended and list(Path(app.settings.runs).glob("search-*/experiment_state-*.json")):
                 break
             assert driver.poll() is None, (home / "first.log").read_text()
         time.sleep(11)  # Tune writes its state every ten seconds

@@ -41,7 +41,7 @@ def run_until(app: App, home: Path, then: Callable[[subprocess.Popen[bytes]], ob
         driver = subprocess.Popen([FSU, "run", "--cpus", "2"], stdout=log, stderr=log)
         for _ in range(1200):
             time.sleep(0.1)
-            if len(list(app.settings.runs.glob("*/checkpoint_*"))) >= 2:
+            if len(list(Path(app.settings.runs).glob("*/checkpoint_*"))) >= 2:
                 break
             assert driver.poll() is None, (home / "first.log").read_text()
         then(driver)

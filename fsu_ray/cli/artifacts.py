@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Annotated
 
@@ -21,7 +22,8 @@ def artifacts_gc(
     by: Who = None,
     json: Json = False,
 ) -> None:
-    """Delete artifacts that the ledger does not refer to, and those that it has on record as removed.
+    """Delete artifacts that the ledger does not refer to, those that it has on record as removed, and what writers that
+    were killed have left.
 
     What may be the work of a running request is left alone.
     """
@@ -32,11 +34,12 @@ def artifacts_gc(
     if not dry_run:
         collect(opened.ledger, opened.artifacts, found, by or OPERATOR)
     if json:
-        console.print_json({"deleted": not dry_run, "stray": found.stray, "late": found.late})
+        console.print_json({"deleted": not dry_run, **asdict(found)})
         return
-    for what, digests in (("stray", found.stray), ("recorded as removed", found.late)):
-        for digest, size in sorted(digests.items()):
-            console.out.print(f"{digest}  {size:>12,} bytes  {what}")
-    number, size = len(found.stray) + len(found.late), sum((*found.stray.values(), *found.late.values()))
+    kinds = {"stray": found.stray, "recorded as removed": found.late, "unfinished": found.unfinished}
+    for what, names in kinds.items():
+        for name, size in sorted(names.items()):
+            console.out.print(f"{name}  {size:>12,} bytes  {what}")
+    sizes = [size for names in kinds.values() for size in names.values()]
     said = "would be deleted" if dry_run else "deleted"
-    console.out.print(f"{number} artifacts, {size:,} bytes: {said}" if number else "nothing to delete")
+    console.out.print(f"{len(sizes)} artifacts, {sum(sizes):,} bytes: {said}" if sizes else "nothing to delete")

@@ -107,7 +107,7 @@ def resources(workers: int = 1, parallel: int = 1) -> tuple[bool, dict[str, floa
 def execute(
     order: WorkOrder,
     store: BlobStore,
-    runs: Path | str,
+    runs: tuple[Any | None, str],
     name: str,
     every: int,
     tell: Tell,
@@ -117,10 +117,10 @@ def execute(
 ) -> Outcome:
     """Carry out `order` in one Ray Train run called `name`, of as many `workers`, and return its outcome.
 
-    `runs` is an absolute folder (shared by all nodes) for checkpoints. `tell(stage, done, total,
-    figures)` is called in this process. Once `stop` is set, the worker ends at its next step. Errors raised on
-    purpose in the worker come back as they are (Stopped is one); anything else is RunFailed, after Ray has
-    restarted the workers three times. Raises UserError as `resources` does.
+    `runs` is where checkpoints go: a filesystem of pyarrow and a path on it, or None and an absolute folder that all
+    nodes share. `tell(stage, done, total, figures)` is called in this process. Once `stop` is set, the worker ends at
+    its next step. Errors raised on purpose in the worker come back as they are (Stopped is one); anything else is
+    RunFailed, after Ray has restarted the workers three times. Raises UserError as `resources` does.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -144,7 +144,8 @@ def execute(
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=each),
         run_config=RunConfig(
             name=name,
-            storage_path=str(runs),
+            storage_path=runs[1],
+            storage_filesystem=runs[0],
             failure_config=FailureConfig(max_failures=3, controller_failure_limit=2, max_preemption_failures=20),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
@@ -153,14 +154,14 @@ def execute(
         with listener:
             answer = in_thread(trainer.fit, stop).return_value
     except (TrainingFailedError, ControllerError) as error:
-        raise RunFailed(f"run {name} broke: {_cause(error)}; see {runs}/{name}") from error
+        raise RunFailed(f"run {name} broke: {_cause(error)}; see {runs[1]}/{name}") from error
     finally:
         if ray.is_initialized():
             ray.kill(line)
     if isinstance(answer, dict) and "error" in answer:
         raise pickle.loads(answer["error"])  # our own exception, from our own worker
     if not isinstance(answer, dict):
-        raise RunFailed(f"run {name} ended without an outcome; see {runs}/{name}")
+        raise RunFailed(f"run {name} ended without an outcome; see {runs[1]}/{name}")
     found = answer["outcome"]
     return Outcome(**{**found, "also": tuple(Part(**part) for part in found["also"])})
 

@@ -151,7 +151,7 @@ def kill_workers(bench: Bench, kills: int) -> None:
         def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
             words.append((stage, done, total))
 
-        return workers.execute(order, store, bench.home / "runs", name, EVERY, tell, stop)
+        return workers.execute(order, store, (None, str(bench.home / "runs")), name, EVERY, tell, stop)
 
     def run(request: Request) -> Outcome | None:
         words.clear()

@@ -67,7 +67,7 @@ def system(app: Place) -> dict[str, float]:
 
         runs = app.runs
         try:
-            return workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop)
+            return workers.execute(order, store, (None, str(runs)), name, CHECKPOINT_STEPS, tell, stop)
         finally:
             marks["back"] = time.monotonic()
 

@@ -107,7 +107,9 @@ def main() -> int:
         workers.connect()
 
         def execute(order: WorkOrder, store: BlobStore, name: str, stop: Any) -> Outcome:
-            return workers.execute(order, store, home / "runs", name, CHECKPOINT_STEPS, lambda *_: None, stop)
+            return workers.execute(
+                order, store, (None, str(home / "runs")), name, CHECKPOINT_STEPS, lambda *_: None, stop
+            )
 
         for seed in range(options.seed, options.seed + options.seeds):
             words = (home / "classifiers", options.scenario, seed, options.trials)

@@ -53,6 +53,11 @@ def make_order(trained: Any, artifacts: Artifacts, recipe: Recipe, steps: int) -
     return WorkOrder("r-1", trained.spec, weights, weights, behaviour, samples, recipe, also=also)
 
 
+def runs_of(folder: Path) -> tuple[None, str]:
+    """Where the checkpoints of a test lie."""
+    return None, str(folder / "runs")
+
+
 class Killer:
     """A `tell` that kills the last worker of the group (SIGKILL) once each stage in `at` has come so far; keeps what it
     hears."""
@@ -87,7 +92,7 @@ def test_a_killed_worker_ends_with_the_weights_of_an_undisturbed_run(
     order = make_order(trained, artifacts, quick, 120)
     killer = Killer({"invert": 40})
     heard = killer.heard
-    outcome = workers.execute(order, artifacts, tmp_path / "runs", "r-1", 20, killer)
+    outcome = workers.execute(order, artifacts, runs_of(tmp_path), "r-1", 20, killer)
     plain = unlearn(order, artifacts, torch.device("cpu"))
     assert killer.killed == ["invert"]
     assert [s for s, _, _ in heard].count("start") == 2
@@ -115,11 +120,11 @@ def test_two_workers_come_to_what_one_does_whoever_is_killed(
     }  # to be killed in each stage
     order = make_order(trained, artifacts, apply(quick, long_enough), 60)
     killer = Killer({"invert": 30, "synthesize": 1, "relearn": 1})
-    disturbed = workers.execute(order, artifacts, tmp_path / "runs", "r-1", 20, killer, workers=2)
+    disturbed = workers.execute(order, artifacts, runs_of(tmp_path), "r-1", 20, killer, workers=2)
     assert killer.killed == ["invert", "synthesize", "relearn"]
     assert disturbed.resumed == ("invert 20", "after invert", "after filter")
     calm = Killer({})
-    undisturbed = workers.execute(order, artifacts, tmp_path / "runs", "r-2", 20, calm, workers=2)
+    undisturbed = workers.execute(order, artifacts, runs_of(tmp_path), "r-2", 20, calm, workers=2)
     for name in ("generator_weights", "dataset", "mask", "weights", "also"):
         assert getattr(disturbed, name) == getattr(undisturbed, name), name
     starts = [(done, figures["threads"]) for stage, done, figures in calm.heard if stage == "start"]
@@ -150,10 +155,10 @@ def test_a_run_that_is_stopped_keeps_the_step_that_it_was_at(
             once_more.set()
 
     with pytest.raises(Stopped, match=r"stopped in invert at \d+ of 400") as stopped:
-        workers.execute(order, artifacts, tmp_path / "runs", "r-3", 1000, tell, stop, workers=2)
+        workers.execute(order, artifacts, runs_of(tmp_path), "r-3", 1000, tell, stop, workers=2)
     step, once_more = int(str(stopped.value).split()[-3]), threading.Event()
     with pytest.raises(Stopped):
-        workers.execute(order, artifacts, tmp_path / "runs", "r-3", 1000, again, once_more, workers=2)
+        workers.execute(order, artifacts, runs_of(tmp_path), "r-3", 1000, again, once_more, workers=2)
     assert 20 < step < seen[0] <= step + 100
 
 
@@ -165,7 +170,7 @@ def test_more_workers_than_the_cluster_will_ever_have_are_refused_at_once(
     order = make_order(trained, artifacts, quick, 10)
     started = time.monotonic()
     with pytest.raises(UserError, match=r"3 workers take 3 CPUs, and this cluster has at most 2: ask for fewer"):
-        workers.execute(order, artifacts, tmp_path / "runs", "r-4", 20, lambda *_: None, workers=3)
+        workers.execute(order, artifacts, runs_of(tmp_path), "r-4", 20, lambda *_: None, workers=3)
     assert time.monotonic() - started < 5
 
 
@@ -177,7 +182,7 @@ def test_an_error_of_ours_comes_back_as_it_was(
     order = make_order(trained, artifacts, quick, 10)
     Path(artifacts.path(order.samples)).unlink()
     with pytest.raises(StorageError, match="is missing"):
-        workers.execute(order, artifacts, tmp_path / "runs", "r-5", 20, lambda *_: None, workers=2)
+        workers.execute(order, artifacts, runs_of(tmp_path), "r-5", 20, lambda *_: None, workers=2)
 
 
 def node(alive: bool = True, **resources: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Bytes in, the same bytes out; under a digest there is nothing or the whole."""
+"""Bytes in, the same bytes out; under a digest there is nothing or the whole: in a folder, on S3 and on Google's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,62 +31,139 @@ def files(store: Artifacts) -> list[Path]:
     return [path for path in Path(store.location).rglob("*") if path.is_file()]
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@dataclass(frozen=True)
+class Kept:
+    """A store, and what lies there past it: names below its location, and their bytes."""
+
+    store: Artifacts
+    path: str
+    names: Callable[[], list[str]]
+    read: Callable[[str], bytes]
+    write: Callable[[str, bytes], Any]
+
+
+@pytest.fixture(params=["folder", "s3", "gs"])
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
+    """A store of each kind that is promised: what holds for one holds for all."""
+    if request.param == "folder":
+        root = tmp_path / "artifacts"
+        store = Artifacts.open(str(root))
+
+        def write(name: str, data: bytes) -> None:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(data)
+
+        return Kept(
+            store,
+            str(root),
+            lambda: [str(path.relative_to(root)) for path in files(store)],
+            lambda name: (root / name).read_bytes(),
+            write,
+        )
+    bucket = request.getfixturevalue(f"{request.param}_bucket")
+    store = Artifacts.open(bucket.uri())
+    return Kept(store, f"{bucket.kind}://{bucket.name}/store", bucket.names, bucket.read, bucket.write)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=2000))
-def test_what_is_put_comes_back_under_its_sha256(store: Artifacts, data: bytes) -> None:
+def test_what_is_put_comes_back_under_its_sha256(kept: Kept, data: bytes) -> None:
+    store = kept.store
     digest = store.put(data)
 
     assert digest == hashlib.sha256(data).hexdigest()
     assert store.get(digest) == data
     assert store.has(digest)
     assert store.size(digest) == len(data)
-    assert Path(store.path(digest)) == Path(store.location, digest[:2], digest)
+    assert store.path(digest) == f"{kept.path}/{digest[:2]}/{digest}"
+    assert kept.read(f"{digest[:2]}/{digest}") == data
 
 
-def test_putting_the_same_bytes_again_writes_nothing(store: Artifacts) -> None:
-    digest = store.put(b"weights")
-    before = Path(store.path(digest)).stat()
+def test_putting_the_same_bytes_again_writes_nothing(kept: Kept) -> None:
+    """Bytes of the same length are put in their place, and stay."""
+    digest = kept.store.put(b"weights")
+    kept.write(f"{digest[:2]}/{digest}", b"WEIGHTS")
 
-    assert store.put(b"weights") == digest
-    after = Path(store.path(digest)).stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert len(files(store)) == 1
-
-
-def test_putting_replaces_a_file_that_was_cut_short(store: Artifacts) -> None:
-    digest = store.put(b"weights")
-    Path(store.path(digest)).write_bytes(b"wei")
-
-    store.put(b"weights")
-
-    assert store.get(digest) == b"weights"
+    assert kept.store.put(b"weights") == digest
+    assert kept.read(f"{digest[:2]}/{digest}") == b"WEIGHTS"
+    assert kept.names() == [f"{digest[:2]}/{digest}"]
 
 
-def test_a_damaged_artifact_is_refused(store: Artifacts) -> None:
-    digest = store.put(b"weights")
-    Path(store.path(digest)).write_bytes(b"WEIGHTS")
+def test_putting_replaces_a_file_that_was_cut_short(kept: Kept) -> None:
+    digest = kept.store.put(b"weights")
+    kept.write(f"{digest[:2]}/{digest}", b"wei")
+
+    kept.store.put(b"weights")
+
+    assert kept.store.get(digest) == b"weights"
+
+
+def test_a_damaged_artifact_is_refused(kept: Kept) -> None:
+    digest = kept.store.put(b"weights")
+    kept.write(f"{digest[:2]}/{digest}", b"WEIGHTS")
 
     with pytest.raises(StorageError, match="damaged"):
-        store.get(digest)
+        kept.store.get(digest)
 
 
-def test_a_missing_artifact_is_named(store: Artifacts) -> None:
+def test_a_missing_artifact_is_named(kept: Kept) -> None:
     digest = hashlib.sha256(b"never put").hexdigest()
 
-    assert not store.has(digest)
-    for read in (store.get, store.size):
+    assert not kept.store.has(digest)
+    for read in (kept.store.get, kept.store.size):
         with pytest.raises(StorageError, match=f"{digest} is missing"):
             read(digest)
 
 
+def test_what_is_deleted_is_gone(kept: Kept) -> None:
+    digest = kept.store.put(b"weights")
+    kept.store.put(b"others")
+
+    assert kept.store.delete(digest)
+    assert not kept.store.delete(digest)
+    assert not kept.store.has(digest)
+    assert len(kept.names()) == 1
+
+
+def test_only_artifacts_are_listed(kept: Kept) -> None:
+    """Not what has a digest's name elsewhere, such as below Ray's checkpoints, nor anything else."""
+    digests = {kept.store.put(data): len(data) for data in (b"weights", b"", b"others")}
+    one = next(iter(digests))
+    for name in (f"runs/r-1/{one}", f"runs/{one[:2]}/{one}", one, f"zz/{one}", "ab/notes.txt"):
+        kept.write(name, b"x")
+
+    listed = kept.store.digests()
+
+    assert {digest: size for digest, (size, _) in listed.items()} == digests
+    now = datetime.now(UTC)
+    assert all(abs(at - now) < timedelta(minutes=1) for _, at in listed.values())
+
+
+def test_what_killed_writers_have_left_is_found_when_it_is_old(kept: Kept) -> None:
+    """And can be deleted; nothing else is."""
+    digest = kept.store.put(b"weights")
+    for name in ("ab/.writing-0123", ".writing-4567"):
+        kept.write(name, b"wei")
+    written = datetime.now(UTC)
+
+    assert kept.store.unfinished(written - timedelta(minutes=1)) == {}
+    found = kept.store.unfinished(written + timedelta(minutes=1))
+    assert found == {"ab/.writing-0123": 3, ".writing-4567": 3}
+    assert all(kept.store.discard(name) for name in found)
+    assert not kept.store.discard(".writing-4567")
+    assert kept.names() == [f"{digest[:2]}/{digest}"]
+
+
 @pytest.mark.parametrize("name", ["", "abc", "../../etc/passwd", "A" * 64, "0" * 64 + "\n"])
-def test_only_digests_name_artifacts(store: Artifacts, name: str) -> None:
+def test_only_digests_name_artifacts(kept: Kept, name: str) -> None:
+    store = kept.store
     for read in (store.get, store.has, store.size, store.path):
         with pytest.raises(StorageError, match="not the digest"):
             read(name)
 
 
-def test_a_store_pickles_small_and_works_on_the_other_side(store: Artifacts) -> None:
+def test_a_store_pickles_small_and_works_on_the_other_side(kept: Kept) -> None:
+    store = kept.store
     digest = store.put(b"weights")
 
     copy = pickle.loads(pickle.dumps(store))
@@ -200,7 +280,8 @@ def test_an_interrupted_write_changes_nothing(
     assert [path.read_bytes() for path in files(store)] == ([] if before is None else [before])
 
 
-def test_writers_of_the_same_bytes_do_not_disturb_each_other(store: Artifacts) -> None:
+def test_writers_of_the_same_bytes_do_not_disturb_each_other(kept: Kept) -> None:
+    store = kept.store
     data = bytes(range(256)) * 4000
     start = threading.Barrier(8)
     digests: list[str] = []
@@ -217,4 +298,4 @@ def test_writers_of_the_same_bytes_do_not_disturb_each_other(store: Artifacts) -
 
     assert len(digests) == 8
     assert store.get(digests[0]) == data
-    assert len(files(store)) == 1
+    assert len(kept.names()) == 1
