@@ -118,7 +118,6 @@ def _origin(connection: sa.Connection, request: Request) -> Searched | None:
         models.c.name == request.model,
         searches.c.kind == request.behaviour.kind,
         searches.c.created_at < request.submitted_at,
-        searches.c.recipe.is_not(None),
     )
     for row in connection.execute(earlier).mappings():
         found = _to_searched(row)
