@@ -33,6 +33,7 @@ Tell = Callable[[str, int, int, dict[str, float]], None]
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the controller's next look: 2 s by default
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",  # a node that the autoscaler starts takes minutes: 60 s by default
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }

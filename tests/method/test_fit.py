@@ -139,11 +139,11 @@ def test_relearning_trains_as_the_recipe_says(learned, monkeypatch):
     monkeypatch.setattr("fsu_ray.method.relearn.fit", lambda c, p, t, s, **more: seen.append((s, more["as_they_are"])))
     synthetic = torch.tensor([True, True, False, False])
     for augment in ("samples", "all"):
-        recipe = RelearnRecipe(lr=0.01, seed=5, augment=augment)
+        recipe = RelearnRecipe(lr=0.01, seed=5, augment=augment, precision="bf16")
         relearn(network, pixels[:4], torch.rand(4, 3), synthetic, recipe)
     schedule, still = seen[0]
     assert schedule.frozen_statistics
-    assert (schedule.one_cycle, schedule.lr, schedule.seed) == (False, 0.01, 5)
+    assert (schedule.one_cycle, schedule.lr, schedule.seed, schedule.precision) == (False, 0.01, 5, "bf16")
     assert still is synthetic
     assert seen[1][1] is None
 
