@@ -10,7 +10,7 @@ retention    reference samples of the rest that keep the parent's class, mean ov
 stability    the same of reference samples turned and shifted at random, parent and child on the same views
 coverage     samples of the rarest class in the recipe's D' over the mean, 1 from `ENOUGH` on
 
-The score is the harmonic mean of forgetting and kept = (retention + stability) / 2, times the root of coverage; 0
+The score is the harmonic mean of forgetting and kept = (3 retention + stability) / 4, times the root of coverage; 0
 where D' starves a class or nothing is found, which the pipeline would reject.
 """
 
@@ -38,8 +38,9 @@ from fsu_ray.method.unlearn import training_set
 from fsu_ray.recipes import FilterRecipe, Recipe
 from fsu_ray.work import BlobStore, WorkOrder
 
-ENOUGH = 0.5
-"""Coverage from which more of it counts no more."""
+ENOUGH = 0.1
+"""Coverage from which more of it counts no more: what a thin class costs shows on the reference, so this is for what
+is all but missing. (With 0.5, recipes of one validation classifier were ranked worse: Spearman .89 instead of .96.)"""
 
 FEWEST, MOST_FOLDS = 12, 3
 """Folds are made until that many target samples have been held out, or there are that many of them."""
@@ -65,7 +66,7 @@ class Parts:
 
 def combine(forgetting: float, retention: float, stability: float, coverage: float) -> float:
     """The score of these parts, as the module says."""
-    kept = (retention + stability) / 2
+    kept = (3 * retention + stability) / 4
     both = forgetting + kept
     return 2 * forgetting * kept / both * math.sqrt(min(1.0, coverage / ENOUGH)) if both > 0 else 0.0
 

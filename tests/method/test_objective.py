@@ -30,11 +30,11 @@ CPU = torch.device("cpu")
 
 
 def test_the_score_is_what_the_module_says() -> None:
-    """The harmonic mean of what is forgotten and what is kept; the root of coverage below a half; never a division by
+    """The harmonic mean of what is forgotten and what is kept; the root of coverage below a tenth; never a division by
     nothing."""
-    assert combine(1.0, 1.0, 1.0, 0.5) == 1.0
-    assert combine(1.0, 0.6, 0.4, 1.0) == pytest.approx(2 * 0.5 / 1.5)
-    assert combine(1.0, 1.0, 1.0, 0.125) == pytest.approx(0.5)
+    assert combine(1.0, 1.0, 1.0, 0.1) == 1.0
+    assert combine(1.0, 0.6, 0.2, 1.0) == pytest.approx(2 * 0.5 / 1.5)
+    assert combine(1.0, 1.0, 1.0, 0.025) == pytest.approx(0.5)
     assert combine(0.0, 1.0, 1.0, 1.0) == combine(1.0, 0.0, 0.0, 1.0) == combine(0.0, 0.0, 0.0, 1.0) == 0.0
 
 
