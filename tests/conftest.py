@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -168,7 +168,7 @@ class Bucket:
 
 
 @contextmanager
-def serving(*command: str) -> Iterator[str]:
+def _serving(*command: str) -> Iterator[str]:
     """A server on loopback in a process of its own, begun by `command` and its port: its address.
 
     In this process it would wait for Python's lock while a client of pyarrow, which has it, waits for the server.
@@ -189,6 +189,12 @@ def serving(*command: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def serving() -> Callable[..., AbstractContextManager[str]]:
+    """Begins a server on loopback, and ends it: see `_serving`."""
+    return _serving
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """A server that speaks S3 (moto's): its address. Credentials are in the environment, where they are looked for."""
     with pytest.MonkeyPatch.context() as patch:
@@ -198,7 +204,7 @@ def s3_server() -> Iterator[str]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         patch.setenv("AWS_ACCESS_KEY_ID", "the-key-id")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
-        with serving(sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p") as address:
+        with _serving(sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p") as address:
             yield address
 
 
@@ -206,7 +212,7 @@ def s3_server() -> Iterator[str]:
 def gs_server() -> Iterator[str]:
     """A server that speaks Google Cloud Storage's protocol (gcp-storage-emulator's): its address."""
     command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory", "--host", "127.0.0.1", "--port"]
-    with serving(*command) as address:
+    with _serving(*command) as address:
         yield address
 
 

@@ -20,6 +20,7 @@ from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import Result, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Policy, Status
+from fsu_ray.storage import artifacts
 
 
 @pytest.fixture
@@ -239,6 +240,6 @@ class TestGarbage:
         def refuse(*_: Any) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(type(app.artifacts), "_settle", refuse)
+        monkeypatch.setattr(artifacts, "_settle", refuse)
         with pytest.raises(StorageError, match=f"{digest} cannot be deleted \\(Permission denied\\)"):
             app.artifacts.delete(digest)

@@ -242,7 +242,7 @@ def _connect(location: str, **options: bool) -> tuple[Filesystem, str]:
         ), bucket.path
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StorageError(
-            f"artifacts location {places.shown(location)} is not understood ({places.cause(error)}); "
+            f"location {places.shown(location)} is not understood ({places.cause(error)}); "
             "give an absolute folder or a URI such as file:///data/artifacts or s3://BUCKET/PREFIX"
         ) from error
 
