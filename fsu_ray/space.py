@@ -55,6 +55,9 @@ SPACE: dict[Kind, Space] = {
     "class": {**_SHARED, "filter.policy": ("class", "leave-one-out", "knee", "manual")},
     "subset": {
         **_SHARED,
+        "synthesize.entropy_threshold": Range(
+            0.8, 1.8
+        ),  # below, D' has nothing of a subset (`recipes.SynthesizeRecipe`)
         "filter.policy": ("leave-one-out", "knee", "manual"),
         "filter.runner_up": Range(0.0, 0.5),
     },

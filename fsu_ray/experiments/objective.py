@@ -108,10 +108,13 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
     for name, axis in zip(names, axes[0], strict=True):
         mine = sorted((row for row in rows if row["scenario"] == name), key=lambda row: -float(row["truth"]))
         rho = float(spearmanr([row["score"] for row in mine], [row["truth"] for row in mine]).statistic)
+        live = [row for row in mine if not row["reason"]]
+        other_rho = float(spearmanr([row["score"] for row in live], [row["truth"] for row in live]).statistic)
         title = f"{name}, seed {mine[0]['seed']}, {len(mine)} recipes: Spearman {rho:.3f}"
+        text_title = f"{title}; {other_rho:.3f} among the {len(live)} that are worth more than 0"
         other = "crossed 7" if name == "crossed7" else "class 9"
         columns = ("score", "forgetting", "retention", "stability", "coverage")
-        text += [f"## {title}", "", f"| inverter | relearning | {' | '.join(columns)} | D_r | {other} | truth | |"]
+        text += [f"## {text_title}", "", f"| inverter | relearning | {' | '.join(columns)} | D_r | {other} | truth | |"]
         text += ["|---" * (len(columns) + 6) + "|"]
         for row in mine:
             parts = " | ".join(f"{row[column]:.4f}" for column in columns)
