@@ -1,6 +1,6 @@
 """What is killed, stopped and started again under Ray, and what is in the ledger when all is over.
 
-    python -m fsu_ray.experiments.failures [--url postgresql://...] [--kills 5] workers drivers jobs head
+    python -m fsu_ray.experiments.failures [--url postgresql://...] workers drivers jobs head
 
 `workers`: a Ray Train worker is killed (SIGKILL) in each stage of a run, at moments spread over it; Ray restarts it.
 `drivers`: `fsu run` is killed behind different checkpoints; another one takes over once the leases end (2 minutes).
@@ -37,14 +37,14 @@ from fsu_ray.records import Request, Status
 from fsu_ray.work import BlobStore, Outcome, WorkOrder
 
 STAGES = ("invert", "synthesize", "filter", "relearn", "evaluate")
-EVERY = 50
+EVERY = 40
 """Inversion steps between two checkpoints, in the part `workers`; elsewhere they are those of `fsu run`."""
 
 RECIPE = Recipe.model_validate(
     {
-        "invert": {"steps": 400, "batch": 60, "width": 4},
-        "synthesize": {"per_class": 400, "entropy_threshold": 2.0, "starved_below": 0.0},
-        "relearn": {"epochs": 6},
+        "invert": {"steps": 200, "batch": 60, "width": 4},
+        "synthesize": {"per_class": 150, "entropy_threshold": 2.0, "starved_below": 0.0},
+        "relearn": {"epochs": 4},
         "gate": {"agreement_min": 0.0, "forgotten_max": 1.0, "coverage_min": 0.0, "acceptance_min": 0.0},
     }
 )
@@ -59,6 +59,7 @@ class Bench:
     app: App
     subject: Subject
     part: str
+    stages: tuple[str, ...] = STAGES
     made: int = 0
     expected: str | None = None
     wrong: list[str] = field(default_factory=list)
@@ -144,7 +145,7 @@ def killer(stage: str, delay: float) -> type[workers.Line]:
 
 
 def kill_workers(bench: Bench, kills: int) -> None:
-    """`kills` workers in each stage, all on one Ray of this process."""
+    """`kills` workers in each of the bench's stages, all on one Ray of this process."""
     plain, words = workers.Line, list[tuple[str, int, int]]()
 
     def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
@@ -165,7 +166,7 @@ def kill_workers(bench: Bench, kills: int) -> None:
         outcome = run(request)
         assert outcome is not None
         bench.note("undisturbed", request.id)
-        for stage in STAGES:
+        for stage in bench.stages:
             number, share = 0, 1.0
             while number < kills:
                 delay = share * outcome.seconds[stage] * number / kills
@@ -272,6 +273,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--url", help="the ledger's; without it, an SQLite file")
     parser.add_argument("--kills", type=int, help="of each kind; 5 workers a stage and drivers, 3 jobs, 1 head")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="those in which workers are killed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     wrong: list[str] = []
@@ -279,7 +281,7 @@ def main() -> int:
         act, number = PARTS[part]
         home = Path(tempfile.mkdtemp(prefix=f"fsu-{part}-"))
         app = open_app(options.url, home)
-        bench = Bench(home, options.url, app, Subject.train(app, options.seed), part)
+        bench = Bench(home, options.url, app, Subject.train(app, options.seed), part, tuple(options.stages))
         act(bench, options.kills or number)
         wrong += bench.wrong
         print("\n".join(bench.wrong) or f"{part}: every request ended once, with the weights of the undisturbed run, "

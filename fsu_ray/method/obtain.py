@@ -111,6 +111,7 @@ def _train(context: Context) -> None:
 def _draw(context: Context) -> Masking:
     started = time.monotonic()
     saved, recipe = context.saved, context.recipe.invert
+    context.tell("synthesize", 0, context.recipe.synthesize.per_class)
     assert saved.generator is not None
     generator = Generator(context.order.spec, recipe.width, recipe.latent)
     generator.load_state_dict(load_tensors(context.store.get(saved.generator)))

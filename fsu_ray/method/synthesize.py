@@ -148,7 +148,7 @@ def synthesize(
             parts[label].append(drawn[label])
             found[label] += len(drawn[label][0])
         if progress:
-            progress(min(found), recipe.per_class, {"lacking": float(len(lacking))})
+            progress(min(*found, recipe.per_class), recipe.per_class, {"lacking": float(len(lacking))})
     acceptance = [found[label] / (CHUNK * len(parts[label])) for label in range(k)]
     kept = []
     for label in range(k):

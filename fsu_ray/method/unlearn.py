@@ -129,6 +129,7 @@ def _relearn(context: Context, masking: Masking, masks: list[Mask]) -> str | Non
     if context.saved.weights is not None:
         return None
     started = time.monotonic()
+    context.tell("relearn", 0, context.recipe.relearn.epochs)
     child = copy.deepcopy(context.current)
     relearn(
         child,
