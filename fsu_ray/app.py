@@ -5,6 +5,7 @@ The command line and the jobs come through `App`; what it does is in `pipeline`,
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -15,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from fsu_ray.config import CHECKPOINT_STEPS, Settings, change_recipe, differences, make_recipe, read_settings
-from fsu_ray.errors import AlreadyExists, InvalidData, InvalidSamples, InvalidWeights, UserError
+from fsu_ray.errors import AlreadyExists, FsuError, InvalidData, InvalidSamples, InvalidWeights, NotFound, UserError
 from fsu_ray.pipeline import Drain, Execute, Result, draft_order, drain, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Generator, Kind, Model, ModelSpec, ModelVersion, Request, Searched, Terms
+from fsu_ray.records import Behaviour, Generator, Kind, Model, ModelSpec, ModelVersion, Request, Searched, Status, Terms
 from fsu_ray.storage.artifacts import Artifacts, locate
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.registry import priors
 from fsu_ray.upkeep import destroy
 from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
 
+log = logging.getLogger(__name__)
 Tell = Any  # (stage, done, total, figures) -> None
 
 
@@ -218,18 +220,48 @@ class App:
         have as many."""
         size = number or self.settings.workers
         from fsu_ray.cluster import workers
+        from fsu_ray.cluster.metrics import Feed
 
         runs = locate(self.settings.runs)
         workers.connect(cpus)
-
-        def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
-            return workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop, parallel, size)
-
         try:
             workers.resources(size, parallel)
-            yield execute
+            with Feed(self.ledger.figures) as feed:
+
+                def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
+                    outcome = workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop, parallel, size)
+                    feed.stages(outcome.seconds)
+                    return outcome
+
+                yield execute
         finally:
             workers.disconnect()
+
+    def reconcile(self) -> list[Request]:
+        """End the claims of Ray jobs that have died, where RAY_ADDRESS names a cluster whose head can be asked: the
+        requests, which can be claimed now. With Ray's own cluster of this process there is nothing to ask."""
+        from fsu_ray.cluster.jobs import Head, job_of
+        from fsu_ray.dispatch import reconcile
+
+        running = self.ledger.requests(status=Status.RUNNING)
+        if not os.environ.get("RAY_ADDRESS") or not any(job_of(request.worker) for request in running):
+            return []
+
+        try:
+            return reconcile(self.ledger, Head())
+        except FsuError as error:  # a head without a Jobs API: the claims end with their leases
+            log.info("jobs were not looked for: %s", error)
+            return []
+
+    def expect(self, request: str) -> None:
+        """Raise NotFound where the ledger is not the one that has this request: a job that was sent elsewhere."""
+        try:
+            self.ledger.request(request)
+        except NotFound:
+            raise NotFound(
+                f"the ledger of this job has no request {request}: it is not that of the sender; let the cluster have "
+                "the same FSU_LEDGER, or a folder (FSU_HOME) that it shares with the sender"
+            ) from None
 
     def run(self, execute: Execute, wanted: Drain | None = None, started: Any = None) -> list[Result]:
         """Claim and carry out what is ready; `started(request)` hears of each claim."""
@@ -246,8 +278,10 @@ class App:
 
 
 def worker_name() -> str:
-    """This process's name in leases: host and process id."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """This process's name in leases: host and process id, and its job where it is the driver of one."""
+    from fsu_ray.cluster.jobs import claimant
+
+    return claimant(f"{socket.gethostname()}:{os.getpid()}")
 
 
 def read_weights(path: Path) -> bytes:

@@ -13,6 +13,7 @@
     │   └── InvalidConfig                  settings or a recipe that do not parse, an unusable folder or ledger
     ├── StorageError              exit 2   artifacts: not writable, disk full, missing, or not what their digest says
     │   └── LedgerUnavailable              the ledger's database is away or locked: what was asked may be tried again
+    ├── ClusterUnavailable        exit 2   no Ray head answers, or it refuses the token
     ├── TransitionRefused         exit 1   a guarded update matched nothing: somebody else was faster
     │   └── LeaseLost                      this worker's claim on a request has ended
     ├── Stopped                   exit 1   a run ended at its next step because it was told to
@@ -85,6 +86,12 @@ class StorageError(FsuError):
 
 class LedgerUnavailable(StorageError):
     """The ledger's database is away or locked; what was asked may be tried again."""
+
+
+class ClusterUnavailable(FsuError):
+    """No Ray head answers, or it refuses the token."""
+
+    exit_code = 2
 
 
 class TransitionRefused(FsuError):

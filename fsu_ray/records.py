@@ -330,3 +330,20 @@ class Window:
     lease_until: datetime | None
     finished_at: datetime | None
     requests: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How many requests there are by (model, state), how many could begin now by model, and how many erasures by
+    (model, use of their generator)."""
+
+    requests: Mapping[tuple[str, str], int]
+    depth: Mapping[str, int]
+    uses: Mapping[tuple[str, str], int]
+
+    @property
+    def reuse_ratio(self) -> float | None:
+        """The share of all erasures that reused a generator, None where there are none."""
+        total = sum(self.uses.values())
+        reused = sum(number for (_, use), number in self.uses.items() if use == "reused")
+        return reused / total if total else None

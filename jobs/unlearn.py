@@ -24,6 +24,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         app = App.open()
+        app.reconcile()
         with console.watching() as watcher, app.on_ray(watcher.tell, number=options.workers) as execute:
             results = app.run(execute, Drain(options.most, options.model, coalesce=options.coalesce))
     except FsuError as error:

@@ -197,7 +197,8 @@ def test_places_that_cannot_be_used(fsu: Fsu, home: Path, monkeypatch: pytest.Mo
 def test_every_command_has_help_and_an_example(fsu: Fsu) -> None:
     """`--help` everywhere, with an example at its end."""
     groups = {
-        "": ["demo", "run", "history", "erased", "recheck", "scheduler"],
+        "": ["demo", "run", "submit", "search", "history", "erased", "recheck", "scheduler"],
+        "jobs": ["list", "logs", "stop"],
         "model": ["register", "update", "list", "show", "policy"],
         "request": ["submit", "list", "show", "cancel", "approve", "deny"],
         "recipe": ["list", "show", "reset"],

@@ -21,7 +21,7 @@ LAYERS = [
     {"method", "storage"},
     {"upkeep", "recheck", "cluster"},
     {"pipeline"},
-    {"search", "schedule"},
+    {"search", "schedule", "dispatch"},
     {"experiments", "report"},
     {"app", "console"},
     {"demo"},

@@ -11,6 +11,7 @@ from fsu_ray import console
 from fsu_ray.cli.artifacts import artifacts_app
 from fsu_ray.cli.audit import audit_app
 from fsu_ray.cli.generators import generator_app
+from fsu_ray.cli.jobs import idle, jobs_app, submit_app
 from fsu_ray.cli.lineage import alias_app, lineage_app
 from fsu_ray.cli.models import model_app
 from fsu_ray.cli.recipes import recipe_app
@@ -37,6 +38,8 @@ app.add_typer(lineage_app)
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(scheduler_app)
 app.add_typer(search_app)
+app.add_typer(submit_app)
+app.add_typer(jobs_app, name="jobs")
 
 
 @app.command(epilog="Example: fsu demo")
@@ -65,6 +68,7 @@ def run(
     parallel: Annotated[int, typer.Option(min=1, help="Models side by side in this worker, at most.")] = 1,
     workers: Workers = None,
     cpus: Cpus = None,
+    expect: Annotated[str | None, typer.Option(hidden=True, help="A request that the ledger must have.")] = None,
     json: Json = False,
 ) -> None:
     """Claim what is ready and carry it out on Ray, one request after another.
@@ -76,6 +80,9 @@ def run(
     opened = open_app()
     if model is not None:
         opened.ledger.model(model)
+    if expect is not None:
+        opened.expect(expect)
+    opened.reconcile()
     results: list[Any] = []
     if opened.ledger.claimable(model):
         with console.watching() as watcher:
@@ -91,7 +98,7 @@ def run(
     if json:
         console.print_json(console.results_json(results))
     elif not results:
-        console.out.print(_idle(opened.ledger, model))
+        console.out.print(idle(opened.ledger, model))
     for result in [] if json else results:
         console.print_result(result)
     if not json and results:
@@ -110,22 +117,6 @@ def history(model: str, json: Json = False) -> None:
         console.print_json(events)
     else:
         console.out.print(console.history_table(model, events))
-
-
-def _idle(ledger: Any, model: str | None) -> str:
-    """Why there was nothing to do."""
-    from datetime import UTC, datetime
-
-    waiting = [request for request in ledger.requests(model) if not request.status.is_terminal]
-    if not waiting:
-        return "nothing is queued; `fsu request submit` queues a request"
-    moment = datetime.now(UTC)
-    later = [at for request in waiting for at in (request.not_before, request.retry_at) if at and at > moment]
-    when = f"; the next can begin at {console.when(min(later))}" if later else ""
-    states = ", ".join(f"{request.id} {request.status}" for request in waiting[:3])
-    return (
-        f"nothing is ready: {len(waiting)} wait or run elsewhere ({states}{', ...' if len(waiting) > 3 else ''}){when}"
-    )
 
 
 def main() -> None:

@@ -181,6 +181,7 @@ def _one_pass(opened: Any, moment: datetime, cpus: int | None, quiet: bool = Fal
             at = local(schedule, window.starts_at)
             console.err.print(f"schedule {schedule.id}: window of {at}{missed} of {schedule.model}", markup=False)
 
+        opened.reconcile()
         fired = run_due(opened.ledger, opened.artifacts, carry, worker_name(), moment, begun)
     for each in [] if quiet else fired:
         _print_fired(each)

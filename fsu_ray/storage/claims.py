@@ -88,6 +88,34 @@ def claimable(connection: sa.Connection, model: Model | None, moment: datetime) 
     return connection.scalar(query if model is None else query.where(_MINE.model_id == model.id)) is not None
 
 
+def upcoming(connection: sa.Connection, model: Model | None, moment: datetime) -> Request | None:
+    """What `claim` would begin now, of one `model` or of all; nothing is changed."""
+    for wanted in (_expired(moment), _ready(moment)):
+        query = sa.select(_MINE.id).where(*wanted)
+        if model is not None:
+            query = query.where(_MINE.model_id == model.id)
+        found = connection.scalar(query.order_by(_MINE.priority.desc(), _MINE.submitted_at, _MINE.id).limit(1))
+        if found is not None:
+            return fetch(connection, found)
+    return None
+
+
+def ready(connection: sa.Connection, moment: datetime) -> dict[str, int]:
+    """How many requests of each model could begin now, but for others of it; models without any are not there."""
+    late = sa.and_(_MINE.status == _RUNNING, _MINE.lead.is_(None), _MINE.lease_until <= moment)
+    ripe = sa.and_(_MINE.status == _QUEUED, *_ripe(moment, _MINE))
+    query = sa.select(models.c.name, sa.func.count()).where(models.c.id == _MINE.model_id, sa.or_(late, ripe))
+    return dict(connection.execute(query.group_by(models.c.name)).tuples().all())
+
+
+def expire(connection: sa.Connection, seen: Request, moment: datetime) -> bool:
+    """End the lease of a running request, where it and those that run along are as they were seen."""
+    own = sa.or_(requests.c.id == seen.id, requests.c.lead == seen.id)
+    update = sa.update(requests).where(own, requests.c.status == Status.RUNNING, requests.c.worker == seen.worker)
+    unchanged = sa.select(_MINE.id).where(_MINE.id == seen.id, _MINE.changes == seen.changes).exists()
+    return connection.execute(update.where(unchanged).values(lease_until=moment)).rowcount > 0
+
+
 def abandoned(connection: sa.Connection, moment: datetime) -> Request | None:
     """A request whose lease is over and that is not to be taken over: it is to be cancelled, or has cost
     `MOST_FAILURES` workers."""

@@ -20,6 +20,7 @@ from fsu_ray.storage.inverters import Inverters
 from fsu_ray.storage.lineage import Lineage
 from fsu_ray.storage.queueing import Queue
 from fsu_ray.storage.searches import Searches
+from fsu_ray.storage.watching import Watching
 from fsu_ray.storage.windows import Windows
 from fsu_ray.work import Outcome
 
@@ -32,7 +33,7 @@ def open_ledger(url: str) -> Ledger:
     return Ledger(Database.open(url))
 
 
-class Ledger(Lineage, Queue, Inverters, Searches, Windows):
+class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
     """The system of record. `open_ledger` makes it; it may be shared by threads, not by processes."""
 
     def __enter__(self) -> Ledger:

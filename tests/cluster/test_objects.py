@@ -78,5 +78,5 @@ def test_a_worker_killed_in_the_inversion_goes_on_from_a_checkpoint_in_the_bucke
     assert (outcome.weights, outcome.mask, outcome.dataset) == (plain.weights, plain.mask, plain.dataset)
     assert any(name.startswith("r-1/checkpoint_") for name in s3_bucket.names("store/runs"))
     assert list(tmp_path.iterdir()) == []
-    assert {order.weights, order.samples, outcome.weights, outcome.dataset} <= artifacts.digests().keys()
+    assert {order.root_weights, order.samples, outcome.weights, outcome.dataset} <= artifacts.digests().keys()
     assert len(artifacts.digests()) == sum(not name.startswith("runs/") for name in s3_bucket.names())
