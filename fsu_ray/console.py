@@ -88,7 +88,7 @@ class Watcher:
 
     def tell(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:
         """A stage has come to `done` of `total`."""
-        said = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        said = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
         if self._bars is not None:
             task = self._tasks.get(stage)
             if task is None:

@@ -25,8 +25,8 @@ from fsu_ray.errors import ClusterUnavailable, NotFound, RunFailed, TransitionRe
 STOP_SECONDS = 60
 """How long a job that is stopped has for its next step and the checkpoint of it; Ray's own patience is 3 s."""
 
-START_SECONDS = 900.0
-"""How long a job may wait for its runtime environment; Ray tells of a failure itself."""
+AGENT_SECONDS = 60.0
+"""How long a head that has just started may be without the agent that begins jobs."""
 
 REQUEST, ATTEMPT, MODEL = "fsu_request", "fsu_attempt", "fsu_model"
 """The labels of a job, in its metadata: the request that it begins with, which attempt that is, and of which model."""
@@ -67,11 +67,16 @@ class Head:
             raise UserError("--address takes the URL of a head's Jobs API, such as http://127.0.0.1:8265")
         if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")
-        logging.getLogger("ray.dashboard.modules").setLevel(logging.ERROR)
         self.address = address or "the cluster of RAY_ADDRESS"
         with _meant(address):
             from ray.job_submission import JobSubmissionClient
 
+            for name in (
+                "dashboard.modules.dashboard_sdk",
+                "dashboard.modules.job.sdk",
+                "_private.runtime_env.packaging",
+            ):
+                logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
             self._client: Any = self._asked(lambda: JobSubmissionClient(address))
         version = self._asked(lambda: self._client._do_request("GET", "/api/version", timeout=20)).json()
         self.mark = session_mark(version["session_name"])
@@ -84,7 +89,7 @@ class Head:
         A name whose job has ended is continued, as `name.2`; Ray never gives a name a second time. Raises UserError
         for a `runtime_env` that is none.
         """
-        number = 1
+        number, deadline = 1, time.monotonic() + AGENT_SECONDS
         while True:
             own = name if number == 1 else f"{name}.{number}"
             known = self._find(own)
@@ -105,7 +110,12 @@ class Head:
                 except RunFailed as error:
                     if "already exists" in str(error):  # somebody else has sent it at this very moment
                         continue
-                    raise
+                    if "No available agent" not in str(error):
+                        raise
+                    if time.monotonic() > deadline:
+                        raise ClusterUnavailable(f"{self.address} has no agent for jobs: look at the head") from None
+                    time.sleep(1)  # a head that has just started
+                    continue
                 return self.job(own), True
             number += 1
 

@@ -42,6 +42,7 @@ class Head:
         self.address, self.mark = f"http://127.0.0.1:{http}", f"FSU_FAILURES={self.home}-{gcs}"
         name, value = self.mark.split("=")
         ray = f"--head --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={http} --num-cpus=2 --block"
+        ray += " --dashboard-agent-listen-port=0"  # another Ray may have the usual one
         command = [str(BIN / "ray"), "start", *ray.split(), "--object-store-memory=200000000"]
         own = {k: v for k, v in self.environment.items() if k != "PYTHONPATH"} | {name: value}
         own["PATH"] = f"{BIN}:{own['PATH']}"
