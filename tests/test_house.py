@@ -26,6 +26,7 @@ LAYERS = [
     {"app", "console"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 FORBIDDEN = {
     "method": {"ray", "sqlalchemy", "alembic"},

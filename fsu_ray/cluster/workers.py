@@ -227,7 +227,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 
         def begin() -> None:
             for rank, process in enumerate(processes, 1):
-                figures = {"threads": torch.get_num_threads(), "pid": process, "cuda": int(device.type == "cuda")}
+                figures: dict[str, float] = {"threads": torch.get_num_threads(), "pid": process}
+                figures["cuda"] = int(device.type == "cuda")
                 progress("start", rank, group.size, figures)
 
         group.once(begin)

@@ -23,10 +23,12 @@ BIN = Path(sys.executable).parent
 
 @dataclass
 class Head:
-    """A head in a folder `home`, whose processes find `settings` in their environment and bear a mark there."""
+    """A head in a folder `home`, whose processes find `settings` in their environment and bear a mark there; Prometheus
+    asks it at the port `metrics`."""
 
     home: Path
     settings: dict[str, str]
+    metrics: int = 0
     address: str = ""
     mark: str = ""
 
@@ -42,6 +44,7 @@ class Head:
         self.address, self.mark = f"http://127.0.0.1:{http}", f"FSU_FAILURES={self.home}-{gcs}"
         name, value = self.mark.split("=")
         ray = f"--head --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={http} --num-cpus=2 --block"
+        ray += f" --metrics-export-port={self.metrics}" if self.metrics else ""
         ray += " --dashboard-agent-listen-port=0"  # another Ray may have the usual one
         command = [str(BIN / "ray"), "start", *ray.split(), "--object-store-memory=200000000"]
         own = {k: v for k, v in self.environment.items() if k != "PYTHONPATH"} | {name: value}
@@ -79,12 +82,12 @@ class Head:
 
 
 @contextmanager
-def on_head(home: Path, settings: dict[str, str]) -> Iterator[Head]:
-    """A head while the block runs, with a token of its own."""
+def on_head(home: Path, settings: dict[str, str], metrics: int = 0) -> Iterator[Head]:
+    """A head while the block runs, with a token of its own; `metrics` is the port for Prometheus, any where it is 0."""
     token = home / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    head = Head(home, settings)
+    head = Head(home, settings, metrics)
     try:
         head.start()
         yield head

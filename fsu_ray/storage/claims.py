@@ -105,7 +105,7 @@ def ready(connection: sa.Connection, moment: datetime) -> dict[str, int]:
     late = sa.and_(_MINE.status == _RUNNING, _MINE.lead.is_(None), _MINE.lease_until <= moment)
     ripe = sa.and_(_MINE.status == _QUEUED, *_ripe(moment, _MINE))
     query = sa.select(models.c.name, sa.func.count()).where(models.c.id == _MINE.model_id, sa.or_(late, ripe))
-    return dict(connection.execute(query.group_by(models.c.name)).tuples().all())
+    return {name: number for name, number in connection.execute(query.group_by(models.c.name))}  # noqa: C416
 
 
 def expire(connection: sa.Connection, seen: Request, moment: datetime) -> bool:

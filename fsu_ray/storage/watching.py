@@ -34,8 +34,8 @@ class Watching(Part):
         uses = sa.select(models.c.name, erasures.c.generator_use, sa.func.count()).join_from(erasures, models)
         with self._database.reading() as connection:
             names = connection.scalars(sa.select(models.c.name)).all()
-            stated = connection.execute(states.group_by(models.c.name, requests.c.status)).tuples()
-            used = connection.execute(uses.group_by(models.c.name, erasures.c.generator_use)).tuples()
+            stated = connection.execute(states.group_by(models.c.name, requests.c.status)).all()
+            used = connection.execute(uses.group_by(models.c.name, erasures.c.generator_use)).all()
             ready = claims.ready(connection, rows.now())
             return Figures(
                 {(name, state.value): 0 for name in names for state in Status}

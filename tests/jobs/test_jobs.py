@@ -1,87 +1,231 @@
-"""The jobs under `ray job submit`, on a real local head with its Jobs API."""
+"""Jobs on a real local head with its Jobs API and a token, sent by `ray job submit` and by `fsu submit`."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
+import re
+import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fsu_ray.app import App
+from fsu_ray.config import parse_change, read_settings
+from fsu_ray.experiments.heads import Head, free_port, on_head
+from fsu_ray.method.datasets import draw, load, write_samples
+from fsu_ray.records import Behaviour, Request, Status
+
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
-QUICK = ["invert.steps=100", "invert.batch=60", "synthesize.per_class=60", "synthesize.entropy_threshold=1.5"]
-QUICK += ["relearn.epochs=10", "gate.forgotten_max=1", "gate.agreement_min=0", "synthesize.starved_below=0"]
+QUICK = ["invert.steps=60", "invert.batch=60", "invert.width=4", "synthesize.per_class=60", "relearn.epochs=3"]
+QUICK += ["synthesize.entropy_threshold=1.5", "synthesize.starved_below=0", "gate.forgotten_max=1"]
+QUICK += ["gate.agreement_min=0", "gate.dataset_agreement_min=0", "gate.coverage_min=0", "gate.acceptance_min=0"]
+QUICK += ["gate.bn_distance_max=100", "gate.returned_max=1", "gate.returned_margin=1"]
+LONG = [*QUICK, "invert.steps=2000"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@dataclass
+class Place:
+    """A head with a token, and a ledger and artifacts in a folder that it sees; `metrics` is Prometheus' port."""
+
+    head: Head
+    home: Path
+    metrics: int
+
+    @property
+    def app(self) -> App:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FSU_HOME", str(self.home / "fsu"))
+            for name in ("FSU_LEDGER", "FSU_ARTIFACTS", "FSU_RUNS"):
+                patch.delenv(name, raising=False)
+            return App.open(read_settings(self.home))
+
+    def ask(self, model: str, target: int, changes: list[str]) -> Request:
+        """Queue a request to erase a class."""
+        app = self.app
+        images = load("digits", "train", app.ledger.model(model).spec.shape)
+        samples = self.home / f"samples-{target}"
+        if not samples.exists():
+            write_samples(images.pixels[draw(images, [target], 6, 0)], samples)
+        behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
+        recipe = app.recipe("digits", tuple(parse_change(change) for change in changes))
+        return app.submit(model, behaviour, str(samples), recipe)[0]
+
+    def ray_job(self, *words: str) -> str:
+        """`ray job submit` from the repository's root; its output once it has succeeded."""
+        environment = json.dumps({"env_vars": {"FSU_HOME": str(self.home / "fsu")}})
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.head.address, "--working-dir", str(ROOT)]
+        command += ["--runtime-env-json", environment, "--", "python", "-m", *words]
+        ended = subprocess.run(
+            command, capture_output=True, text=True, env=self.head.environment, timeout=300, check=False
+        )
+        assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+        return ended.stdout
+
+    def fsu(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = self.head.fsu(*words)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def until(self, model: str, checkpoints: int) -> None:
+        """Wait until the run of the model's last request has so many checkpoints behind it."""
+        request = self.app.ledger.requests(model)[-1]
+        for _ in range(1800):
+            time.sleep(0.1)
+            if len(list(self.home.glob(f"fsu/runs/{request.id}-*/checkpoint_*"))) >= checkpoints:
+                return
+            assert not self.app.ledger.request(request.id).status.is_terminal, self.app.ledger.request(request.id)
+        pytest.fail("no checkpoint in three minutes")
 
 
-@pytest.fixture
-def head(home: Path) -> Iterator[str]:
-    """The address of a head's Jobs API."""
-    port, api = free_port(), free_port()
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={api}"]
-    command += ["--num-cpus=2", "--dashboard-host=127.0.0.1", "--dashboard-agent-listen-port=0"]
-    with (home / "head.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        address = f"http://127.0.0.1:{api}"
-        for _ in range(120):
-            time.sleep(0.5)
-            try:
-                with urllib.request.urlopen(f"{address}/api/version", timeout=2):
-                    break
-            except (urllib.error.URLError, TimeoutError, ConnectionError):
-                assert process.poll() is None, (home / "head.log").read_text()
-        else:
-            pytest.fail("the head did not come up: " + (home / "head.log").read_text())
-        yield address
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def submit(head: str, home: Path, *words: str) -> str:
-    """`ray job submit` from the repository's root; its output once it has succeeded."""
-    environment = json.dumps({"env_vars": {"FSU_HOME": str(home / "fsu")}})
-    command = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", "jobs_folder"]
-    command += ["--runtime-env-json", environment, "--", sys.executable, "-m", *words]
-    command[command.index("jobs_folder")] = str(ROOT)
-    variables = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
-    return ended.stdout
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, trained: Any) -> Iterator[Place]:
+    """One head for all tests of this file, with the model `n`."""
+    home = tmp_path_factory.mktemp("head")
+    names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "FSU_LEDGER", "FSU_ARTIFACTS", "FSU_RUNS", "FSU_WORKERS")
+    settings = {name: value for name, value in os.environ.items() if name not in names}
+    metrics = free_port()
+    with on_head(home, settings | {"FSU_HOME": str(home / "fsu")}, metrics) as head:
+        found = Place(head, home, metrics)
+        found.app.register("n", trained.spec, trained.weights)
+        yield found
 
 
 @pytest.mark.ray
-def test_train_and_unlearn_as_ray_jobs(head: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job trains and registers a model, another one carries out the request that was queued in between."""
-    from fsu_ray.app import App
-    from fsu_ray.config import parse_change, read_settings
-    from fsu_ray.method.datasets import draw, load, write_samples
-    from fsu_ray.records import Behaviour
+def test_train_search_and_unlearn_by_rays_own_command(place: Place) -> None:
+    """A job trains and registers a model, one searches a recipe for a request of it, one carries the request out."""
+    place.ray_job("jobs.train", "--name", "m", "--epochs", "6")
+    request = place.ask("m", 8, QUICK)
+    words = ["--model", "m", "--request", request.id, "--trials", "1", "--recipe", "digits"]
+    words += [word for change in QUICK for word in ("--set", change)]
+    said = place.ray_job("jobs.search", *words)
+    assert '"trials": 1' in said
+    place.ray_job("jobs.unlearn", "--max", "1", "--model", "m")
+    ledger = place.app.ledger
+    assert [erasure.behaviour.name for erasure in ledger.erasures("m")] == ["class-8"]
+    assert ledger.version("m").number == 2
+    assert ledger.request(request.id).worker.startswith("job/"), "a claim bears its job, whoever has sent it"
 
-    monkeypatch.setenv("FSU_HOME", str(home / "fsu"))
-    submit(head, home, "jobs.train", "--name", "m", "--epochs", "6")
-    app = App.open(read_settings())
-    images = load("digits", "train", app.ledger.model("m").spec.shape)
-    write_samples(images.pixels[draw(images, [8], 6, 0)], home / "s")
-    behaviour = Behaviour(name="eight", kind="class", targets=(8,))
-    app.submit("m", behaviour, str(home / "s"), app.recipe("digits", tuple(parse_change(c) for c in QUICK)))
-    submit(head, home, "jobs.unlearn", "--max", "1")
-    assert [e.behaviour.name for e in app.ledger.erasures("m")] == ["eight"]
-    assert app.ledger.version("m").number == 2
+
+@pytest.mark.ray
+def test_a_request_is_sent_stopped_and_sent_again(place: Place) -> None:
+    """A job is listed with its labels; stopped, it leaves its request at the very step; the next one goes on there."""
+    request = place.ask("n", 8, LONG)
+    sent = json.loads(place.fsu("submit", "--model", "n", "--max", "1", "--json").stdout)
+    job = f"fsu-{request.id}-1"
+    assert (sent["job"], sent["new"], sent["request"]) == (job, True, request.id)
+    again = place.fsu("submit", "--model", "n", "--max", "1")
+    assert f"already: {job}" in again.stdout or "nothing is ready" in again.stdout
+    place.until("n", 1)
+    listed = {each["id"]: each for each in json.loads(place.fsu("jobs", "list", "--json").stdout)}
+    assert listed[job]["labels"].items() >= {"fsu_request": request.id, "fsu_attempt": "1", "fsu_model": "n"}.items()
+    assert listed[job]["status"] == "RUNNING"
+
+    stopped = place.fsu("jobs", "stop", job)
+    assert f"job {job} is STOPPED\nrequest {request.id} is queued\n" == stopped.stdout
+    waiting = place.app.ledger.request(request.id)
+    assert (waiting.status, waiting.failures, waiting.reason) == (Status.QUEUED, 0, "interrupted")
+    place.fsu("jobs", "stop", job, code=1)  # it is over
+    assert "interrupted: what was running is queued again" in place.fsu("jobs", "logs", job).stdout
+
+    done = place.fsu("submit", "--model", "n", "--max", "1", "--wait")
+    assert f"sent fsu-{request.id}-2" in done.stdout
+    ended = place.app.ledger.request(request.id)
+    assert (ended.status, ended.attempt) == (Status.SUCCEEDED, 2)
+    (resumed,) = ended.report["resumed"]
+    assert int(re.fullmatch(r"invert (\d+)", resumed)[1]) % 100 != 0, "a checkpoint of the very step"
+
+
+@pytest.mark.ray
+def test_a_job_that_died_is_found_and_its_request_retried(place: Place) -> None:
+    """The driver is killed; whoever looks next ends its claim, with hours of its lease left to run."""
+    request = place.ask("n", 3, LONG)
+    job = json.loads(place.fsu("submit", "--model", "n", "--json").stdout)["job"]
+    place.until("n", 1)
+    claimed = place.app.ledger.request(request.id)
+    os.kill(int(claimed.worker.rpartition(":")[2]), signal.SIGKILL)
+    for _ in range(100):
+        listed = {each["id"]: each["status"] for each in json.loads(place.fsu("jobs", "list", "--json").stdout)}
+        if listed[job] == "FAILED":
+            break
+        time.sleep(0.3)
+    assert place.app.ledger.request(request.id).status is Status.RUNNING
+    sent = json.loads(place.fsu("submit", "--model", "n", "--json", "--wait").stdout)
+    assert (sent["job"], sent["status"]) == (f"fsu-{request.id}-2", "SUCCEEDED")
+    ended = place.app.ledger.request(request.id)
+    assert (ended.status, ended.attempt, ended.failures) == (Status.SUCCEEDED, 2, 1)
+    assert ended.report["resumed"]
+
+
+@pytest.mark.ray
+def test_prometheus_finds_what_the_ledger_says(place: Place) -> None:
+    """On Ray's own endpoint, while a driver works."""
+    request = place.ask("n", 4, LONG)
+    job = json.loads(place.fsu("submit", "--model", "n", "--json").stdout)["job"]
+    wanted = ["ray_fsu_requests{", "ray_fsu_queue_depth{", "ray_fsu_generator_uses{", "ray_fsu_generator_reuse_ratio"]
+    said = ""
+    for _ in range(120):
+        time.sleep(0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{place.metrics}/metrics", timeout=10) as answer:
+            said = answer.read().decode()
+        if all(name in said for name in wanted):
+            break
+    values = {
+        (labels["model"], labels["state"]): float(value)
+        for line, value in re.findall(r"^ray_fsu_requests\{(.*)\} (\S+)$", said, re.M)
+        for labels in [dict(re.findall(r'(\w+)="([^"]*)"', line))]
+    }
+    assert values["n", "succeeded"] >= 1, said[-2000:]
+    assert values["n", "queued"] + values["n", "running"] == 1
+    assert all(name in said for name in wanted)
+    place.app.ledger.cancel(request.id)
+    place.fsu("jobs", "logs", job, "--follow")
+    assert place.app.ledger.request(request.id).status is Status.CANCELLED
+
+
+@pytest.mark.ray
+def test_a_runtime_environment_that_does_not_install(place: Place) -> None:
+    """The job fails with pip's words in one line; the request is as it was, and the next job has another name."""
+    request = place.ask("n", 5, QUICK)
+    env = json.dumps({"pip": ["no-such-package-of-fsu==1"], "config": {"setup_timeout_seconds": 120}})
+    failed = place.fsu("submit", "--model", "n", "--runtime-env", env, "--wait", code=1)
+    assert "no-such-package-of-fsu" in failed.stderr
+    assert [line for line in failed.stderr.splitlines() if line.startswith("error:")] == [
+        failed.stderr.splitlines()[-1]
+    ]
+    waiting = place.app.ledger.request(request.id)
+    assert (waiting.status, waiting.attempt) == (Status.QUEUED, 0)
+    for wrong in ('{"pip": 3}', '{"nonsense": 1}', '{"working_dir": "/no/such/folder"}'):
+        refused = place.fsu("submit", "--model", "n", "--runtime-env", wrong, code=2)
+        assert refused.stderr.startswith("error: --runtime-env: ")
+        assert refused.stderr.count("\n") == 1
+    place.app.ledger.cancel(request.id)
+
+
+@pytest.mark.ray
+def test_a_wrong_token(place: Place, tmp_path: Path) -> None:
+    """And none, and a file that is not there: one line, and no token in it."""
+    (tmp_path / "other").write_text("f" * 64)
+    base = {name: value for name, value in place.head.environment.items() if not name.startswith("RAY_AUTH")}
+    cases: list[tuple[dict[str, str], str]] = [
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "other")}, "refuses this token"),
+        ({"RAY_AUTH_TOKEN": "f" * 64}, "refuses this token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "wants a token"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}, "token"),
+    ]
+    for more, said in cases:
+        command = [str(BIN / "fsu"), "jobs", "list", "--address", place.head.address]
+        done = subprocess.run(command, env=base | more, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert said in done.stderr
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        assert "f" * 64 not in done.stderr
