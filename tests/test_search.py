@@ -25,7 +25,7 @@ from fsu_ray.work import Asked
 
 FSU = str(Path(sys.executable).parent / "fsu")
 TINY = {
-    "invert.steps": 24, "invert.batch": 40, "invert.width": 2, "synthesize.per_class": 20, "synthesize.max_draws": 20,
+    "invert.steps": 80, "invert.batch": 40, "invert.width": 4, "synthesize.per_class": 30, "synthesize.max_draws": 20,
     "synthesize.entropy_threshold": 2.3, "synthesize.starved_below": 0.0, "relearn.epochs": 1, "relearn.lr": 1e-6,
     "relearn.repeats": 1,
 }  # fmt: skip
@@ -73,7 +73,7 @@ def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked, o
     assert evidence["best"]["forgetting"] > evidence["initial"]["forgetting"]
     assert (evidence["trials"], evidence["name"]) == (3, search_name(order, wanted))
     assert 1 <= evidence["finished"] <= 3
-    assert 24 + 3 * 6 < evidence["steps"] <= 24 + 3 * 24
+    assert 80 + 3 * 20 < evidence["steps"] <= 80 + 3 * 80
     assert found.recipe == apply(order.recipe, evidence["values"])
     assert found.recipe.relearn.lr >= 1e-3
     assert {"reference", "rungs"} <= set(told)
@@ -93,7 +93,7 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked,
             ended = [
                 file
                 for file in Path(app.settings.runs).glob("search-*/*/result.json")
-                if '"steps": 24' in file.read_text()
+                if '"steps": 80' in file.read_text()
             ]
             if ended and list(Path(app.settings.runs).glob("search-*/experiment_state-*.json")):
                 break
@@ -101,12 +101,12 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked,
         time.sleep(11)  # Tune writes its state every ten seconds
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    before = {file: file.read_text().count('"steps": 24') for file in ended}
+    before = {file: file.read_text().count('"steps": 80') for file in ended}
     again = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     document = json.loads(again.stdout)
     assert document["found"]["evidence"]["trials"] == 4
-    assert {file: file.read_text().count('"steps": 24') for file in ended} == before
+    assert {file: file.read_text().count('"steps": 80') for file in ended} == before
     kept = app.ledger.searched("m", "class")
     assert kept is not None
     assert (kept.id, kept.score) == (document["kept"]["id"], document["found"]["score"])
