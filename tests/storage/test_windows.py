@@ -64,7 +64,7 @@ def carry(line: Any) -> Callable[..., Carry]:
             version = ledger.commit(request, line.outcome(request), ledger.version(line.name))
             return [Result(ledger.request(request.id), version, None)]
 
-        return lambda wanted: drain(line.ledger, worker, wanted, run or commit)
+        return lambda wanted: drain(line.ledger, worker, wanted, lambda request, _: (run or commit)(request))
 
     return make
 
@@ -473,7 +473,7 @@ from fsu_ray.storage.artifacts import Artifacts
 url, folder, moment, number = sys.argv[1:]
 worker = "w" + number
 with open_ledger(url) as ledger:
-    def run(request):
+    def run(request, _):
         return [Result(ledger.reject(request, "nothing_found", None, ledger.version(request.model)), None, None)]
     fired = run_due(ledger, Artifacts.open(folder), lambda wanted: drain(ledger, worker, wanted, run), worker,
                     datetime.fromisoformat(moment))
