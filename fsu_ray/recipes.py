@@ -37,6 +37,10 @@ class LossWeights(Frozen):
     tv: float = Field(0.1, ge=0)
 
 
+Precision = Literal["auto", "bf16", "float32"]
+"""bf16 is mixed: weights and sums stay in float32. `auto`: bf16 where the device multiplies it, else float32."""
+
+
 class InvertRecipe(Frozen):
     """How a generator is trained (section 3.1, Algorithm 1).
 
@@ -54,7 +58,7 @@ class InvertRecipe(Frozen):
     weights: LossWeights = LossWeights()
     form: Literal["norm", "squared"] = "norm"
     views: int = Field(2, ge=0, description="augmented views a sample in eq. 4")
-    precision: Literal["bf16", "float32"] = "bf16"
+    precision: Precision = "auto"
     seed: int = 0
 
 
@@ -102,7 +106,7 @@ class RelearnRecipe(Frozen):
     weight_decay: float = Field(2e-5, ge=0)
     repeats: int = Field(5, ge=0, description="of the given samples, and of a subset's D_e-like ones")
     augment: Literal["samples", "all"] = Field("samples", description="the given samples alone, or all of D_unlearn")
-    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed, weights and sums in float32")
+    precision: Precision = "float32"
     seed: int = 0
 
 

@@ -74,7 +74,7 @@ def train(bench: Bench, arch: str, poisoned: bool, epochs: int, seed: int) -> tu
     spec = ModelSpec(arch=arch, channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.28,))
     torch.manual_seed(seed)
     classifier = Classifier(spec)
-    fit(classifier, bench.train.pixels, labels, Schedule(epochs=epochs, seed=seed, precision="bf16"))
+    fit(classifier, bench.train.pixels, labels, Schedule(epochs=epochs, seed=seed, precision="auto"))
     return spec, classifier.to_bytes()
 
 

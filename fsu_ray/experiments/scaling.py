@@ -1,6 +1,6 @@
 """One worker with two threads against two workers with one each: seconds of an inversion step, without Ray.
 
-    python -m fsu_ray.experiments.scaling [--arch lenet5] [--steps 30] [--rounds 3] [--precision bf16]
+    python -m fsu_ray.experiments.scaling [--arch lenet5] [--steps 30] [--rounds 3] [--precision auto]
 
 Both take the same steps (the same batch, the same draws), in turn, in processes of their own that meet over gloo. The
 difference is what the data parallel form costs or gains: its sums over the workers against threads inside an operator.
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", default="auto")
     options = parser.parse_args()
     recipe = {"steps": options.steps + WARM + 1, "batch": options.batch, "precision": options.precision}
     print(f"{options.arch}, batch {options.batch}, {options.precision}, {options.steps} steps a round")

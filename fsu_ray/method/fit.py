@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.augment import draw_moves, moved, seeded
 from fsu_ray.method.group import Group
+from fsu_ray.method.precision import mixed, settled
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -55,6 +56,7 @@ def fit(
     """
     group = group or Group()
     device = next(classifier.parameters()).device
+    precision = settled(schedule.precision, device, group)
     n = len(pixels)
     batches = max(1, -(-n // schedule.batch))
     total = schedule.epochs * batches
@@ -89,7 +91,7 @@ def fit(
             view = moved(plain, moves, flip)
             if as_they_are is not None:
                 view = torch.where(as_they_are[index].view(-1, 1, 1, 1), plain, view)
-            with torch.autocast(device.type, torch.bfloat16, enabled=schedule.precision == "bf16"):
+            with mixed(precision, device):
                 logits = model(view)
             loss = F.cross_entropy(logits.float(), targets[index]) * group.weight(len(index), len(batch))
             optimiser.zero_grad(set_to_none=True)

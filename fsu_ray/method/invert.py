@@ -22,6 +22,7 @@ from fsu_ray.errors import Stopped
 from fsu_ray.method.augment import draw_moves, moved, seeded
 from fsu_ray.method.group import Group
 from fsu_ray.method.networks import Classifier, Generator, affine_batch_norms, observe
+from fsu_ray.method.precision import mixed, settled
 from fsu_ray.recipes import InvertRecipe
 
 Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -138,7 +139,7 @@ def losses(
     y = torch.arange(k, device=device).repeat_interleave(each)
     squared = recipe.form == "squared"
     part = group.share(n)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+    with mixed(settled(recipe.precision, device, group), device):
         pixels = generator(z[part], y[part]).float()
         own = len(pixels)
         views = [moved(pixels, draw_moves(n, rng)[part], classifier.spec.flip) for _ in range(recipe.views)]
@@ -176,6 +177,8 @@ def invert(
     the same weights.
     """
     group = group or Group()
+    precision = settled(recipe.precision, next(run.generator.parameters()).device, group)
+    recipe = recipe.model_copy(update={"precision": precision})  # once, not at every step
     group.synchronise(run.generator)
     model = group.parallel(run.generator)
     weights = recipe.weights.model_dump()
