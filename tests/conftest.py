@@ -35,9 +35,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 # Enough to tell the stages apart in seconds; the figures of such a recipe mean nothing.
 QUICK = {
-    "invert": {"steps": 60, "batch": 60, "width": 4},
-    "synthesize": {"per_class": 40, "entropy_threshold": 2.0, "starved_below": 0.0},
-    "relearn": {"epochs": 4},
+    "invert": {"steps": 24, "batch": 40, "width": 4},
+    "synthesize": {"per_class": 40, "entropy_threshold": 2.3, "starved_below": 0.0, "max_draws": 8},
+    "relearn": {"epochs": 3},
     "gate": {"agreement_min": 0.0, "forgotten_max": 1.0, "coverage_min": 0.0, "acceptance_min": 0.0,
              "dataset_agreement_min": 0.0, "bn_distance_max": 100.0, "returned_max": 1.0, "returned_margin": 1.0},
 }  # fmt: skip

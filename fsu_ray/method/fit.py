@@ -60,13 +60,7 @@ def fit(
     n = len(pixels)
     batches = max(1, -(-n // schedule.batch))
     total = schedule.epochs * batches
-    optimiser = torch.optim.SGD(
-        classifier.parameters(),
-        lr=schedule.lr,
-        momentum=schedule.momentum,
-        weight_decay=schedule.weight_decay,
-        nesterov=schedule.momentum > 0,
-    )
+    optimiser = _optimiser(classifier, schedule)
     if device.type == "cpu":
         # oneDNN's issue 6035: the weight gradient of a strided 1x1 convolution of few channels writes out of bounds
         # where the input is channels_last, as in PreActResNet-18 of width 8.
@@ -102,6 +96,16 @@ def fit(
         if progress:
             progress(epoch + 1, schedule.epochs, {"loss": float(group.total(loss_sum)) / group.size / batches})
     classifier.eval()
+
+
+def _optimiser(classifier: nn.Module, schedule: Schedule) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        classifier.parameters(),
+        lr=schedule.lr,
+        momentum=schedule.momentum,
+        weight_decay=schedule.weight_decay,
+        nesterov=schedule.momentum > 0,
+    )
 
 
 def _shape(done: float, one_cycle: bool) -> float:
