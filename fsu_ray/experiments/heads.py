@@ -31,6 +31,7 @@ class Head:
     metrics: int = 0
     address: str = ""
     mark: str = ""
+    process: subprocess.Popen[bytes] | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -50,7 +51,9 @@ class Head:
         own = {k: v for k, v in self.environment.items() if k != "PYTHONPATH"} | {name: value}
         own["PATH"] = f"{BIN}:{own['PATH']}"
         with (self.home / "head.log").open("ab") as log:
-            subprocess.Popen(command, env=own, cwd=self.home, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=own, cwd=self.home, stdout=log, stderr=log, start_new_session=True
+            )
         deadline = time.monotonic() + PATIENCE
         while self.fsu("jobs", "list").returncode:
             if time.monotonic() > deadline:
@@ -65,6 +68,8 @@ class Head:
                     os.kill(process, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
+            if self.process is not None:
+                self.process.wait()
             time.sleep(0.2)
 
     def fsu(self, *words: str) -> subprocess.CompletedProcess[str]:

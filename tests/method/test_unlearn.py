@@ -80,7 +80,7 @@ def test_the_few_samples_come_in_as_often_as_asked(
         seen.append(data[:3])
 
     monkeypatch.setattr("fsu_ray.method.unlearn.relearn", learn)
-    recipe = changed(quick, relearn={"repeats": 3}, synthesize={"holdout": 0.5}, filter=EVERY)
+    recipe = changed(quick, relearn={"repeats": 3}, synthesize={"holdout": 0.5, "per_class": 15}, filter=EVERY)
     behaviour = Behaviour(name="b", kind=kind, targets=(8,))  # type: ignore[arg-type]
     order = order_for(trained, store, recipe, behaviour=behaviour)
     first = unlearn(order, store, CPU)
