@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_
+import re
 from typing import Annotated, Any
 
 import typer
@@ -118,7 +119,7 @@ def jobs_logs(
         console.out.print(head.logs(job), end="", markup=False)
     found = head.job(job)
     if found.status == "FAILED" and found.exit_code is None:
-        console.err.print(f"job {job} has failed: {_message(found)}", markup=False)
+        console.err.print(f"job {job} could not begin: {_message(found)}", markup=False)
 
 
 @jobs_app.command("stop", epilog="Example: fsu jobs stop fsu-r-19c0ffee-1 --address http://127.0.0.1:8265")
@@ -174,8 +175,10 @@ def _runtime_env(text: str | None) -> dict[str, Any]:
 
 
 def _message(job: Any) -> str:
-    """Why a job failed, in one line: Ray adds the last lines of its log, which have been seen."""
-    return " ".join((job.message or "").split("Last available logs")[0].split())[:600]
+    """Why a job has no exit code, in one line: of what Ray tells, the last line that names an error."""
+    lines = [" ".join(line.split()) for line in (job.message or "").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(ERROR|[\w.]*(Error|Exception|Timeout)): ", line)]
+    return (named or lines or ["Ray does not say why"])[-1][:600]
 
 
 def _end(job: Any) -> None:
@@ -184,4 +187,6 @@ def _end(job: Any) -> None:
         return
     if job.exit_code is not None:
         raise typer.Exit(job.exit_code)
-    raise RunFailed(f"job {job.id} is {job.status}: {_message(job)}")
+    raise RunFailed(
+        f"job {job.id} was stopped" if job.status == "STOPPED" else f"job {job.id} could not begin: {_message(job)}"
+    )
