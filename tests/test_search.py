@@ -59,12 +59,11 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("optuna", [False, True])
-def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked, optuna: bool) -> None:
-    """Its values are of the space, its score is above that of the recipe that it began with, the evidence says what it
+def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked) -> None:
+    """By Optuna (by Tune's own draws in the test below). Its values are of the space, its score is above that of the recipe that it began with, the evidence says what it
     took; a trial that ASHA has stopped is no winner."""
     order = app.search_order("m", asked, apply(Recipe(), TINY))
-    wanted = Wanted(narrowed(SPACE["class"], RANGES), trials=3, optuna=optuna, seed=1)
+    wanted = Wanted(narrowed(SPACE["class"], RANGES), trials=3, optuna=True, seed=1)
     told: list[str] = []
     found = search(order, app.artifacts, (None, app.settings.runs), wanted, lambda stage, *_: told.append(stage))
     assert found.better
@@ -83,7 +82,7 @@ def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked, o
 def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked, home: Path) -> None:
     """SIGKILL once a trial has come to its end: the same command again does not run that trial again, and keeps what it
     finds in the ledger, for later requests."""
-    words = [FSU, "search", "--model", "m", "--request", asked.request, "--trials", "4", "--cpus", "2", "--json", *SETS]
+    words = [FSU, "search", "--model", "m", "--request", asked.request, "--trials", "3", "--cpus", "2", "--json", *SETS]
     words += [word for line in RANGES for word in ("--range", line)]
     with (home / "first.log").open("w") as log:
         driver = subprocess.Popen(words, stdout=log, stderr=log)
@@ -105,7 +104,7 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked,
     again = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     document = json.loads(again.stdout)
-    assert document["found"]["evidence"]["trials"] == 4
+    assert document["found"]["evidence"]["trials"] == 3
     assert {file: file.read_text().count('"steps": 80') for file in ended} == before
     kept = app.ledger.searched("m", "class")
     assert kept is not None

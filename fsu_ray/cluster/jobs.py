@@ -89,6 +89,7 @@ class Head:
         A name whose job has ended is continued, as `name.2`; Ray never gives a name a second time. Raises UserError
         for a `runtime_env` that is none.
         """
+        _check(runtime_env)
         number, deadline = 1, time.monotonic() + AGENT_SECONDS
         while True:
             own = name if number == 1 else f"{name}.{number}"
@@ -215,6 +216,16 @@ def package_env(settings: Mapping[str, str], more: Mapping[str, Any] | None = No
         "env_vars": {name: str(value) for name, value in variables.items()},
         **own,
     }
+
+
+def _check(runtime_env: Mapping[str, Any]) -> None:
+    """Raise UserError for a key that Ray does not know: it would pass it over."""
+    from ray.runtime_env import RuntimeEnv
+
+    surplus = sorted(set(runtime_env) - RuntimeEnv.known_fields)
+    if surplus:
+        known = ", ".join(sorted(RuntimeEnv.known_fields - {"_ray_release", "_ray_commit", "_inject_current_ray"}))
+        raise UserError(f"--runtime-env: Ray knows no {surplus[0]!r}; it takes {known}")
 
 
 def current_job() -> str | None:

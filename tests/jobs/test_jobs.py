@@ -193,7 +193,7 @@ def test_prometheus_finds_what_the_ledger_says(place: Place) -> None:
 
 @pytest.mark.ray
 def test_a_runtime_environment_that_does_not_install(place: Place) -> None:
-    """The job fails, and says why in one line; the request is as it was. (Ray's pip would copy this whole venv first.)"""
+    """The job fails, and says why in one line; the request is as it was. (Its pip would copy this venv first.)"""
     request = place.ask("n", 5, QUICK)
     env = json.dumps({"py_modules": ["https://127.0.0.1:1/no-such-module.zip"]})
     failed = place.fsu("submit", "--model", "n", "--runtime-env", env, "--wait", code=1)
