@@ -12,6 +12,7 @@ The search of a name finds its trials again: one whose driver has died goes on w
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import tempfile
@@ -100,9 +101,9 @@ def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: W
         try:
             ray.get(reference)
             trial = tune.with_parameters(_trial, order=order, store=store, reference=reference, line=line)
-            results = workers.in_thread(
-                _tuner(tune.with_resources(trial, share), order, place, name, wanted).fit, never, patience=0
-            )
+            tuner = _tuner(tune.with_resources(trial, share), order, place, name, wanted)
+            with redirect_stdout(io.StringIO()):  # a restored tuner prints tables, whatever its verbosity
+                results = workers.in_thread(tuner.fit, never, patience=0)
             initial = ray.get(first)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, FsuError) else RunFailed(str(error.cause))) from None

@@ -60,8 +60,8 @@ def cluster() -> Iterator[None]:
 
 @pytest.mark.ray
 def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked) -> None:
-    """By Optuna (by Tune's own draws in the test below). Its values are of the space, its score is above that of the recipe that it began with, the evidence says what it
-    took; a trial that ASHA has stopped is no winner."""
+    """By Optuna (by Tune's own draws in the test below). Its values are of the space, its score is above that of the
+    recipe that it began with, the evidence says what it took; a trial that ASHA has stopped is no winner."""
     order = app.search_order("m", asked, apply(Recipe(), TINY))
     wanted = Wanted(narrowed(SPACE["class"], RANGES), trials=3, optuna=True, seed=1)
     told: list[str] = []
