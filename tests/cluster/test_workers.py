@@ -114,7 +114,7 @@ def test_two_workers_come_to_what_one_does_whoever_is_killed(
     ends with the digests of one that nobody disturbed. On one and the same D', two workers' relearning is as
     accurate as one's."""
     long_enough = {
-        "synthesize.per_class": 1200,
+        "synthesize.per_class": 800,
         "relearn.epochs": 3,
         "relearn.batch": 256,
     }  # to be killed in each stage
