@@ -29,7 +29,7 @@ QUICK = ["invert.steps=60", "invert.batch=60", "invert.width=4", "synthesize.per
 QUICK += ["synthesize.entropy_threshold=1.5", "synthesize.starved_below=0", "gate.forgotten_max=1"]
 QUICK += ["gate.agreement_min=0", "gate.dataset_agreement_min=0", "gate.coverage_min=0", "gate.acceptance_min=0"]
 QUICK += ["gate.bn_distance_max=100", "gate.returned_max=1", "gate.returned_margin=1"]
-LONG = [*QUICK, "invert.steps=250", "invert.batch=40"]
+LONG = [*QUICK, "invert.steps=600", "invert.batch=40"]
 
 
 @dataclass
