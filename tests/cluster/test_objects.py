@@ -59,10 +59,12 @@ def test_a_worker_killed_in_the_inversion_goes_on_from_a_checkpoint_in_the_bucke
         artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [8], 8, 0)])), recipe,
     )  # fmt: skip
     heard: list[tuple[str, int]] = []
+    threads: set[float] = set()
     killed: list[int] = []
 
     def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
         heard.append((stage, done))
+        threads.update({figures["threads"]} if stage == "start" else ())
         if stage == "invert" and done >= 40 and not killed:
             killed.extend(workers_of_this_process())
             for pid in killed:
@@ -71,6 +73,8 @@ def test_a_worker_killed_in_the_inversion_goes_on_from_a_checkpoint_in_the_bucke
     outcome = workers.execute(order, artifacts, runs, "r-1", 20, tell)
 
     assert killed
+    assert threads == {2}, "one worker has all CPUs"
+    assert {"invert", "synthesize", "filter", "relearn", "evaluate"} <= {stage for stage, _ in heard}
     starts = [number for number, (stage, _) in enumerate(heard) if stage == "start"]
     assert len(starts) == 2
     assert next(done for stage, done in heard[starts[1] :] if stage == "invert") > 20, "it did not begin again"

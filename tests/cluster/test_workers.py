@@ -84,29 +84,6 @@ def accuracy_of(trained: Any, weights: bytes) -> float:
 
 
 @pytest.mark.ray
-def test_a_killed_worker_ends_with_the_weights_of_an_undisturbed_run(
-    cluster: None, trained: Any, artifacts: Artifacts, quick: Recipe, tmp_path: Path
-) -> None:
-    """SIGKILL in the inversion, behind a checkpoint: Ray restarts the worker, which goes on from there. All of
-    the CPUs are used, progress arrives in this process, and the digests are those of a run without Ray."""
-    order = make_order(trained, artifacts, quick, 120)
-    killer = Killer({"invert": 40})
-    heard = killer.heard
-    outcome = workers.execute(order, artifacts, runs_of(tmp_path), "r-1", 20, killer)
-    plain = unlearn(order, artifacts, torch.device("cpu"))
-    assert killer.killed == ["invert"]
-    assert [s for s, _, _ in heard].count("start") == 2
-    assert {f["threads"] for s, _, f in heard if s == "start"} == {2}
-    assert {"invert", "synthesize", "filter", "relearn", "evaluate"} <= {s for s, _, _ in heard}
-    again = [i for i, h in enumerate(heard) if h[0] == "start"][1]
-    first_after = next(d for s, d, _ in heard[again:] if s == "invert")
-    assert first_after > 20  # it did not begin again
-    assert (outcome.weights, outcome.mask, outcome.dataset) == (plain.weights, plain.mask, plain.dataset)
-    assert outcome.also == plain.also
-    assert [part.request for part in outcome.also] == ["r-2"]
-
-
-@pytest.mark.ray
 def test_two_workers_come_to_what_one_does_whoever_is_killed(
     cluster: None, trained: Any, artifacts: Artifacts, quick: Recipe, tmp_path: Path
 ) -> None:

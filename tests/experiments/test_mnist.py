@@ -26,8 +26,8 @@ def test_class_9_is_forgotten_and_the_rest_is_kept(app: App, mnist: Path) -> Non
         return unlearn(order, store, torch.device("cpu"))
 
     bench = read_bench(mnist)
-    recipe = apply(Recipe(), {"invert.steps": 250})
-    rows = list(scenario(app.ledger, app.artifacts, here, bench, "class9", "lenet5", 3, 0, recipe, lambda _: None))
+    recipe = apply(Recipe(), {"invert.steps": 180})
+    rows = list(scenario(app.ledger, app.artifacts, here, bench, "class9", "lenet5", 2, 0, recipe, lambda _: None))
     before, after = rows
     assert before["class 9"] > 97
     assert after["class 9"] <= 2
