@@ -21,7 +21,7 @@ from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.records import Behaviour, Status
 
 FSU = str(Path(sys.executable).parent / "fsu")
-CHANGES = ["invert.steps=400", "invert.batch=60", "invert.width=4", "synthesize.per_class=60", "relearn.epochs=3"]
+CHANGES = ["invert.steps=320", "invert.batch=30", "invert.width=2", "synthesize.per_class=60", "relearn.epochs=1"]
 CHANGES += ["synthesize.entropy_threshold=1.5", "gate.forgotten_max=1", "gate.agreement_min=0"]
 
 
