@@ -117,7 +117,7 @@ def test_train_search_and_unlearn_by_rays_own_command(place: Place) -> None:
 
 @pytest.mark.ray
 def test_a_request_is_sent_stopped_and_sent_again(place: Place) -> None:
-    """A job is listed with its labels; stopped, it leaves its request in the queue; the next one goes on where it was."""
+    """A job is listed with its labels; stopped, it leaves its request queued; the next one goes on from there."""
     request = place.ask("n", 8, LONG)
     sent = json.loads(place.fsu("submit", "--model", "n", "--max", "1", "--json").stdout)
     job = f"fsu-{request.id}-1"
