@@ -240,13 +240,13 @@ class App:
     def reconcile(self) -> list[Request]:
         """End the claims of Ray jobs that have died, where RAY_ADDRESS names a cluster whose head can be asked: the
         requests, which can be claimed now. With Ray's own cluster of this process there is nothing to ask."""
+        if not os.environ.get("RAY_ADDRESS"):
+            return []
         from fsu_ray.cluster.jobs import Head, job_of
         from fsu_ray.dispatch import reconcile
 
-        running = self.ledger.requests(status=Status.RUNNING)
-        if not os.environ.get("RAY_ADDRESS") or not any(job_of(request.worker) for request in running):
+        if not any(job_of(request.worker) for request in self.ledger.requests(status=Status.RUNNING)):
             return []
-
         try:
             return reconcile(self.ledger, Head())
         except FsuError as error:  # a head without a Jobs API: the claims end with their leases

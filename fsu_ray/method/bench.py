@@ -98,10 +98,13 @@ def main() -> None:
     parser.add_argument("--arch", default="lenet5")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="of the built one")
     options = parser.parse_args()
     spec = ModelSpec(arch=options.arch, channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.3,))
-    plain, built = compare(spec, InvertRecipe(batch=options.batch), options.steps)
-    print(f"{options.arch}, batch {options.batch}, n = 8, 2 views, {torch.get_num_threads()} threads")
+    plain, built = compare(spec, InvertRecipe(batch=options.batch, precision=options.precision), options.steps)
+    print(
+        f"{options.arch}, batch {options.batch}, n = 8, 2 views, {torch.get_num_threads()} threads, {options.precision}"
+    )
     print(f"plain {1000 * plain:.0f} ms, as built {1000 * built:.0f} ms: {plain / built:.2f} times faster")
 
 

@@ -82,8 +82,7 @@ def _claim(of_model: bool, capped: bool) -> ReturningUpdate[Any]:
 
 def claimable(connection: sa.Connection, model: Model | None, moment: datetime) -> bool:
     """Whether `claim` or `abandoned` would find something."""
-    late = sa.and_(_MINE.status == _RUNNING, _MINE.lead.is_(None), _MINE.lease_until <= moment)
-    found = sa.or_(late, sa.and_(*_ready(moment)))
+    found = sa.or_(_late(moment), sa.and_(*_ready(moment)))
     query = sa.select(_MINE.id).where(found).limit(1)
     return connection.scalar(query if model is None else query.where(_MINE.model_id == model.id)) is not None
 
@@ -102,9 +101,8 @@ def upcoming(connection: sa.Connection, model: Model | None, moment: datetime) -
 
 def ready(connection: sa.Connection, moment: datetime) -> dict[str, int]:
     """How many requests of each model could begin now, but for others of it; models without any are not there."""
-    late = sa.and_(_MINE.status == _RUNNING, _MINE.lead.is_(None), _MINE.lease_until <= moment)
     ripe = sa.and_(_MINE.status == _QUEUED, *_ripe(moment, _MINE))
-    query = sa.select(models.c.name, sa.func.count()).where(models.c.id == _MINE.model_id, sa.or_(late, ripe))
+    query = sa.select(models.c.name, sa.func.count()).where(models.c.id == _MINE.model_id, sa.or_(_late(moment), ripe))
     return {name: number for name, number in connection.execute(query.group_by(models.c.name))}  # noqa: C416
 
 
@@ -125,14 +123,12 @@ def abandoned(connection: sa.Connection, moment: datetime) -> Request | None:
     return None if row is None else rows.to_request(row)
 
 
+def _late(moment: Moment) -> sa.ColumnElement[bool]:
+    return sa.and_(_MINE.status == _RUNNING, _MINE.lead.is_(None), _MINE.lease_until <= moment)
+
+
 def _expired(moment: Moment) -> tuple[sa.ColumnElement[bool], ...]:
-    return (
-        _MINE.status == _RUNNING,
-        _MINE.lead.is_(None),
-        _MINE.lease_until <= moment,
-        _MINE.cancel_by.is_(None),
-        _MINE.failures + 1 < MOST_FAILURES,
-    )
+    return (_late(moment), _MINE.cancel_by.is_(None), _MINE.failures + 1 < MOST_FAILURES)
 
 
 def _ready(moment: Moment) -> tuple[sa.ColumnElement[bool], ...]:
