@@ -6,12 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fsu_ray import demo
 from fsu_ray.app import App
-from fsu_ray.records import ModelSpec
 
 
 @pytest.mark.ray
@@ -36,9 +36,8 @@ def test_the_demo_erases_two_classes_with_one_generator(home: Path) -> None:
     assert [e["event"] for e in shown["history"]].count("erased") == 2
 
 
-def test_a_second_demo_takes_a_new_name(app: App, trained: object) -> None:
+def test_a_second_demo_takes_a_new_name(app: App, trained: Any) -> None:
     """`fsu demo` can be run twice in one folder."""
     assert demo._free_name(app) == "digits-demo"
-    spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
-    app.register("digits-demo", spec, trained.weights)  # type: ignore[attr-defined]
+    app.register("digits-demo", trained.spec, trained.weights)
     assert demo._free_name(app) == "digits-demo-2"

@@ -182,7 +182,7 @@ def test_no_row_can_be_reached_by_a_hidden_number(ledger: Ledger, raw: Any) -> N
             raw.execute(f"SELECT rowid FROM {table}")
 
 
-def test_nothing_cascades(raw: Any) -> None:
+def test_nothing_cascades(ledger: Ledger, raw: Any) -> None:
     inspector = sa.inspect(raw.connection)
     keys = [key for table in columns.metadata.tables for key in inspector.get_foreign_keys(table)]
 
