@@ -19,7 +19,7 @@ from fsu_ray.cli import app as commands
 from fsu_ray.records import ModelSpec
 
 Fsu = Callable[..., Result]
-REGISTER = ["model", "register", "--name", "m", "--arch", "lenet5", "--input", "1x20x20", "--classes", "10"]
+REGISTER = ["model", "register", "--name", "m", "--arch", "lenet5", "--input", "1x16x16", "--classes", "10"]
 SUBMIT = ["request", "submit", "--model", "m", "--behaviour", "eight", "--target", "8", "--samples"]
 
 
@@ -54,7 +54,7 @@ def refused(result: Result, words: str) -> None:
     assert "Traceback" not in result.output
 
 
-def picture(size: tuple[int, int] = (20, 20), mode: str = "L") -> bytes:
+def picture(size: tuple[int, int] = (16, 16), mode: str = "L") -> bytes:
     sink = io.BytesIO()
     Image.new(mode, size).save(sink, "PNG")
     return sink.getvalue()
@@ -115,7 +115,7 @@ def test_two_models_of_one_name(registered: Fsu) -> None:
         ({}, "no image in"),
         ({"a.txt": b"hello"}, "no image in"),
         ({"a.png": picture()[:45]}, "not a whole image"),
-        ({"a.png": picture((28, 28))}, "a.png is 28x28, the model takes 20x20"),
+        ({"a.png": picture((28, 28))}, "a.png is 28x28, the model takes 16x16"),
         ({"a.png": picture(mode="RGB")}, "a.png has 3 channels, the model takes 1"),
         ({"a.png": picture(mode="RGBA")}, "colour mode RGBA"),
     ],
@@ -218,4 +218,4 @@ def test_every_command_has_help_and_an_example(fsu: Fsu) -> None:
 def test_spec_is_kept_as_registered(registered: Fsu) -> None:
     """`model show --json` gives back what was registered."""
     spec = json.loads(registered("model", "show", "m", "--json").stdout)["model"]["spec"]
-    assert ModelSpec.model_validate(spec) == ModelSpec(arch="lenet5", channels=1, height=20, width=20, classes=10)
+    assert ModelSpec.model_validate(spec) == ModelSpec(arch="lenet5", channels=1, height=16, width=16, classes=10)

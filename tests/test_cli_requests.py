@@ -32,7 +32,7 @@ def fsu(app: App, home: Path, trained: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("FSU_ACTOR", raising=False)
     app.register("m", trained.spec, trained.weights)
     sink = io.BytesIO()
-    Image.new("L", (20, 20)).save(sink, "PNG")
+    Image.new("L", (16, 16)).save(sink, "PNG")
     (home / "s.png").write_bytes(sink.getvalue())
 
     def run(*words: str) -> Result:

@@ -59,6 +59,7 @@ def test_processes_are_found_by_their_mark(victim: subprocess.Popen[bytes]) -> N
     assert marked(f"MARK=v{os.getpid()}0") == []
 
 
+@pytest.mark.slow
 def test_what_is_amiss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A request that ended well, one whose weights are others, one that did not end, and an artifact that is gone."""
     app = open_app(None, tmp_path)

@@ -20,7 +20,7 @@ from fsu_ray.work import Outcome, WorkOrder
 @pytest.mark.slow
 @pytest.mark.mnist
 def test_class_9_is_forgotten_and_the_rest_is_kept(app: App, mnist: Path) -> None:
-    """LeNet5, 3 % of class 9, the default recipe but for its 400 inversion steps: D_r at least 99, D_e at most 2."""
+    """LeNet5, 3 % of class 9, the default recipe with 180 inversion steps: D_r at least 99, D_e at most 2."""
 
     def here(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         return unlearn(order, store, torch.device("cpu"))
@@ -33,7 +33,7 @@ def test_class_9_is_forgotten_and_the_rest_is_kept(app: App, mnist: Path) -> Non
     assert after["class 9"] <= 2
     assert after["D_r"] >= min(99.0, before["D_r"] - 0.4)
     assert after["generator"] == "trained"
-    assert after["probes"] > 400
+    assert after["probes"] > 200
 
 
 def test_a_folder_without_the_lists_is_named(tmp_path: Path) -> None:

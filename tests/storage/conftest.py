@@ -119,7 +119,7 @@ def postgresql(server: sa.Engine) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def migrating(server: sa.Engine) -> str:
-    """The SQL with which a new ledger is made on PostgreSQL. To run it again takes a quarter of the migrations' time."""
+    """The SQL that makes a new ledger on PostgreSQL: to run it again takes a quarter of the migrations' time."""
     said: list[str] = []
     hook: Any = ("before_cursor_execute", lambda connection, cursor, statement, *_: said.append(statement))
     with _schema(server) as url:
