@@ -83,12 +83,15 @@ class App:
 
     def register(self, name: str, spec: ModelSpec, weights: bytes, test_set: str | None = None) -> Model:
         """Register a model line; the weights are tried on the architecture before anything is written."""
+        from fsu_ray.method.datasets import NAMED
         from fsu_ray.method.networks import Classifier
 
         self.ledger.check_name_free(name)
         Classifier.from_bytes(spec, weights)
         if test_set is not None:
             self._try_test_set(test_set, spec)
+            place = Path(test_set).expanduser()
+            test_set = str(place.resolve()) if test_set not in NAMED and place.exists() else test_set
         return self.ledger.register_model(name, spec, self.artifacts.put(weights), test_set)
 
     def update(self, name: str, weights: bytes) -> ModelVersion:
@@ -209,6 +212,9 @@ class App:
         if not found.better:
             return found, None
         kind = order.behaviour.kind
+        known = self.ledger.searched(model, kind)
+        if known is not None and known.evidence.get("name") == found.evidence["name"]:
+            return found, known  # the same search again
         return found, self.ledger.keep_recipe(model, kind, found.recipe, found.score, found.evidence, actor)
 
     @contextmanager

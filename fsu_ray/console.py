@@ -31,6 +31,15 @@ WIDTH = 160  # of tables where no terminal says how wide it is
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else WIDTH)
 QUIET_SECONDS = 10.0  # between two plain lines of one stage
+INTERRUPTED = "interrupted: what was running is queued again and goes on from its last checkpoint"
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def plain(value: Any) -> Any:
@@ -164,6 +173,8 @@ def print_result(result: Any) -> None:
         f"KL {kept['kl_to_parent']:.4f}; membership attack AUC "
         f"{_auc(forgot['attack_auc_before'])} -> {_auc(forgot['attack_auc'])}"
     )
+    if "test_missing" in report:
+        out.print(f"  accuracy not measured: {report['test_missing']}")
     for prior in report["earlier"]:
         out.print(
             f"  earlier erasure {prior['behaviour']}: {percent(prior['probes_in_target'])} % of its probes "

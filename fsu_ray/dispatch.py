@@ -9,6 +9,7 @@ its claim ends then, not with its lease.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from fsu_ray.config import Settings
 from fsu_ray.pipeline import Drain
 from fsu_ray.records import Request, Status
 from fsu_ray.storage.ledger import Ledger
+
+SENDER = "submit"
+"""Who ends what nobody is to take over, when a job is about to be sent."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def send(
     does.
     """
     reconcile(ledger, head)
+    ledger.end_abandoned(SENDER)
     request = ledger.upcoming(wanted.model)
     if request is None:
         return None
@@ -57,15 +62,18 @@ def send(
 
 def variables(settings: Settings) -> dict[str, str]:
     """The settings as a job finds them in its environment. A ledger's URL with a password is not among them, since
-    everybody who sees the cluster sees the environments of its jobs: its nodes have FSU_LEDGER themselves."""
+    everybody who sees the cluster sees the environments of its jobs, nor one whose password this machine has in its
+    environment: the nodes have FSU_LEDGER themselves."""
     found = {
         "FSU_HOME": str(settings.home),
         "FSU_ARTIFACTS": settings.artifacts,
         "FSU_RUNS": settings.runs,
         "FSU_WORKERS": str(settings.workers),
     }
+    found |= {name: os.environ[name] for name in ("FSU_DATA",) if name in os.environ}
     url = make_url(settings.ledger)
-    secret = url.password is not None or "password" in url.query or "passfile" in url.query
+    known_here = url.get_backend_name() != "sqlite" and any(name in os.environ for name in ("PGPASSWORD", "PGPASSFILE"))
+    secret = url.password is not None or known_here or any("pass" in key for key in url.query)
     return found if secret else found | {"FSU_LEDGER": settings.ledger}
 
 

@@ -26,7 +26,8 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
+from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 
 from fsu_ray.cluster import workers
@@ -67,7 +68,8 @@ class Found:
 def search_name(order: WorkOrder, wanted: Wanted) -> str:
     """The name under which a search keeps its trials: it stands for all that decides them."""
     told = json.dumps({key: repr(line) for key, line in sorted(wanted.space.items())})
-    return f"search-{hashlib.sha256(f'{order!r}{told}{wanted.optuna}{wanted.seed}'.encode()).hexdigest()[:16]}"
+    all_of_it = f"{order!r}{told}{wanted.optuna}{wanted.seed}{wanted.trials}"
+    return f"search-{hashlib.sha256(all_of_it.encode()).hexdigest()[:16]}"
 
 
 def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: Wanted, tell: Any = None) -> Found:
@@ -108,6 +110,10 @@ def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: W
             initial = ray.get(first)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, FsuError) else RunFailed(str(error.cause))) from None
+        except (RayError, TuneError) as error:  # a worker that is gone, a cluster that does not answer
+            raise RunFailed(
+                f"search {name} broke: {str(error).strip().splitlines()[-1]}; the same again goes on"
+            ) from None
     return _best(order.recipe, initial, list(results), name, time.monotonic() - started)
 
 

@@ -18,9 +18,9 @@ def main() -> int:
     """Run and print one JSON document; 0 all succeeded, 1 one failed, 4 one was rejected, 2 bad input."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="only requests of this model")
-    parser.add_argument("--max", type=int, dest="most", help="end after this many requests")
+    parser.add_argument("--max", type=console.positive, dest="most", help="end after this many requests")
     parser.add_argument("--coalesce", action="store_true", help="erase all class requests of a model in one run")
-    parser.add_argument("--workers", type=int, help="that share each run; default: FSU_WORKERS, or one")
+    parser.add_argument("--workers", type=console.positive, help="that share each run; default: FSU_WORKERS, or one")
     options = parser.parse_args()
     try:
         app = App.open()
@@ -30,6 +30,9 @@ def main() -> int:
     except FsuError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(console.INTERRUPTED, file=sys.stderr)
+        return 130
     console.print_json(console.results_json(results))
     return console.exit_code(results)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ from typer.testing import CliRunner, Result
 
 from fsu_ray.app import App
 from fsu_ray.cli import app as commands
+from fsu_ray.cluster import jobs as ray_jobs
 from fsu_ray.cluster.jobs import current_job
+from fsu_ray.errors import RunFailed
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour
+from jobs import unlearn
 
 Fsu = Callable[..., Result]
 
@@ -47,6 +52,66 @@ def test_a_head_that_is_not_there(fsu: Fsu, nowhere: str, words: tuple[str, ...]
     refused(fsu(*words, "--address", nowhere), f"no head answers at {nowhere}")
 
 
+def test_a_head_that_never_answers(fsu: Fsu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts the connection and is silent: that ends too, and the queue of `fsu run` does not wait for it."""
+    monkeypatch.setattr(ray_jobs, "ANSWER_SECONDS", (1, 1))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        refused(fsu("jobs", "list", "--address", address), f"no head answers at {address}")
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "begun", "ends", "said"),
+    [
+        ("SUCCEEDED", 0, True, 0, ""),
+        ("FAILED", 4, True, 4, ""),
+        ("FAILED", -9, True, 1, "was killed (signal 9)"),
+        ("FAILED", None, True, 1, "broke: RuntimeError: the supervisor died"),
+        ("FAILED", None, False, 1, "could not begin: RuntimeError: the supervisor died"),
+        ("STOPPED", None, True, 1, "was stopped"),
+    ],
+)
+@pytest.mark.parametrize("breaks", [False, True])
+def test_who_waits_ends_as_the_job(
+    fsu: Fsu, app: App, monkeypatch: pytest.MonkeyPatch, breaks: bool,
+    status: str, exit_code: int | None, begun: bool, ends: int, said: str,
+) -> None:  # fmt: skip
+    """With its exit code, or with what happened to it; a connection that breaks on the way changes nothing."""
+    over = ray_jobs.Job("j", status, {}, "", None, None, exit_code, "RuntimeError: the supervisor died", begun)
+
+    class Ending:
+        """Stands for a head whose job is over."""
+
+        mark = "0" * 8
+
+        def submit(self, *_: object) -> tuple[ray_jobs.Job, bool]:
+            return over, True
+
+        def follow(self, name: str) -> Iterator[str]:
+            yield "at work\n"
+            if breaks:
+                raise RunFailed("the connection broke")
+
+        def wait(self, name: str) -> ray_jobs.Job:
+            return over
+
+    app.ledger.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
+    monkeypatch.setattr(ray_jobs, "Head", lambda address: Ending())
+    result = fsu("submit", "--address", "http://h:1", "--wait", "--json")
+    assert result.exit_code == ends, result.output
+    assert said in result.stderr
+    assert ("cannot be followed" in result.stderr) == breaks
+
+
+@pytest.mark.parametrize("words", [("--max", "0"), ("--max", "-1"), ("--workers", "0"), ("--max", "some")])
+def test_numbers_of_jobs_unlearn(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no number from 1 on is refused before anything is claimed."""
+    monkeypatch.setattr("sys.argv", ["jobs.unlearn", *words])
+    with pytest.raises(SystemExit) as ended:
+        unlearn.main()
+    assert ended.value.code == 2
+
+
 def test_which_cluster_must_be_said(fsu: Fsu) -> None:
     refused(fsu("jobs", "list"), "say which cluster: --address")
 
@@ -63,7 +128,11 @@ def test_an_address_that_is_none(fsu: Fsu, address: str) -> None:
     [
         (("--runtime-env", "{'pip'"), "--runtime-env takes JSON"),
         (("--runtime-env", "[1]"), "takes a JSON object"),
-        (("--runtime-env", '{"env_vars": 3}'), "its env_vars another one"),
+        (("--runtime-env", '{"env_vars": 3}'), "env_vars takes a JSON object of texts and numbers"),
+        (("--runtime-env", '{"env_vars": {"A": null}}'), "env_vars takes a JSON object of texts and numbers"),
+        (("--runtime-env", '{"py_modules": null}'), "py_modules takes a list of texts"),
+        (("--runtime-env", '{"py_modules": "s3://b/x.zip"}'), "py_modules takes a list of texts"),
+        (("--runtime-env", '{"excludes": [3]}'), "excludes takes a list of texts"),
         (("--model", "nobody"), "nobody"),
     ],
 )

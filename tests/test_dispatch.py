@@ -100,6 +100,28 @@ def test_a_dead_job_is_retried_as_the_next_attempt(app: App, queued: Callable[[s
     assert (taken.attempt, taken.failures) == (2, 1)
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_what_nobody_takes_over_keeps_nobody_waiting(
+    app: App, queued: Callable[[str], Request], cancelled: bool
+) -> None:
+    """The job of a request died that was to be cancelled, or for the third time: it ends, and the next one is sent."""
+    first = queued("m")
+    second, _ = app.ledger.submit("m", Behaviour(name="eight", kind="class", targets=(8,)), "1" * 64, 8, Recipe())
+    worker = f"job/{MARK}/a/host:1"
+    head: Any = Remembering({"a": job("a", "FAILED")})
+    claim(app, "m", worker)
+    if cancelled:
+        app.ledger.cancel(first.id)
+    else:
+        for _ in range(2):
+            reconcile(app.ledger, head)
+            claim(app, "m", worker)
+    sent = send(app.ledger, app.settings, head, Drain())
+    assert sent is not None
+    assert sent.request.id == second.id
+    assert app.ledger.request(first.id).status is (Status.CANCELLED if cancelled else Status.FAILED)
+
+
 @pytest.mark.parametrize(
     ("worker", "status"),
     [
@@ -129,18 +151,33 @@ def test_a_job_that_was_stopped_with_what_it_had(app: App, queued: Callable[[str
     assert app.ledger.claimable("m")
 
 
-def test_no_password_is_sent(home: Path) -> None:
-    """Everybody who sees a cluster sees the environments of its jobs."""
+def test_no_password_is_sent(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody who sees a cluster sees the environments of its jobs; a URL without its password is of no use there."""
+    for name in ("PGPASSWORD", "PGPASSFILE"):
+        monkeypatch.delenv(name, raising=False)
     plain = read_settings()
     assert variables(plain)["FSU_LEDGER"] == plain.ledger
     for url in (
         "postgresql+psycopg://me:hunter2@db/fsu",
         "postgresql+psycopg://me@db/fsu?password=hunter2",
+        "postgresql+psycopg://me@db/fsu?sslpassword=hunter2",
     ):
         sent = variables(replace(plain, ledger=url))
         assert "hunter2" not in str(sent)
         assert "FSU_LEDGER" not in sent
-    assert "FSU_LEDGER" in variables(replace(plain, ledger="postgresql+psycopg://me@db/fsu"))
+    bare = replace(plain, ledger="postgresql+psycopg://me@db/fsu")
+    assert "FSU_LEDGER" in variables(bare)
+    monkeypatch.setenv("PGPASSWORD", "hunter2")
+    assert "FSU_LEDGER" not in variables(bare)
+    assert variables(plain)["FSU_LEDGER"] == plain.ledger
+
+
+def test_the_test_set_s_place_is_sent(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job looks for MNIST where its sender did."""
+    monkeypatch.delenv("FSU_DATA", raising=False)
+    assert "FSU_DATA" not in variables(read_settings())
+    monkeypatch.setenv("FSU_DATA", "/shared/data")
+    assert variables(read_settings())["FSU_DATA"] == "/shared/data"
 
 
 def test_a_runtime_environment_lies_over_ours() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json as json_
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from fsu_ray import console
 from fsu_ray.cli.shared import Json, Workers, one_line, open_app
-from fsu_ray.errors import RunFailed, UserError
+from fsu_ray.errors import ClusterUnavailable, RunFailed, UserError
 
 submit_app = typer.Typer()
 jobs_app = typer.Typer(help="Jobs on a Ray cluster: what `fsu submit` has sent.", no_args_is_help=True)
@@ -68,9 +70,13 @@ def submit(
         console.out.print(f"{what} {sent.job.id}: {begins}", markup=False)
     job = sent.job
     if wait:
-        for lines in head.follow(job.id):
-            console.err.print(lines, end="", markup=False, style="dim")
-        job = head.wait(job.id)
+        with _goes_on(job.id):
+            try:
+                for lines in head.follow(job.id):
+                    console.err.print(lines, end="", markup=False, style="dim")
+            except (ClusterUnavailable, RunFailed) as error:
+                console.err.print(f"it cannot be followed ({error}): waiting for its end", markup=False)
+            job = head.wait(job.id)
     if json:
         console.print_json({"job": job.id, "new": sent.new, "request": sent.request.id, "status": job.status})
     elif not wait:
@@ -113,13 +119,14 @@ def jobs_logs(
     """What a job has printed, and why it could not begin where it did not."""
     head = _head(address)
     if follow:
-        for lines in head.follow(job):
-            console.out.print(lines, end="", markup=False)
+        with _goes_on(job):
+            for lines in head.follow(job):
+                console.out.print(lines, end="", markup=False)
     else:
         console.out.print(head.logs(job), end="", markup=False)
     found = head.job(job)
     if found.status == "FAILED" and found.exit_code is None:
-        console.err.print(f"job {job} could not begin: {_message(found)}", markup=False)
+        console.err.print(_broke(found), markup=False)
 
 
 @jobs_app.command("stop", epilog="Example: fsu jobs stop fsu-r-19c0ffee-1 --address http://127.0.0.1:8265")
@@ -169,8 +176,15 @@ def _runtime_env(text: str | None) -> dict[str, Any]:
         found = json_.loads(text or "{}")
     except json_.JSONDecodeError as error:
         raise UserError(f'--runtime-env takes JSON such as \'{{"pip": ["boto3"]}}\': {error}') from None
-    if not isinstance(found, dict) or not isinstance(found.get("env_vars", {}), dict):
-        raise UserError("--runtime-env takes a JSON object, its env_vars another one")
+    if not isinstance(found, dict):
+        raise UserError("--runtime-env takes a JSON object")
+    variables = found.get("env_vars", {})
+    if not isinstance(variables, dict) or not all(isinstance(each, str | int | float) for each in variables.values()):
+        raise UserError("--runtime-env: env_vars takes a JSON object of texts and numbers")
+    for name in ("py_modules", "excludes"):
+        items = found.get(name, [])
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise UserError(f"--runtime-env: {name} takes a list of texts")
     return found
 
 
@@ -185,8 +199,23 @@ def _end(job: Any) -> None:
     """End as the job ended: with its exit code, or with what kept it from having one."""
     if job.status == "SUCCEEDED":
         return
-    if job.exit_code is not None:
+    if job.exit_code is not None and job.exit_code > 0:
         raise typer.Exit(job.exit_code)
-    raise RunFailed(
-        f"job {job.id} was stopped" if job.status == "STOPPED" else f"job {job.id} could not begin: {_message(job)}"
-    )
+    raise RunFailed(f"job {job.id} was stopped" if job.status == "STOPPED" else _broke(job))
+
+
+def _broke(job: Any) -> str:
+    """What happened to a job that has no exit code of its own."""
+    if job.exit_code is not None:
+        return f"job {job.id} was killed (signal {-job.exit_code}): the next `fsu submit` goes on with its request"
+    return f"job {job.id} {'broke' if job.begun else 'could not begin'}: {_message(job)}"
+
+
+@contextmanager
+def _goes_on(job: str) -> Iterator[None]:
+    """An interrupt ends the watching, not the job."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.err.print(f"interrupted: job {job} goes on; `fsu jobs stop {job}` ends it", style="yellow")
+        raise typer.Exit(130) from None

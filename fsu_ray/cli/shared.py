@@ -32,9 +32,7 @@ def one_line(command: F) -> F:
             console.err.print(f"[red]error:[/] {_escaped(str(error))}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            console.err.print(
-                "[yellow]interrupted:[/] what was running is queued again and goes on from its last checkpoint"
-            )
+            console.err.print(console.INTERRUPTED, style="yellow")
             raise typer.Exit(130) from None
 
     return wrapped  # type: ignore[return-value]

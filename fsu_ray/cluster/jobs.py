@@ -28,6 +28,9 @@ STOP_SECONDS = 60
 AGENT_SECONDS = 60.0
 """How long a head that has just started may be without the agent that begins jobs."""
 
+ANSWER_SECONDS = (10, 60)
+"""How long a head may take to be reached, and to answer."""
+
 REQUEST, ATTEMPT, MODEL = "fsu_request", "fsu_attempt", "fsu_model"
 """The labels of a job, in its metadata: the request that it begins with, which attempt that is, and of which model."""
 
@@ -47,6 +50,8 @@ class Job:
     ended_at: datetime | None
     exit_code: int | None
     message: str | None
+    begun: bool = True
+    """Whether there was ever a process that carried it out."""
 
     @property
     def over(self) -> bool:
@@ -69,16 +74,14 @@ class Head:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         self.address = address or "the cluster of RAY_ADDRESS"
         with _meant(address):
-            from ray.job_submission import JobSubmissionClient
-
             for name in (
                 "dashboard.modules.dashboard_sdk",
                 "dashboard.modules.job.sdk",
                 "_private.runtime_env.packaging",
             ):
                 logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
-            self._client: Any = self._asked(lambda: JobSubmissionClient(address))
-        version = self._asked(lambda: self._client._do_request("GET", "/api/version", timeout=20)).json()
+            self._client: Any = self._asked(lambda: _client(address))
+        version = self._asked(lambda: self._client._do_request("GET", "/api/version")).json()
         self.mark = session_mark(version["session_name"])
 
     def submit(
@@ -143,14 +146,22 @@ class Head:
         while self.job(name).status == "PENDING":
             time.sleep(0.5)
         lines, loop = self._client.tail_job_logs(name), asyncio.new_event_loop()
+
+        async def more() -> str | None:
+            return await anext(lines, None)
+
+        async def end() -> None:  # an interrupt leaves `more` where it was
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await lines.aclose()
+
         try:
-            while True:
-                try:
-                    yield self._asked(lambda: loop.run_until_complete(anext(lines)))
-                except StopAsyncIteration:
-                    return
+            while (said := self._asked(lambda: loop.run_until_complete(more()))) is not None:
+                yield said
         finally:
-            loop.run_until_complete(lines.aclose())
+            loop.run_until_complete(end())
             loop.close()
 
     def wait(self, name: str, seconds: float | None = None) -> Job:
@@ -180,8 +191,9 @@ class Head:
 
     def _asked(self, ask: Callable[[], T]) -> T:
         """The answer of the head, its refusals as errors of ours."""
+        import aiohttp
         import requests
-        from ray.exceptions import AuthenticationError
+        from ray.exceptions import AuthenticationError, RayError
 
         try:
             return ask()
@@ -190,7 +202,7 @@ class Head:
             raise ClusterUnavailable(
                 f"{self.address} {what}: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from None
-        except (ConnectionError, requests.exceptions.RequestException):
+        except (ConnectionError, requests.exceptions.RequestException, aiohttp.ClientError, RayError):
             raise ClusterUnavailable(
                 f"no head answers at {self.address}: start one (`ray start --head`, `ray up`), or mend --address"
             ) from None
@@ -204,12 +216,26 @@ class Head:
             raise RunFailed(f"{self.address}: {_line(error)}") from None
 
 
+def _client(address: str | None) -> Any:
+    """Ray's client, which by itself would wait for an answer for ever."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Impatient(JobSubmissionClient):  # type: ignore[misc]
+        def _do_request(self, *words: Any, **more: Any) -> Any:
+            return super()._do_request(*words, **{"timeout": ANSWER_SECONDS, **more})
+
+    try:
+        return Impatient(address)
+    except ValueError as error:  # what RAY_ADDRESS says
+        raise ClusterUnavailable(f"RAY_ADDRESS names no cluster that can be asked: {_line(error)}") from None
+
+
 def package_env(settings: Mapping[str, str], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The runtime environment of a job of ours: this very package, `settings` as environment variables, time to stop;
     `more` of it on top. Nodes need the libraries that the package needs, not the package."""
     package = Path(__file__).parent.parent
     own: dict[str, Any] = dict(more or {})
-    variables = {**settings, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **(own.pop("env_vars", None) or {})}
+    variables = {**settings, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **own.pop("env_vars", {})}
     return {
         "py_modules": [str(package), *own.pop("py_modules", [])],
         "excludes": ["__pycache__", *own.pop("excludes", [])],
@@ -290,6 +316,7 @@ def _job(details: Any) -> Job:
         moment(details.end_time),
         details.driver_exit_code,
         details.message,
+        details.driver_agent_http_address is not None,
     )
 
 

@@ -46,6 +46,7 @@ class Feed:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join(timeout=10)
+        self._see()
 
     def stages(self, seconds: Mapping[str, float]) -> None:
         """Count the stages of a run that has ended."""
@@ -65,8 +66,11 @@ class Feed:
     def _beat(self) -> None:
         over = False
         while not over:
-            try:
-                self.set(self._look())
-            except FsuError as error:  # the ledger is away for a moment
-                log.debug("no figures: %s", error)
+            self._see()
             over = self._done.wait(SECONDS)
+
+    def _see(self) -> None:
+        try:
+            self.set(self._look())
+        except FsuError as error:  # the ledger is away for a moment
+            log.debug("no figures: %s", error)

@@ -23,6 +23,7 @@ from torch import Tensor
 from fsu_ray.errors import InvalidData, InvalidSamples
 
 Split = Literal["train", "test"]
+NAMED = ("digits", "mnist", "cifar10")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 

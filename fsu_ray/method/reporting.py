@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fsu_ray.errors import InvalidData
 from fsu_ray.method import evaluate
 from fsu_ray.method.context import Given, load_samples
 from fsu_ray.method.datasets import load
@@ -55,12 +56,18 @@ def earlier(store: BlobStore, child: Classifier, prior: PriorErasure) -> dict[st
     }
 
 
-def on_test_set(order: WorkOrder, current: Classifier, child: Classifier, away: Sequence[int]) -> dict[str, Any] | None:
-    """Accuracy on the labelled test set, if the model line names one, before and after; `away`: the erased classes."""
+def on_test_set(order: WorkOrder, current: Classifier, child: Classifier, away: Sequence[int]) -> dict[str, Any]:
+    """`test`: accuracy on the labelled test set, before and after, None if the model line names none; `away`: the
+    erased classes. Nothing hangs on it, so where a worker does not find the set, `test_missing` says so instead."""
     if order.test_set is None:
-        return None
-    images = load(order.test_set, "test", order.spec.shape)
+        return {"test": None}
+    try:
+        images = load(order.test_set, "test", order.spec.shape)
+    except InvalidData:
+        return {"test": None, "test_missing": "the test set of the model cannot be read where this run was"}
     return {
-        "before": evaluate.accuracy(current, images.pixels, images.labels, away),
-        "after": evaluate.accuracy(child, images.pixels, images.labels, away),
+        "test": {
+            "before": evaluate.accuracy(current, images.pixels, images.labels, away),
+            "after": evaluate.accuracy(child, images.pixels, images.labels, away),
+        }
     }

@@ -192,7 +192,7 @@ def _measure(context: Context, masking: Masking, masks: list[Mask]) -> list[dict
     shared: dict[str, Any] = {
         "retention": evaluate.retention(before[kept], after[kept], order.spec.classes),
         "earlier": [reporting.earlier(context.store, child, prior) for prior in order.priors],
-        "test": reporting.on_test_set(order, context.current, child, context.gone_after),
+        **reporting.on_test_set(order, context.current, child, context.gone_after),
     }
     unseen = masking.held_out(masks)
     return [

@@ -116,7 +116,9 @@ class Queue(Part):
         A request whose lease has ended too often fails, one that was to be cancelled is. The request that comes
         back is the claim: hand it to `heartbeat`, `commit` and the others.
         """
-        self._end_abandoned(worker)
+        if time.monotonic() - self._looked_at >= LOOK_SECONDS:
+            self._looked_at = time.monotonic()
+            self.end_abandoned(worker)
         request = None
         while request is None:
             try:
@@ -133,17 +135,15 @@ class Queue(Part):
             self._take_along(request, worker, lease_seconds, along)
         return request
 
-    def _end_abandoned(self, worker: str) -> None:
-        """End the requests that nobody is to take over; looks for them every few seconds."""
-        if time.monotonic() - self._looked_at < LOOK_SECONDS:
-            return
-        self._looked_at = time.monotonic()
+    def end_abandoned(self, actor: str) -> None:
+        """End the requests whose lease is over and that nobody is to take over: they were to be cancelled, or have cost
+        too many workers. `claim` does so every few seconds; until then others of their models wait for them."""
         with self._database.reading() as connection:
             if claims.abandoned(connection, rows.now()) is None:
                 return
         with self._database.writing("the queue") as connection:
             while (request := claims.abandoned(connection, rows.now())) is not None:
-                _abandon(connection, request, worker)
+                _abandon(connection, request, actor)
 
     def _take_along(self, request: Request, worker: str, lease_seconds: float, most: int) -> None:
         with self._database.writing(f"request {request.id}") as connection:

@@ -259,3 +259,11 @@ def test_any_network_goes_the_whole_way(store: Any, quick: Recipe, arch: str) ->
     assert outcome.reason is None
     assert outcome.report["forgetting"]["probes"] > 0
     assert outcome.weights not in (None, weights)
+
+
+def test_a_test_set_that_is_not_where_the_run_is(trained: Any, store: Any, quick: Recipe) -> None:
+    """Nothing hangs on it: the run ends well, and its report says what was not measured."""
+    outcome = unlearn(order_for(trained, store, quick, 8, test_set="/no/such/folder"), store, CPU)
+    assert outcome.reason is None
+    assert outcome.report["test"] is None
+    assert "cannot be read" in outcome.report["test_missing"]
