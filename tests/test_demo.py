@@ -17,8 +17,8 @@ from fsu_ray.app import App
 @pytest.mark.ray
 def test_the_demo_erases_two_classes_with_one_generator(home: Path) -> None:
     """Exit 0; each erased class at most 2 %, what is kept within 2 points; the second request reuses the generator.
-    Half of the demo's inversion steps do for that."""
-    (home / "fsu.toml").write_text("[recipe.invert]\nsteps = 200\n")
+    Half of the demo's inversion steps, in smaller batches, do for that."""
+    (home / "fsu.toml").write_text("[recipe.invert]\nsteps = 200\nbatch = 100\n")
     command = [str(Path(sys.executable).parent / "fsu"), "demo", "--json"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
     assert ended.returncode == 0, ended.stderr

@@ -21,7 +21,7 @@ from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.records import Behaviour, Status
 
 FSU = str(Path(sys.executable).parent / "fsu")
-CHANGES = ["invert.steps=320", "invert.batch=30", "invert.width=2", "synthesize.per_class=60", "relearn.epochs=1"]
+CHANGES = ["invert.steps=1200", "invert.batch=30", "invert.width=2", "synthesize.per_class=60", "relearn.epochs=1"]
 CHANGES += ["synthesize.entropy_threshold=1.5", "gate.forgotten_max=1", "gate.agreement_min=0"]
 
 
@@ -36,59 +36,55 @@ def request_of(app: App, trained: Any, home: Path) -> str:
     return request.id
 
 
-def run_until(app: App, home: Path, then: Callable[[subprocess.Popen[bytes]], object]) -> int:
-    """`fsu run` until its second checkpoint, and what is done to it then; its exit code."""
+def run_until_checkpoints(app: App, home: Path, then: Callable[[subprocess.Popen[bytes]], object]) -> int:
+    """`fsu run` until it has made two checkpoints, and what is done to it then; its exit code."""
+
+    def there() -> set[str]:
+        return {folder.name for folder in Path(app.settings.runs).glob("*/checkpoint_*")}
+
+    before, made = there(), set[str]()
     with (home / "first.log").open("w") as log:
         driver = subprocess.Popen([FSU, "run", "--cpus", "2"], stdout=log, stderr=log)
         for _ in range(1200):
             time.sleep(0.1)
-            if len(list(Path(app.settings.runs).glob("*/checkpoint_*"))) >= 2:
+            made |= there() - before
+            if len(made) >= 2:
                 break
             assert driver.poll() is None, (home / "first.log").read_text()
         then(driver)
         return driver.wait(timeout=120)
 
 
-def run_again(app: App) -> int:
-    """The next `fsu run` goes on from a checkpoint: attempt 2, one version, one erasure. The step it went on from."""
-    again = subprocess.run([FSU, "run", "--json", "--cpus", "2"], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    (ended,) = json.loads(again.stdout)
-    assert (ended["request"]["status"], ended["request"]["attempt"]) == ("succeeded", 2)
-    (resumed,) = ended["outcome"]["resumed"]
-    found = re.fullmatch(r"invert (\d+)", resumed)
-    assert found, resumed
-    assert [version.number for version in app.ledger.versions("m")] == [1, 2]
-    assert [erasure.behaviour.name for erasure in app.ledger.erasures("m")] == ["eight"]
-    return int(found[1])
-
-
 @pytest.mark.ray
-def test_a_killed_driver_leaves_a_request_that_the_next_one_finishes(app: App, request_of: str, home: Path) -> None:
-    """SIGKILL between two checkpoints of the inversion: once the lease is over, attempt 2 resumes there."""
-    run_until(app, home, lambda driver: driver.send_signal(signal.SIGKILL))
-    assert app.ledger.request(request_of).status is Status.RUNNING
-
-    early = subprocess.run([FSU, "run"], capture_output=True, text=True, timeout=60, check=True)
-    assert "nothing is ready: 1 wait or run elsewhere" in early.stdout  # the lease of the dead driver holds
-    with sqlite3.connect(app.settings.home / "ledger.db") as connection:  # ... until now
-        connection.execute("UPDATE requests SET lease_until = '2000-01-01T00:00:00.000000+00:00'")
-    assert run_again(app) in (100, 200, 300)
-    assert app.ledger.request(request_of).failures == 1
-
-
-@pytest.mark.ray
-def test_a_driver_that_is_asked_to_end_puts_its_request_back(app: App, request_of: str, home: Path) -> None:
-    """SIGTERM: the request is queued at once, and the next driver need not wait for a lease."""
-    code = run_until(app, home, lambda driver: driver.send_signal(signal.SIGTERM))
+def test_drivers_that_end_in_the_middle(app: App, request_of: str, home: Path) -> None:
+    """One is asked to end (SIGTERM): its request is queued at once, and the next one need not wait for a lease. That
+    one is killed between two checkpoints: once the lease is over, the third resumes there, and finishes."""
+    code = run_until_checkpoints(app, home, lambda driver: driver.send_signal(signal.SIGTERM))
     assert code == 130
     log = (home / "first.log").read_text()
     assert "interrupted" in log
     assert "Traceback" not in log
     waiting = app.ledger.request(request_of)
     assert (waiting.status, waiting.reason, waiting.failures) == (Status.QUEUED, "interrupted", 0)
-    step = run_again(app)
-    assert step > 100, "the step at which it was interrupted, or the checkpoint before"
+
+    run_until_checkpoints(app, home, lambda driver: driver.send_signal(signal.SIGKILL))
+    running = app.ledger.request(request_of)
+    assert (running.status, running.attempt) == (Status.RUNNING, 2)
+    early = subprocess.run([FSU, "run"], capture_output=True, text=True, timeout=60, check=True)
+    assert "nothing is ready: 1 wait or run elsewhere" in early.stdout  # the lease of the dead driver holds
+    with sqlite3.connect(app.settings.home / "ledger.db") as connection:  # ... until now
+        connection.execute("UPDATE requests SET lease_until = '2000-01-01T00:00:00.000000+00:00'")
+
+    again = subprocess.run([FSU, "run", "--json", "--cpus", "2"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    (ended,) = json.loads(again.stdout)
+    assert (ended["request"]["status"], ended["request"]["attempt"]) == ("succeeded", 3)
+    steps = [re.fullmatch(r"invert (\d+)", each) for each in ended["outcome"]["resumed"]]
+    first, second = (int(found[1]) for found in steps if found)
+    assert 100 < first < second, "the step at which the first was asked to end, then a checkpoint of the second"
+    assert [version.number for version in app.ledger.versions("m")] == [1, 2]
+    assert [erasure.behaviour.name for erasure in app.ledger.erasures("m")] == ["eight"]
+    assert app.ledger.request(request_of).failures == 1
 
 
 @pytest.mark.ray
@@ -98,7 +94,7 @@ def test_a_cancelled_request_stops_on_ray(app: App, request_of: str, home: Path)
     def cancel(driver: subprocess.Popen[bytes]) -> None:
         subprocess.run([FSU, "request", "cancel", request_of, "--by", "alice"], check=True, capture_output=True)
 
-    code = run_until(app, home, cancel)
+    code = run_until_checkpoints(app, home, cancel)
     assert code == 0, (home / "first.log").read_text()
     ended = app.ledger.request(request_of)
     assert (ended.status, ended.reason) == (Status.CANCELLED, "cancelled while running")

@@ -7,6 +7,7 @@ as it likes: the workers of a group share each batch (`method.group`), which cha
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import pickle
@@ -54,9 +55,11 @@ def connect(cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()  # seconds, while Ray starts
     if address:
         ray.init(address=address, log_to_driver=False)
     else:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
         ray.init(
             address="local",
             num_cpus=cpus,

@@ -29,7 +29,7 @@ QUICK = ["invert.steps=60", "invert.batch=60", "invert.width=4", "synthesize.per
 QUICK += ["synthesize.entropy_threshold=1.5", "synthesize.starved_below=0", "gate.forgotten_max=1"]
 QUICK += ["gate.agreement_min=0", "gate.dataset_agreement_min=0", "gate.coverage_min=0", "gate.acceptance_min=0"]
 QUICK += ["gate.bn_distance_max=100", "gate.returned_max=1", "gate.returned_margin=1"]
-LONG = [*QUICK, "invert.steps=500", "invert.batch=30", "invert.width=2"]
+LONG = [*QUICK, "invert.steps=1500", "invert.batch=30", "invert.width=2"]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Place:
         """Queue a request to erase a class."""
         app = self.app
         images = load("digits", "train", app.ledger.model(model).spec.shape)
-        samples = self.home / f"samples-{target}"
+        samples = self.home / f"samples-{model}-{target}"
         if not samples.exists():
             write_samples(images.pixels[draw(images, [target], 6, 0)], samples)
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
@@ -69,6 +69,11 @@ class Place:
         )
         assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
         return ended.stdout
+
+    def scraped(self) -> str:
+        """What Prometheus would read."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
 
     def fsu(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         done = self.head.fsu(*words)
@@ -103,9 +108,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, trained: Any) -> Iterator[Pl
 def test_train_search_and_unlearn_by_rays_own_command(place: Place) -> None:
     """A job trains and registers a model, one searches a recipe for a request of it, one carries the request out."""
     place.ray_job("jobs.train", "--name", "m", "--epochs", "3")
-    request = place.ask("m", 8, QUICK)
+    quick = [*QUICK, "invert.steps=20", "relearn.epochs=1"]
+    request = place.ask("m", 8, quick)
     words = ["--model", "m", "--request", request.id, "--trials", "1", "--recipe", "digits"]
-    words += [word for change in QUICK for word in ("--set", change)]
+    words += [word for change in quick for word in ("--set", change)]
     said = place.ray_job("jobs.search", *words)
     assert '"trials": 1' in said
     place.ray_job("jobs.unlearn", "--max", "1", "--model", "m")
@@ -128,6 +134,16 @@ def test_a_request_is_sent_stopped_and_sent_again(place: Place) -> None:
     listed = {each["id"]: each for each in json.loads(place.fsu("jobs", "list", "--json").stdout)}
     assert listed[job]["labels"].items() >= {"fsu_request": request.id, "fsu_attempt": "1", "fsu_model": "n"}.items()
     assert listed[job]["status"] == "RUNNING"
+    watching = subprocess.Popen(
+        [str(BIN / "fsu"), "jobs", "logs", job, "--follow"],
+        env=place.head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert watching.stdout
+    watching.stdout.readline()
+    watching.send_signal(signal.SIGINT)
+    _, said = watching.communicate(timeout=30)
+    assert said == f"interrupted: job {job} goes on; `fsu jobs stop {job}` ends it\n"
+    assert watching.returncode == 130
 
     stopped = place.fsu("jobs", "stop", job)
     assert f"job {job} is STOPPED\nrequest {request.id} is queued\n" == stopped.stdout
@@ -142,6 +158,14 @@ def test_a_request_is_sent_stopped_and_sent_again(place: Place) -> None:
     assert (ended.status, ended.attempt) == (Status.SUCCEEDED, 2)
     (resumed,) = ended.report["resumed"]
     assert re.fullmatch(r"invert \d+", resumed), "it goes on where it was stopped, and does not begin again"
+    for _ in range(30):  # the histogram of a driver that is gone stays for a while
+        scraped = place.scraped()
+        if "ray_fsu_stage_seconds_count" in scraped:
+            break
+        time.sleep(1)
+    counted = re.findall(r'ray_fsu_stage_seconds_count\{.*stage="relearn".*\} (\S+)', scraped)
+    assert counted
+    assert float(counted[0]) >= 1
 
 
 @pytest.mark.ray
@@ -174,8 +198,7 @@ def test_prometheus_finds_what_the_ledger_says(place: Place) -> None:
     said = ""
     for _ in range(120):
         time.sleep(0.5)
-        with urllib.request.urlopen(f"http://127.0.0.1:{place.metrics}/metrics", timeout=10) as answer:
-            said = answer.read().decode()
+        said = place.scraped()
         if all(name in said for name in wanted):
             break
     values = {

@@ -14,6 +14,7 @@ from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.networks import Classifier
 from fsu_ray.method.objective import Objective, combine, reference
+from fsu_ray.method.synthesize import trustworthy
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.space import apply
@@ -22,7 +23,7 @@ from fsu_ray.work import WorkOrder
 RECIPE = apply(
     Recipe(),
     {
-        "invert.steps": 100, "invert.batch": 60, "invert.width": 4, "synthesize.per_class": 40,
+        "invert.steps": 200, "invert.batch": 60, "invert.width": 4, "synthesize.per_class": 40,
         "synthesize.starved_below": 0.02, "relearn.epochs": 6, "relearn.lr": 0.003,
     },
 )  # fmt: skip
@@ -39,18 +40,24 @@ def test_the_score_is_what_the_module_says() -> None:
 
 
 class Collapsed(nn.Module):
-    """A generator that knows one image a class: that of another generator's which the classifier is surest of."""
+    """A generator that knows one image a class: that of another generator's which the classifier is surest of, turned
+    or not."""
 
     latent = 100
 
     def __init__(self, generator: Any, classifier: Classifier) -> None:
         super().__init__()
-        z, k = torch.randn((200, generator.latent), generator=torch.Generator().manual_seed(5)), classifier.spec.classes
+        z, k = (
+            torch.randn((1000, generator.latent), generator=torch.Generator().manual_seed(5)),
+            classifier.spec.classes,
+        )
         best = []
         with torch.no_grad():
             for label in range(k):
-                pixels = generator(z, torch.full((200,), label))
-                best.append(pixels[classifier(pixels).softmax(1)[:, label].argmax()])
+                pixels = generator(z, torch.full((1000,), label))
+                passed, logits, uncertainty = trustworthy(classifier, pixels, RECIPE.synthesize)
+                uncertainty[~passed | (logits.argmax(1) != label)] += 10.0
+                best.append(pixels[uncertainty.argmin()])
         self.images = nn.Parameter(torch.stack(best))
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
