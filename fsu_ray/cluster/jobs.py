@@ -74,6 +74,8 @@ class Head:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         self.address = address or "the cluster of RAY_ADDRESS"
         with _meant(address):
+            import ray.job_submission  # which sets the levels of its loggers
+
             for name in (
                 "dashboard.modules.dashboard_sdk",
                 "dashboard.modules.job.sdk",
