@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -74,7 +75,7 @@ class Head:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         self.address = address or "the cluster of RAY_ADDRESS"
         with _meant(address):
-            import ray.job_submission  # which sets the levels of its loggers
+            importlib.import_module("ray.job_submission")  # which sets the levels of its loggers
 
             for name in (
                 "dashboard.modules.dashboard_sdk",
