@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,31 @@ def test_numbers_of_jobs_unlearn(words: tuple[str, ...], monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as ended:
         unlearn.main()
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "order"),
+    [
+        ("run", ["looks for dead jobs", "carries out"]),
+        ("jobs.unlearn", ["looks for dead jobs", "carries out"]),
+        ("scheduler", ["looks for dead jobs"]),  # no schedule is due
+    ],
+)
+def test_whoever_carries_out_looks_for_dead_jobs_first(
+    fsu: Fsu, app: App, monkeypatch: pytest.MonkeyPatch, command: str, order: list[str]
+) -> None:
+    """So what a dead job had is among what is ready."""
+    app.ledger.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
+    seen: list[str] = []
+    monkeypatch.setattr(App, "reconcile", lambda *_: seen.append("looks for dead jobs"))
+    monkeypatch.setattr(App, "on_ray", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(App, "run", lambda *_, **__: seen.append("carries out") or [])
+    if command == "jobs.unlearn":
+        monkeypatch.setattr("sys.argv", ["jobs.unlearn"])
+        unlearn.main()
+    else:
+        fsu(*([command] if command == "run" else [command, "--once"]))
+    assert seen == order
 
 
 def test_which_cluster_must_be_said(fsu: Fsu) -> None:

@@ -227,6 +227,7 @@ def test_what_the_head_s_processes_find(node: Path) -> None:
     found = dict(line.split("=", 1) for line in (node / "environment").read_text().splitlines() if "=" in line)
     assert found["FSU_LEDGER"] == "postgresql://fsu:hunter2@db/fsu"
     assert (found["RAY_AUTH_MODE"], found["FSU_ARTIFACTS"]) == ("token", "s3://bucket/fsu")
+    assert found["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
     assert (found["AWS_DEFAULT_REGION"], found["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) == ("us-west-2", "1200")
     assert found["PATH"].startswith(f"{node}/fsu/bin:")
     assert "OMP_NUM_THREADS" not in found
