@@ -207,7 +207,7 @@ class App:
         for the later requests of the line: what was found (`search.Found`), and its record or None."""
         from fsu_ray.search import search
 
-        with self.on_ray(tell, cpus):
+        with self.on_ray(tell, cpus, number=1):
             found = search(order, self.artifacts, locate(self.settings.runs), wanted, tell)
         if not found.better:
             return found, None

@@ -9,7 +9,8 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -34,6 +35,9 @@ from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
 
 Execute = Callable[[WorkOrder, BlobStore, str, threading.Event], Outcome]
 """Runs the method: (order, store, name, stop). Raises Stopped soon after `stop` is set."""
+
+HALT_SECONDS = 40.0
+"""How long runs side by side have for their next step once one is interrupted; Ray kills a stopped job after 60 s."""
 
 T = TypeVar("T")
 
@@ -66,9 +70,11 @@ Run = Callable[[Request, threading.Event], list[Result]]
 def drain(ledger: Ledger, worker: str, wanted: Drain, run: Run) -> list[Result]:
     """Claim and run what is ready, until nothing is or the bounds of `wanted` are met.
 
-    An interrupt ends all runs at their next step and is raised then.
+    An interrupt ends all runs at their next step and is raised then. What waits for a node of the cluster has none:
+    its request is put back all the same, before somebody loses patience with this process.
     """
     results: list[Result] = []
+    running: dict[str, Request] = {}
     taken, turn, halt = 0, threading.Lock(), threading.Event()
 
     def claim() -> Request | None:
@@ -88,17 +94,26 @@ def drain(ledger: Ledger, worker: str, wanted: Drain, run: Run) -> list[Result]:
 
     def work() -> None:
         while (request := claim()) is not None:
-            results.extend(run(request, halt))
+            running[request.id] = request
+            try:
+                results.extend(run(request, halt))
+            finally:
+                del running[request.id]
 
     if wanted.parallel == 1:
         work()
         return results
     with ThreadPoolExecutor(wanted.parallel, thread_name_prefix="fsu") as pool:
         try:
-            for ended in [pool.submit(work) for _ in range(wanted.parallel)]:
+            working = [pool.submit(work) for _ in range(wanted.parallel)]
+            for ended in working:
                 ended.result()
         except BaseException:
             halt.set()
+            wait(working, HALT_SECONDS)
+            for request in list(running.values()):
+                with suppress(LeaseLost):
+                    ledger.release(request, "interrupted")
             raise
     return results
 

@@ -31,6 +31,7 @@ from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 
 from fsu_ray.cluster import workers
+from fsu_ray.cluster.line import Listener, new_line
 from fsu_ray.errors import FsuError, InvalidConfig, RunFailed, UserError
 from fsu_ray.recipes import Recipe
 from fsu_ray.space import Choices, Range, Space, apply, draw
@@ -52,8 +53,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to. `evidence`: `name`, `trials`, `finished` (those that went to the end), `steps` (of
-    inversion, of all trials), `seconds`, `initial` and `best` (their parts, see `method.objective.Parts`), `values`."""
+    """What a search came to.
+
+    `evidence`: `name`, `trials`, `finished` (those that went to the end), `steps` (of inversion, of all trials, the
+    reference and the first recipe), `seconds` (of the process that ended it), `trial_seconds` (of all trials, whichever
+    process began them), `initial` and `best` (their parts, see `method.objective.Parts`), `values`.
+    """
 
     recipe: Recipe
     score: float
@@ -83,7 +88,9 @@ def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: W
         raise InvalidConfig("a search needs at least one trial: give --trials 1 or more")
     started, name = time.monotonic(), search_name(order, wanted)
     use_gpu, each = workers.resources()
-    line: Any = ray.remote(num_cpus=0)(workers.Line).remote()
+    if wanted.optuna:
+        _optuna(wanted)  # whether it is there
+    line = new_line()
     alone = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)}
     best, heard = 0.0, 0
 
@@ -96,7 +103,7 @@ def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: W
             tell(stage, done, total, figures)
 
     never = threading.Event()  # Tune keeps what there is: nobody needs to stop before an interrupt ends it all
-    with workers.Listener(line, hear, never):
+    with Listener(line, hear, never):
         reference = ray.remote(**alone)(_reference).remote(order, store, line)
         ray.wait([reference])
         share = {"cpu": 1, "gpu": 1} if use_gpu else {"cpu": 1}
@@ -110,10 +117,14 @@ def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: W
             initial = ray.get(first)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, FsuError) else RunFailed(str(error.cause))) from None
-        except (RayError, TuneError) as error:  # a worker that is gone, a cluster that does not answer
+        except (RayError, TuneError, OSError, ValueError) as error:  # a worker that is gone, a storage that is away
             raise RunFailed(
                 f"search {name} broke: {str(error).strip().splitlines()[-1]}; the same again goes on"
             ) from None
+    if len(results) != wanted.trials:  # Ray begins something else where it cannot read what there is
+        raise RunFailed(
+            f"search {name} cannot be read back from {place[1]}: delete its folder there, or take another --seed"
+        )
     return _best(order.recipe, initial, list(results), name, time.monotonic() - started)
 
 
@@ -128,8 +139,9 @@ def _best(base: Recipe, initial: dict[str, Any], results: list[Any], name: str, 
         "name": name,
         "trials": len(results),
         "finished": len(whole),
-        "steps": sum(row["steps"] for row in rows) + base.invert.steps,
+        "steps": sum(row["steps"] for row in rows) + 2 * base.invert.steps,
         "seconds": round(seconds, 1),
+        "trial_seconds": round(sum(row.get("time_total_s", 0.0) for row in rows), 1),
         "initial": initial,
     }
     top = max(whole, key=lambda row: float(row["score"]), default=None)

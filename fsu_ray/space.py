@@ -62,6 +62,9 @@ SPACE: dict[Kind, Space] = {
         "filter.runner_up": Range(0.0, 0.5),
     },
 }
+UNSUITED = ("form", "seed", "steps", "starved_below", "holdout", "holdout_samples")
+"""What no trial may vary: the score does not depend on it, or it would depend on what is varied itself."""
+
 INVERSION = ("synthesize.", "invert.")
 """How the values begin that decide the generator and its D'; the others decide filter and relearning."""
 
@@ -101,6 +104,8 @@ def narrowed(space: Space, lines: tuple[str, ...]) -> Space:
     for line in lines:
         key, _, text = line.partition("=")
         _known(key, line)
+        if key.startswith("gate.") or key.rpartition(".")[2] in UNSUITED:
+            raise InvalidConfig(f"--range {line}: a search cannot judge {key}, which is part of its measure; use --set")
         found[key] = _line(key, text, found.get(key))
         ends = found[key]
         for value in ends if isinstance(ends, tuple) else (ends.low, ends.high):

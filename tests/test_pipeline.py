@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from fsu_ray import pipeline
 from fsu_ray.app import App
 from fsu_ray.errors import AlreadyErased, InvalidSamples, LeaseLost, LedgerUnavailable, RunFailed, Stopped, StorageError
 from fsu_ray.method.context import load_samples
@@ -330,6 +332,37 @@ def test_an_interrupt_ends_all_runs_of_a_worker(
         drain(app.ledger, "w", Drain(parallel=2), functools.partial(run_request, app.ledger, app.artifacts, until_told))
     assert {request.status for request in app.ledger.requests()} == {Status.QUEUED}
     assert sorted(request.attempt for request in app.ledger.requests()) == [0, 1, 1]
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_run_that_hears_nothing_gives_its_request_back(
+    app: App, ask: Callable[..., Request], trained: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for a node of the cluster, say: it has no next step, and whoever has sent the interrupt kills soon."""
+    monkeypatch.setattr(pipeline, "HALT_SECONDS", 0.2)
+    deaf = ask(8).id
+    app.register("n", trained.spec, trained.weights)
+    app.submit("n", Behaviour(name="x", kind="class", targets=(8,)), str(home / "class-8"), Recipe())
+    both, main, given_back = threading.Barrier(2), threading.get_ident(), threading.Event()
+
+    def run(request: Request, halt: threading.Event) -> list[Result]:
+        if both.wait(10) == 0:
+            signal.pthread_kill(main, signal.SIGINT)
+        if request.id == deaf:
+            for _ in range(200):
+                time.sleep(0.05)
+                if app.ledger.request(deaf).status is Status.QUEUED:
+                    given_back.set()
+                    break
+        elif halt.wait(10):
+            app.ledger.release(request, "interrupted")
+        return []
+
+    with pytest.raises(KeyboardInterrupt):
+        drain(app.ledger, "w", Drain(parallel=2), run)
+    assert given_back.is_set()
+    assert {request.status for request in app.ledger.requests()} == {Status.QUEUED}
+    assert {request.failures for request in app.ledger.requests()} == {0}
 
 
 def test_nothing_new_begins_after_the_end_of_a_window(app: App, ask: Callable[..., Request]) -> None:

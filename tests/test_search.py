@@ -72,7 +72,8 @@ def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked) -
     assert evidence["best"]["forgetting"] > evidence["initial"]["forgetting"]
     assert (evidence["trials"], evidence["name"]) == (2, search_name(order, wanted))
     assert 1 <= evidence["finished"] <= 2
-    assert 80 + 2 * 20 < evidence["steps"] <= 80 + 2 * 80
+    assert 2 * 80 + 2 * 20 < evidence["steps"] <= 2 * 80 + 2 * 80
+    assert evidence["trial_seconds"] > 0
     assert found.recipe == apply(order.recipe, evidence["values"])
     assert found.recipe.relearn.lr >= 1e-3
     assert {"reference", "rungs"} <= set(told)
@@ -106,6 +107,7 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked,
     document = json.loads(again.stdout)
     assert document["found"]["evidence"]["trials"] == 3
     assert {file: file.read_text().count('"steps": 80') for file in ended} == before
+    assert len(list(Path(app.settings.runs).glob("search-*/*/result.json"))) == 3, "no trial was begun a second time"
     kept = app.ledger.searched("m", "class")
     assert kept is not None
     assert (kept.id, kept.score) == (document["kept"]["id"], document["found"]["score"])
@@ -132,7 +134,7 @@ def test_the_best_is_one_that_was_trained_to_the_end() -> None:
     del initial["steps"], initial["config"]
     found = _best(base, initial, results, "search-1", 5.0)
     assert (found.score, found.recipe.relearn.lr, found.better) == (0.8, 0.2, True)
-    assert (found.evidence["finished"], found.evidence["steps"]) == (2, 1400)
+    assert (found.evidence["finished"], found.evidence["steps"]) == (2, 1800)
     initial["score"] = 0.85
     assert _best(base, initial, results, "search-1", 5.0) == Found(
         base, 0.85, {**found.evidence, "initial": initial, "best": initial, "values": {}}
@@ -157,6 +159,9 @@ def test_what_cannot_be_searched_is_named(app: App, asked: Asked, trained: Any, 
         (["--behaviour", "x"], "--behaviour goes with --target CLASS and --samples FOLDER"),
         (["--request", "REQUEST", "--range", "relearn.lr=2:1"], "relearn.lr=2:1 is empty"),
         (["--request", "REQUEST", "--trials", "0"], "--trials"),
+        (["--request", "REQUEST", "--range", "gate.forgotten_max=0.1:0.9"], "cannot judge gate.forgotten_max"),
+        (["--request", "REQUEST", "--range", "invert.steps=100:800"], "cannot judge invert.steps"),
+        (["--request", "REQUEST", "--range", "form=paper,continual"], "cannot judge form"),
     ],
 )
 def test_bad_words_end_a_search_with_2_and_one_line(app: App, asked: Asked, words: list[str], said: str) -> None:

@@ -54,9 +54,13 @@ def search(
     order = opened.search_order(model, asked, begin)
     from fsu_ray.search import Wanted
 
-    with console.watching() as watcher:
-        wanted = Wanted(space, trials, optuna, seed)
-        found, kept = opened.search(model, order, wanted, by or OPERATOR, watcher.tell, cpus)
+    wanted = Wanted(space, trials, optuna, seed)
+    try:
+        with console.watching() as watcher:
+            found, kept = opened.search(model, order, wanted, by or OPERATOR, watcher.tell, cpus)
+    except KeyboardInterrupt:
+        console.err.print("interrupted: the same command again goes on where this one was", style="yellow")
+        raise typer.Exit(130) from None
     if json:
         console.print_json({"found": found, "better": found.better, "kept": kept})
         return

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fsu_ray.cluster.growth import growth
-from fsu_ray.errors import FsuError, RunFailed, Stopped, UserError
+from fsu_ray.cluster.line import Listener, Tell, new_line
+from fsu_ray.errors import ClusterUnavailable, FsuError, RunFailed, Stopped, UserError
 from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 STOP_SECONDS = 30.0
 """How long an interrupt waits for the worker's next step."""
 
-Tell = Callable[[str, int, int, dict[str, float]], None]
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the controller's next look: 2 s by default
@@ -57,7 +57,7 @@ def connect(cpus: int | None = None) -> None:
         return
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()  # seconds, while Ray starts
     if address:
-        ray.init(address=address, log_to_driver=False)
+        _join(address)
     else:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
         ray.init(
@@ -70,6 +70,20 @@ def connect(cpus: int | None = None) -> None:
         )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _join(address: str) -> None:
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ClusterUnavailable(
+            f"no cluster can be joined at RAY_ADDRESS={address} ({said}): start one, mend the address or the token, or "
+            "unset it for a Ray of this process"
+        ) from None
 
 
 def disconnect() -> None:
@@ -92,7 +106,8 @@ def resources(workers: int = 1, parallel: int = 1) -> tuple[bool, dict[str, floa
     limit = growth()
     most = {kind: max(ray.cluster_resources().get(kind, 0), limit.get(kind, 0)) for kind in ("CPU", "GPU")}
     if most["GPU"] >= 1:
-        each: dict[str, float] = {"GPU": 1, "CPU": 2}
+        roomy = limit.get("GPU", 0) >= 1 or any(node.get("GPU", 0) >= 1 and node.get("CPU", 0) >= 2 for node in nodes)
+        each: dict[str, float] = {"GPU": 1, "CPU": 2 if roomy else 1}
     else:
         sizes = [int(node.get("CPU", 0)) for node in nodes]
         fits = (
@@ -132,8 +147,9 @@ def execute(
     from ray.train.v2.api.exceptions import ControllerError
 
     use_gpu, each = resources(workers, parallel)
+    _goes_round(order, workers)
     stop = stop or threading.Event()
-    line: Any = ray.remote(num_cpus=0)(Line).remote()
+    line = new_line()
 
     def hear(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
         if stage == "start" and use_gpu and not figures["cuda"]:
@@ -168,6 +184,19 @@ def execute(
         raise RunFailed(f"run {name} ended without an outcome; see {runs[1]}/{name}")
     found = answer["outcome"]
     return Outcome(**{**found, "also": tuple(Part(**part) for part in found["also"])})
+
+
+def _goes_round(order: WorkOrder, workers: int) -> None:
+    """Raise UserError where a batch of the recipe has fewer samples than there are workers."""
+    classes = order.spec.classes
+    for key, batch in (
+        ("relearn.batch", order.recipe.relearn.batch),
+        ("invert.batch", max(2, order.recipe.invert.batch // classes) * classes),
+    ):
+        if batch < workers:
+            raise UserError(
+                f"{key} of {batch} does not go round {workers} workers: take a larger one, or fewer workers"
+            )
 
 
 def in_thread(fit: Callable[[], Any], stop: threading.Event, patience: float = STOP_SECONDS) -> Any:
@@ -273,52 +302,3 @@ def _cause(error: BaseException) -> str:
         first = inner
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]
     return lines[-1] if lines else type(first).__name__
-
-
-class Line:
-    """An actor between worker and driver: progress goes one way, the word to stop the other."""
-
-    def __init__(self) -> None:
-        self._told: list[Any] = []
-        self._stopped = False
-
-    def tell(self, item: Any) -> bool:
-        """Keep what a worker says for the driver; whether the worker is to stop."""
-        self._told.append(item)
-        return self._stopped
-
-    def hear(self, stop: bool) -> list[Any]:
-        """What workers have said since; from now on they are told to stop where `stop` says so."""
-        self._stopped |= stop
-        told, self._told = self._told, []
-        return told
-
-
-class Listener:
-    """Hands what workers say to a function of this process, and its word to stop to them, while the block runs."""
-
-    def __init__(self, line: Any, tell: Tell, stop: threading.Event) -> None:
-        self._line, self._tell, self._stop = line, tell, stop
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-
-    def __enter__(self) -> Listener:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join(timeout=10)
-
-    def _listen(self) -> None:
-        import ray
-        from ray.exceptions import RayError
-
-        finished = False
-        while not finished:
-            finished = self._done.wait(0.3)  # one last look after the end
-            try:
-                for item in ray.get(self._line.hear.remote(self._stop.is_set())):
-                    self._tell(*item)
-            except RayError:
-                return

@@ -62,7 +62,7 @@ class Head:
 
     def kill(self) -> None:
         """SIGKILL for it and everything on it, drivers and workers too."""
-        while left := marked(self.mark):
+        while self.mark and (left := marked(self.mark)):
             for process in left:
                 try:
                     os.kill(process, signal.SIGKILL)

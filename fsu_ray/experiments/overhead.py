@@ -4,7 +4,8 @@
 
 The request erases class 8 of a LeNet5 that has learned the digits. Each run is measured both ways, in turn: `plain` is
 `method.unlearn` called in this process; `system` is what `fsu run` does from connecting to Ray until it has left it,
-and is told apart into its parts. The first run of each warms up and is not shown.
+and is told apart into its parts. The first run of each warms up and is not shown. Not in it: the start of Python and
+its imports (some seconds of each `fsu run`). `method` is what the worker says of its stages, its checkpoints included.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fsu_ray.cluster import workers
-from fsu_ray.errors import Stopped, StorageError, UserError
+from fsu_ray.errors import ClusterUnavailable, Stopped, StorageError, UserError
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.fit import predict
@@ -159,7 +159,37 @@ def test_an_error_of_ours_comes_back_as_it_was(
     order = make_order(trained, artifacts, quick, 10)
     Path(artifacts.path(order.samples)).unlink()
     with pytest.raises(StorageError, match="is missing"):
-        workers.execute(order, artifacts, runs_of(tmp_path), "r-5", 20, lambda *_: None, workers=2)
+        workers.execute(order, artifacts, runs_of(tmp_path), "r-5", 20, lambda *_: None)
+
+
+def test_a_batch_that_does_not_go_round_is_refused_before_the_run(
+    trained: Any, artifacts: Artifacts, quick: Recipe
+) -> None:
+    """One line with the key, where the workers would each find out for themselves, after the inversion."""
+    order = make_order(trained, artifacts, apply(quick, {"relearn.batch": 16}), 10)
+    workers._goes_round(order, 16)
+    with pytest.raises(UserError, match=r"relearn\.batch of 16 does not go round 17 workers"):
+        workers._goes_round(order, 17)
+    with pytest.raises(UserError, match=r"invert\.batch of 30 does not go round 31 workers"):
+        workers._goes_round(make_order(trained, artifacts, apply(quick, {"relearn.batch": 99}), 10), 31)
+
+
+def test_a_cluster_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line that says what to do, whatever Ray raises; its first one of many."""
+    import ray
+
+    for error in (
+        ConnectionError("Failed to connect\nat length"),
+        ValueError("no address"),
+        RuntimeError("2.1 != 2.2"),
+    ):
+
+        def refuse(error: Exception = error, **_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ray, "init", refuse)
+        with pytest.raises(ClusterUnavailable, match=r"no cluster can be joined at RAY_ADDRESS=h:1 \(.*\): start one"):
+            workers._join("h:1")
 
 
 def node(alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -171,6 +201,7 @@ def node(alive: bool = True, **resources: float) -> dict[str, Any]:
     ("nodes", "growth", "workers_of", "expected"),
     [
         ([node(CPU=8.0, GPU=2.0)], None, (2, 1), (True, {"GPU": 1, "CPU": 2})),
+        ([node(CPU=1.0, GPU=1.0), node(CPU=8.0)], None, (1, 1), (True, {"GPU": 1, "CPU": 1})),
         ([node(CPU=2.0)], {"GPU": 4.0, "CPU": 16.0}, (4, 1), (True, {"GPU": 1, "CPU": 2})),  # spot nodes to come
         ([node(CPU=4.0), node(CPU=6.0), node(alive=False, CPU=99.0)], None, (1, 1), (False, {"CPU": 6})),
         ([node(CPU=4.0), node(CPU=4.0), node(CPU=4.0)], None, (4, 1), (False, {"CPU": 2})),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fsu_ray.errors import InvalidData, InvalidSamples
-from fsu_ray.method.datasets import Images, draw, load, read_samples, to_unit, write_samples
+from fsu_ray.method.datasets import Images, _digits, draw, load, read_samples, to_unit, write_samples
 
 GREY, RGB = (1, 8, 12), (3, 8, 12)
 
@@ -64,6 +64,16 @@ def test_digits_come_at_any_size_and_as_rgb(shape):
     assert float(to_unit(images.pixels).max()) > 0.9
     if shape == (1, 8, 8):
         assert set(images.pixels.unique().tolist()) <= {round(v * 255 / 16) for v in range(17)}
+
+
+def test_the_digits_are_scikit_learns():
+    """All of them, in its order: they are read past its own function, which takes seconds to import."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    made = _digits((1, 8, 8))
+    assert torch.equal(made.pixels[:, 0], torch.from_numpy((bunch.images * (255 / 16)).round().astype("uint8")))
+    assert torch.equal(made.labels, torch.from_numpy(bunch.target))
 
 
 def test_to_unit_is_the_share_of_255():
