@@ -83,7 +83,7 @@ def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked) -
 def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked, home: Path) -> None:
     """SIGKILL once a trial has come to its end: the same command again does not run that trial again, and keeps what it
     finds in the ledger, for later requests."""
-    words = [FSU, "search", "--model", "m", "--request", asked.request, "--trials", "3", "--cpus", "2", "--json", *SETS]
+    words = [FSU, "search", "--model", "m", "--request", asked.request, "--trials", "8", "--cpus", "2", "--json", *SETS]
     words += [word for line in RANGES for word in ("--range", line)]
     with (home / "first.log").open("w") as log:
         driver = subprocess.Popen(words, stdout=log, stderr=log)
@@ -99,15 +99,16 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked,
                 break
             assert driver.poll() is None, (home / "first.log").read_text()
         time.sleep(11)  # Tune writes its state every ten seconds
+        assert driver.poll() is None, "it was over before it could be killed"
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     before = {file: file.read_text().count('"steps": 80') for file in ended}
     again = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     document = json.loads(again.stdout)
-    assert document["found"]["evidence"]["trials"] == 3
+    assert document["found"]["evidence"]["trials"] == 8
     assert {file: file.read_text().count('"steps": 80') for file in ended} == before
-    assert len(list(Path(app.settings.runs).glob("search-*/*/result.json"))) == 3, "no trial was begun a second time"
+    assert len(list(Path(app.settings.runs).glob("search-*/*/result.json"))) == 8, "no trial was begun a second time"
     kept = app.ledger.searched("m", "class")
     assert kept is not None
     assert (kept.id, kept.score) == (document["kept"]["id"], document["found"]["score"])
