@@ -31,7 +31,7 @@ WIDTH = 160  # of tables where no terminal says how wide it is
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else WIDTH)
 QUIET_SECONDS = 10.0  # between two plain lines of one stage
-INTERRUPTED = "interrupted: what was running is queued again and goes on from its last checkpoint"
+REQUEUED = "what was running is queued again and goes on from its last checkpoint"
 
 
 def positive(text: str) -> int:

@@ -70,7 +70,8 @@ def variables(settings: Settings) -> dict[str, str]:
         "FSU_RUNS": settings.runs,
         "FSU_WORKERS": str(settings.workers),
     }
-    found |= {name: os.environ[name] for name in ("FSU_DATA",) if name in os.environ}
+    if "FSU_DATA" in os.environ:
+        found["FSU_DATA"] = os.environ["FSU_DATA"]
     url = make_url(settings.ledger)
     known_here = url.get_backend_name() != "sqlite" and any(name in os.environ for name in ("PGPASSWORD", "PGPASSFILE"))
     secret = url.password is not None or known_here or any("pass" in key for key in url.query)

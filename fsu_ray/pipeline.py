@@ -108,12 +108,15 @@ def drain(ledger: Ledger, worker: str, wanted: Drain, run: Run) -> list[Result]:
             working = [pool.submit(work) for _ in range(wanted.parallel)]
             for ended in working:
                 ended.result()
-        except BaseException:
+        except KeyboardInterrupt:
             halt.set()
             wait(working, HALT_SECONDS)
             for request in list(running.values()):
-                with suppress(LeaseLost):
+                with suppress(LeaseLost, LedgerUnavailable):  # it has ended after all, or its lease decides
                     ledger.release(request, "interrupted")
+            raise
+        except BaseException:
+            halt.set()
             raise
     return results
 

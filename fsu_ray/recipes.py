@@ -61,6 +61,10 @@ class InvertRecipe(Frozen):
     precision: Precision = "auto"
     seed: int = 0
 
+    def each(self, classes: int) -> int:
+        """Samples of each class in a batch."""
+        return max(2, self.batch // classes)
+
 
 class SynthesizeRecipe(Frozen):
     """How D' is drawn (eq. 8). `entropy_threshold` is t_ent in nats; `rotation` is in degrees.

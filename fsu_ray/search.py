@@ -118,9 +118,7 @@ def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: W
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, FsuError) else RunFailed(str(error.cause))) from None
         except (RayError, TuneError, OSError, ValueError) as error:  # a worker that is gone, a storage that is away
-            raise RunFailed(
-                f"search {name} broke: {str(error).strip().splitlines()[-1]}; the same again goes on"
-            ) from None
+            raise RunFailed(f"search {name} broke: {workers.cause(error)}; the same again goes on") from None
     if len(results) != wanted.trials:  # Ray begins something else where it cannot read what there is
         raise RunFailed(
             f"search {name} cannot be read back from {place[1]}: delete its folder there, or take another --seed"

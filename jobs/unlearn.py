@@ -31,7 +31,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(console.INTERRUPTED, file=sys.stderr)
+        print(f"interrupted: {console.REQUEUED}", file=sys.stderr)
         return 130
     console.print_json(console.results_json(results))
     return console.exit_code(results)

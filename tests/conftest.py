@@ -34,10 +34,10 @@ from fsu_ray.records import ModelSpec
 from fsu_ray.storage.ledger import open_ledger
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-THREADS = 2
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many processes as there are cores
-    THREADS = 1
     os.environ["OMP_NUM_THREADS"] = "1"
+# Digests depend on the number of threads.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # Enough to tell the stages apart in seconds; the figures of such a recipe mean nothing.
 QUICK = {
@@ -74,12 +74,6 @@ class Trained:
     weights: bytes
     train: Images
     test: Images
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    """Digests depend on the number of threads, so tests fix it."""
-    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from fsu_ray.cli.recipes import recipe_app
 from fsu_ray.cli.requests import request_app
 from fsu_ray.cli.schedules import schedule_app, scheduler_app
 from fsu_ray.cli.search import search_app
-from fsu_ray.cli.shared import Cpus, Json, Workers, one_line, open_app
+from fsu_ray.cli.shared import Cpus, Json, Workers, interrupted, one_line, open_app
 
 app = typer.Typer(
     help="Make a registered classifier forget, request after request, and keep a ledger of what is gone.",
@@ -49,7 +49,7 @@ def demo(json: Json = False, seed: int = 0, cpus: Cpus = None) -> None:
     from fsu_ray import demo as show
 
     opened = open_app()
-    with console.watching() as watcher:
+    with interrupted(console.REQUEUED), console.watching() as watcher:
         shown = show.demo(opened, watcher, seed, cpus)
     if json:
         history = opened.ledger.history(shown.model.name)
@@ -85,7 +85,7 @@ def run(
     opened.reconcile()
     results: list[Any] = []
     if opened.ledger.claimable(model):
-        with console.watching() as watcher:
+        with interrupted(console.REQUEUED), console.watching() as watcher:
 
             def started(request: Any) -> None:
                 watcher.begin()

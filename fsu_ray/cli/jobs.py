@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json as json_
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import Json, Workers, one_line, open_app
+from fsu_ray.cli.shared import Json, Workers, interrupted, one_line, open_app
 from fsu_ray.errors import ClusterUnavailable, RunFailed, UserError
 
 submit_app = typer.Typer()
@@ -211,11 +210,6 @@ def _broke(job: Any) -> str:
     return f"job {job.id} {'broke' if job.begun else 'could not begin'}: {_message(job)}"
 
 
-@contextmanager
-def _goes_on(job: str) -> Iterator[None]:
+def _goes_on(job: str) -> AbstractContextManager[None]:
     """An interrupt ends the watching, not the job."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.err.print(f"interrupted: job {job} goes on; `fsu jobs stop {job}` ends it", style="yellow")
-        raise typer.Exit(130) from None
+    return interrupted(f"job {job} goes on; `fsu jobs stop {job}` ends it")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import Cpus, Json, one_line, open_app
+from fsu_ray.cli.shared import Cpus, Json, interrupted, one_line, open_app
 from fsu_ray.errors import UserError
 
 schedule_app = typer.Typer(help="Schedules: when the requests of a model are carried out.", no_args_is_help=True)
@@ -138,7 +138,8 @@ def scheduler(
     opened = open_app()
     _heed_sigterm()
     if once:
-        fired = _one_pass(opened, datetime.now(UTC), cpus, quiet=json)
+        with interrupted(console.REQUEUED):
+            fired = _one_pass(opened, datetime.now(UTC), cpus, quiet=json)
         if json:
             console.print_json([_fired(each) for each in fired])
         elif not fired:

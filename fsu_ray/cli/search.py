@@ -8,7 +8,7 @@ import typer
 
 from fsu_ray import console
 from fsu_ray.cli.requests import behaviour_of
-from fsu_ray.cli.shared import OPERATOR, Cpus, Json, Who, one_line, open_app
+from fsu_ray.cli.shared import OPERATOR, Cpus, Json, Who, interrupted, one_line, open_app
 from fsu_ray.errors import TransitionRefused, UserError
 from fsu_ray.records import Behaviour
 from fsu_ray.work import Asked
@@ -55,12 +55,8 @@ def search(
     from fsu_ray.search import Wanted
 
     wanted = Wanted(space, trials, optuna, seed)
-    try:
-        with console.watching() as watcher:
-            found, kept = opened.search(model, order, wanted, by or OPERATOR, watcher.tell, cpus)
-    except KeyboardInterrupt:
-        console.err.print("interrupted: the same command again goes on where this one was", style="yellow")
-        raise typer.Exit(130) from None
+    with interrupted("the same command again goes on where this one was"), console.watching() as watcher:
+        found, kept = opened.search(model, order, wanted, by or OPERATOR, watcher.tell, cpus)
     if json:
         console.print_json({"found": found, "better": found.better, "kept": kept})
         return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -32,10 +33,20 @@ def one_line(command: F) -> F:
             console.err.print(f"[red]error:[/] {_escaped(str(error))}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            console.err.print(console.INTERRUPTED, style="yellow")
+            console.err.print("interrupted", style="yellow")
             raise typer.Exit(130) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+@contextmanager
+def interrupted(words: str) -> Iterator[None]:
+    """Say what an interrupt of this block means for what it was at, and end with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.err.print(f"interrupted: {words}", style="yellow", markup=False)
+        raise typer.Exit(130) from None
 
 
 def _escaped(text: str) -> str:

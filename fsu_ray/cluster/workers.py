@@ -79,10 +79,9 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ClusterUnavailable(
-            f"no cluster can be joined at RAY_ADDRESS={address} ({said}): start one, mend the address or the token, or "
-            "unset it for a Ray of this process"
+            f"no cluster can be joined at RAY_ADDRESS={address} ({cause(error)}): start one, mend the address or the "
+            "token, or unset it for a Ray of this process"
         ) from None
 
 
@@ -174,7 +173,7 @@ def execute(
         with listener:
             answer = in_thread(trainer.fit, stop).return_value
     except (TrainingFailedError, ControllerError) as error:
-        raise RunFailed(f"run {name} broke: {_cause(error)}; see {runs[1]}/{name}") from error
+        raise RunFailed(f"run {name} broke: {cause(error)}; see {runs[1]}/{name}") from error
     finally:
         if ray.is_initialized():
             ray.kill(line)
@@ -188,11 +187,9 @@ def execute(
 
 def _goes_round(order: WorkOrder, workers: int) -> None:
     """Raise UserError where a batch of the recipe has fewer samples than there are workers."""
-    classes = order.spec.classes
-    for key, batch in (
-        ("relearn.batch", order.recipe.relearn.batch),
-        ("invert.batch", max(2, order.recipe.invert.batch // classes) * classes),
-    ):
+    classes, recipe = order.spec.classes, order.recipe
+    batches = {"relearn.batch": recipe.relearn.batch, "invert.batch": recipe.invert.each(classes) * classes}
+    for key, batch in batches.items():
         if batch < workers:
             raise UserError(
                 f"{key} of {batch} does not go round {workers} workers: take a larger one, or fewer workers"
@@ -291,8 +288,8 @@ def _resume() -> Any:
     return saved
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost message of a failed run, on one line."""
+def cause(error: BaseException) -> str:
+    """What is at the bottom of an error of Ray's: the last line of the innermost message."""
     failures = getattr(error, "worker_failures", None) or {0: error}
     first: BaseException = next(iter(failures.values()))
     while True:

@@ -30,6 +30,7 @@ from typing import Any
 
 from fsu_ray import pipeline
 from fsu_ray.cluster import line, workers
+from fsu_ray.cluster.line import Line
 from fsu_ray.experiments.crashes import App, Subject, amiss, open_app
 from fsu_ray.experiments.heads import BIN, PATIENCE, on_head
 from fsu_ray.recipes import Recipe
@@ -111,14 +112,14 @@ class Bench:
         return len(seen)
 
 
-def killer(stage: str, delay: float) -> type[line.Line]:
+def killer(stage: str, delay: float) -> type[Line]:
     """A line between worker and driver that kills the last worker of the group, once, `delay` seconds after it has
     first heard of `stage`: at once, while the worker waits for the answer, where `delay` is 0.
 
     It says `killed` or, where the stage was over by then, `missed` to the driver.
     """
 
-    class Killer(line.Line):
+    class Killer(Line):
         def __init__(self) -> None:
             super().__init__()
             self.process, self.heard, self.begun = 0, ("", 0, 0), False
@@ -146,7 +147,7 @@ def killer(stage: str, delay: float) -> type[line.Line]:
 
 def kill_workers(bench: Bench, kills: int) -> None:
     """`kills` workers in each of the bench's stages, all on one Ray of this process."""
-    plain, words = line.Line, list[tuple[str, int, int]]()
+    words: list[tuple[str, int, int]] = []
 
     def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
         def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
@@ -179,7 +180,7 @@ def kill_workers(bench: Bench, kills: int) -> None:
                 where = f"at {hit[0][1]} of {hit[0][2]}, {delay:.2f} s in" if hit else f"was over after {delay:.2f} s"
                 bench.note(f"worker killed in {stage} {number}, {where}" if hit else f"{stage} {where}", request.id)
     finally:
-        setattr(line, "Line", plain)  # noqa: B010
+        setattr(line, "Line", Line)  # noqa: B010
         workers.disconnect()
 
 

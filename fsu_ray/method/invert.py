@@ -132,7 +132,7 @@ def losses(
     group = group or Group()
     device = next(generator.parameters()).device
     k = classifier.spec.classes
-    each = max(2, recipe.batch // k)
+    each = recipe.each(k)
     n = each * k
     rng = seeded(recipe.seed, step)
     z = torch.randn((n, recipe.latent), generator=rng).to(device)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fsu_ray import pipeline
+from fsu_ray.cluster import line as line_of_workers
 from fsu_ray.experiments.crashes import RECIPE, Subject, open_app
 from fsu_ray.experiments.failures import Bench, killer
 from fsu_ray.experiments.heads import marked
@@ -40,6 +41,17 @@ def test_a_worker_is_killed_in_the_stage_that_is_named_and_once(victim: subproce
     assert victim.wait(10) == -9
     line.tell(("filter", 0, 1, {}))  # the next worker comes through it
     assert [word[0] for word in line.hear(False)] == ["start", "invert", "synthesize", "killed", "filter", "filter"]
+
+
+def test_a_killer_that_comes_after_another_is_its_own(
+    victim: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take turns in the place of the line; what the one before was told to do is over."""
+    monkeypatch.setattr(line_of_workers, "Line", killer("invert", 60.0))
+    line = killer("filter", 0.0)()
+    for word in (("start", 1, 1, {"pid": victim.pid}), ("invert", 10, 60, {}), ("filter", 0, 1, {})):
+        line.tell(word)
+    assert victim.wait(10) == -9
 
 
 def test_a_stage_that_was_over_is_missed(victim: subprocess.Popen[bytes]) -> None:
