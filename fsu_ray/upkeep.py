@@ -1,13 +1,15 @@
-"""What is to be destroyed: target samples, generators and stray artifacts, each recorded first and deleted then."""
+"""What is to be destroyed: target samples, generators and stray artifacts, each recorded first and deleted then; and
+checkpoints of what is over, of which there is no record."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from fsu_ray.errors import TransitionRefused
+from fsu_ray.errors import NotFound, TransitionRefused
 from fsu_ray.records import Generator
 from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.checkpoints import Checkpoints, Kept
 from fsu_ray.storage.inverters import Why
 from fsu_ray.storage.ledger import Ledger
 
@@ -26,11 +28,13 @@ class Tidied:
 @dataclass(frozen=True)
 class Garbage:
     """What to delete, with its bytes: `stray` artifacts that nothing refers to, `late` ones that are on record as
-    removed, `unfinished` ones whose writers were killed."""
+    removed, `unfinished` ones whose writers were killed; `checkpoints` of runs whose requests have ended, and of
+    searches."""
 
     stray: dict[str, int]
     late: dict[str, int]
     unfinished: dict[str, int]
+    checkpoints: dict[str, int]
 
 
 def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: str = "policy") -> Tidied:
@@ -65,8 +69,9 @@ def destroy(artifacts: Artifacts, digests: list[str]) -> None:
         artifacts.delete(digest)
 
 
-def garbage(ledger: Ledger, artifacts: Artifacts, stray_after: timedelta = STRAY_AFTER) -> Garbage:
-    """What may be deleted now. What may be the work of a running request is left alone."""
+def garbage(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, stray_after: timedelta = STRAY_AFTER) -> Garbage:
+    """What may be deleted now. What may be the work of a running request is left alone, and so are runs of requests
+    that this ledger does not know. Of a search the ledger knows its result alone: its checkpoints go by their age."""
     needed, removed = ledger.references()
     oldest = ledger.oldest_run()
     before = datetime.now(UTC) - stray_after
@@ -77,12 +82,29 @@ def garbage(ledger: Ledger, artifacts: Artifacts, stray_after: timedelta = STRAY
         stray={d: size for d, (size, at) in stored.items() if d not in needed | removed and at < before},
         late={d: size for d, (size, _) in stored.items() if d in removed},
         unfinished=artifacts.unfinished(before),
+        checkpoints=_over(ledger, runs, datetime.now(UTC) - stray_after),
     )
 
 
-def collect(ledger: Ledger, artifacts: Artifacts, found: Garbage, actor: str) -> None:
+def _over(ledger: Ledger, runs: Checkpoints, before: datetime) -> dict[str, int]:
+    """Folders of runs whose requests have ended, and of searches that have written nothing since `before`."""
+
+    def over(kept: Kept) -> bool:
+        if kept.request is None:
+            return kept.at < before
+        try:
+            return ledger.request(kept.request).status.is_terminal
+        except NotFound:
+            return False
+
+    return {name: kept.size for name, kept in runs.folders().items() if over(kept)}
+
+
+def collect(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, found: Garbage, actor: str) -> None:
     """Delete `found`."""
     destroy(artifacts, list(found.late))
     destroy(artifacts, ledger.discard(found.stray, actor))
     for name in found.unfinished:
         artifacts.discard(name)
+    for name in found.checkpoints:
+        runs.delete(name)

@@ -55,13 +55,16 @@ def test_garbage_is_collected_from_the_bucket(app: App, fsu: Fsu, s3_bucket: Any
     stray = app.artifacts.put(b"nobody's")
     s3_bucket.write("ab/.writing-0123", b"half")
     s3_bucket.write("runs/r-1/checkpoint_1/state.pt", b"a checkpoint")
+    s3_bucket.write("runs/search-0123456789abcdef/t/state.pt", b"a trial")
 
     assert "nothing to delete" in fsu("artifacts", "gc").stdout, "they are not old"
     dry = json.loads(fsu("artifacts", "gc", "--older-than", 0, "--dry-run", "--json").stdout)
-    assert dry == {"deleted": False, "stray": {stray: 8}, "late": {}, "unfinished": {"ab/.writing-0123": 4}}
+    unfinished, checkpoints = {"ab/.writing-0123": 4}, {"search-0123456789abcdef": 7}
+    expected = {"stray": {stray: 8}, "late": {}, "unfinished": unfinished, "checkpoints": checkpoints}
+    assert dry == {"deleted": False, **expected}
     assert app.artifacts.has(stray)
     done = fsu("artifacts", "gc", "--older-than", 0)
-    assert (done.exit_code, "2 artifacts, 12 bytes: deleted" in done.stdout) == (0, True), done.output
+    assert (done.exit_code, "3 in all, 19 bytes: deleted" in done.stdout) == (0, True), done.output
     assert set(s3_bucket.names()) == before | {"runs/r-1/checkpoint_1/state.pt"}
 
 

@@ -21,6 +21,7 @@ from fsu_ray.pipeline import Result, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Policy, Status
 from fsu_ray.storage import artifacts
+from fsu_ray.storage.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -197,19 +198,42 @@ class TestSeal:
             app.seal(generator.id, "alice")
 
 
+def runs_of(app: App) -> Checkpoints:
+    return Checkpoints(app.settings.runs)
+
+
 class TestGarbage:
+    def test_checkpoints_go_when_what_they_served_is_over(self, app: App, erase: Callable[..., Result]) -> None:
+        """Those of a request that lives stay, and so does what is of another ledger, or of nobody known."""
+        ended, _ = app.ledger.submit("m", Behaviour(name="x", kind="class", targets=(1,)), "0" * 64, 1, Recipe())
+        app.ledger.cancel(ended.id)
+        waits, _ = app.ledger.submit("m", Behaviour(name="y", kind="class", targets=(2,)), "0" * 64, 1, Recipe())
+        names = [f"{ended.id}-0123abcd", f"{waits.id}-0123abcd", "r-0123456789-0123abcd", "search-0123456789abcdef"]
+        names += ["search-mine", "notes"]
+        for name in names:
+            folder = Path(app.settings.runs) / name / "checkpoint_1"
+            folder.mkdir(parents=True)
+            (folder / "state.pt").write_bytes(b"1234")
+        runs = runs_of(app)
+        assert upkeep.garbage(app.ledger, app.artifacts, runs).checkpoints == {names[0]: 4}
+        found = upkeep.garbage(app.ledger, app.artifacts, runs, timedelta(0))
+        assert found.checkpoints == {names[0]: 4, names[3]: 4}
+        upkeep.collect(app.ledger, app.artifacts, runs, found, "alice")
+        assert {folder.name for folder in Path(app.settings.runs).iterdir()} == set(names) - set(found.checkpoints)
+        upkeep.collect(app.ledger, app.artifacts, runs, found, "alice")  # somebody else was faster
+
     def test_only_what_nothing_refers_to_is_deleted(self, app: App, erase: Callable[..., Result]) -> None:
         """And only when it is old; a dry run deletes nothing."""
         erase(8)
         stray = app.artifacts.put(b"nobody's")
         kept = set(app.artifacts.digests()) - {stray}
-        assert upkeep.garbage(app.ledger, app.artifacts).stray == {}, "it may be in use for all we know"
-        found = upkeep.garbage(app.ledger, app.artifacts, timedelta(0))
+        assert upkeep.garbage(app.ledger, app.artifacts, runs_of(app)).stray == {}, "it may be in use for all we know"
+        found = upkeep.garbage(app.ledger, app.artifacts, runs_of(app), timedelta(0))
         assert stray in found.stray
         needed, _ = app.ledger.references()
         assert needed.isdisjoint(found.stray)
         assert app.artifacts.has(stray)
-        upkeep.collect(app.ledger, app.artifacts, found, "alice")
+        upkeep.collect(app.ledger, app.artifacts, runs_of(app), found, "alice")
         assert set(app.artifacts.digests()) == kept - set(found.stray)
         assert all(app.artifacts.has(digest) for digest in needed)
 
@@ -219,7 +243,7 @@ class TestGarbage:
         app.ledger.submit("m", Behaviour(name="x", kind="class", targets=(1,)), "0" * 64, 1, Recipe())
         assert app.ledger.claim("w", 60)
         fresh = app.artifacts.put(b"relearned just now")
-        assert fresh not in upkeep.garbage(app.ledger, app.artifacts, timedelta(0)).stray
+        assert fresh not in upkeep.garbage(app.ledger, app.artifacts, runs_of(app), timedelta(0)).stray
 
     def test_what_is_on_record_as_removed_is_deleted_after_a_crash(
         self, app: App, erase: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
@@ -228,9 +252,9 @@ class TestGarbage:
         request = erase(8).request
         app.ledger.purge(request)
         assert app.artifacts.has(request.samples)
-        found = upkeep.garbage(app.ledger, app.artifacts)
+        found = upkeep.garbage(app.ledger, app.artifacts, runs_of(app))
         assert set(found.late) == {request.samples}
-        upkeep.collect(app.ledger, app.artifacts, found, "alice")
+        upkeep.collect(app.ledger, app.artifacts, runs_of(app), found, "alice")
         assert not app.artifacts.has(request.samples)
 
     def test_a_file_that_cannot_be_deleted_is_an_error(self, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
