@@ -134,13 +134,13 @@ class Artifacts:
 
     @cached_property
     def _place(self) -> tuple[Filesystem, str]:
-        return _connect(self.location, allow_delayed_open=True)
+        return connect(self.location, allow_delayed_open=True)
 
     @cached_property
     def _in_parts(self) -> Filesystem:
         """A filesystem for what is not sent at once. One that opens objects late, where the beginning fails, leaves an
         empty object under the name."""
-        return _connect(self.location, allow_delayed_open=False)[0]
+        return connect(self.location, allow_delayed_open=False)[0]
 
     def __reduce__(self) -> tuple[type[Artifacts], tuple[str]]:
         return (Artifacts, (self.location,))
@@ -196,7 +196,7 @@ def locate(location: str) -> tuple[Filesystem | None, str]:
 
     `location` is an absolute folder or a URI; it is tried out as that of artifacts is. Raises StorageError.
     """
-    filesystem, path = _connect(location, allow_delayed_open=True, check_directory_existence_before_creation=True)
+    filesystem, path = connect(location, allow_delayed_open=True, check_directory_existence_before_creation=True)
     _try_out(filesystem, path, f"checkpoints {places.shown(location)}", "FSU_RUNS")
     return (None if filesystem.type_name == "local" else filesystem), path
 
@@ -217,7 +217,7 @@ def _bucket(location: str) -> places.Bucket | None:
         ) from error
 
 
-def _connect(location: str, **options: bool) -> tuple[Filesystem, str]:
+def connect(location: str, **options: bool) -> tuple[Filesystem, str]:
     """The pair of a filesystem and a path on it; `options` are for S3 alone."""
     bucket = _bucket(location)
     try:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 
 import pyarrow as pa
 from pyarrow import fs
 
 from fsu_ray.errors import StorageError
 from fsu_ray.storage import places
-from fsu_ray.storage.artifacts import locate
+from fsu_ray.storage.artifacts import Filesystem, connect
 
 _RUN = re.compile(r"(r-[0-9a-f]+)-[0-9a-f]{8}")
 _SEARCH = re.compile(r"search-[0-9a-f]{16}")
@@ -38,7 +39,7 @@ class Checkpoints:
 
     def folders(self) -> dict[str, Kept]:
         """All of them, by name. Raises StorageError where the place cannot be read."""
-        filesystem, root = self._place()
+        filesystem, root = self._place
         try:
             found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
         except (OSError, pa.ArrowException) as error:
@@ -56,7 +57,7 @@ class Checkpoints:
     def delete(self, name: str) -> None:
         """Delete one of `folders`, if it is still there. Raises StorageError where it cannot be."""
         assert _RUN.fullmatch(name) or _SEARCH.fullmatch(name), name
-        filesystem, root = self._place()
+        filesystem, root = self._place
         try:
             filesystem.delete_dir(f"{root.rstrip('/')}/{name}")
         except FileNotFoundError:
@@ -64,9 +65,9 @@ class Checkpoints:
         except (OSError, pa.ArrowException) as error:
             raise self._error("cleared", error) from error
 
-    def _place(self) -> tuple[fs.FileSystem, str]:
-        filesystem, root = locate(self.location)
-        return filesystem or fs.LocalFileSystem(), root
+    @cached_property
+    def _place(self) -> tuple[Filesystem, str]:
+        return connect(self.location)
 
     def _error(self, what: str, error: Exception) -> StorageError:
         return StorageError(
