@@ -82,7 +82,7 @@ def garbage(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, stray_after
         stray={d: size for d, (size, at) in stored.items() if d not in needed | removed and at < before},
         late={d: size for d, (size, _) in stored.items() if d in removed},
         unfinished=artifacts.unfinished(before),
-        checkpoints=_over(ledger, runs, datetime.now(UTC) - stray_after),
+        checkpoints=_over(ledger, runs, before),
     )
 
 

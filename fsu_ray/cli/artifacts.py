@@ -40,8 +40,10 @@ def artifacts_gc(
     if json:
         console.print_json({"deleted": not dry_run, **asdict(found)})
         return
-    kinds = {"stray": found.stray, "recorded as removed": found.late, "unfinished": found.unfinished}
-    kinds["checkpoints"] = found.checkpoints
+    kinds = {
+        "stray": found.stray, "recorded as removed": found.late, "unfinished": found.unfinished,
+        "checkpoints": found.checkpoints,
+    }  # fmt: skip
     for what, names in kinds.items():
         for name, size in sorted(names.items()):
             console.out.print(f"{name}  {size:>12,} bytes  {what}")

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -27,6 +28,9 @@ from fsu_ray.errors import ClusterUnavailable, FsuError, RunFailed, Stopped, Use
 from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
 
 log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 10.0
+"""How long the head of a cluster may take to answer at all."""
 
 STOP_SECONDS = 30.0
 """How long an interrupt waits for the worker's next step."""
@@ -77,12 +81,20 @@ def _join(address: str) -> None:
     from ray.exceptions import RayError
 
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+    except (OSError, RayError, RuntimeError, ValueError) as error:
         raise ClusterUnavailable(
             f"no cluster can be joined at RAY_ADDRESS={address} ({cause(error)}): start one, mend the address or the "
             "token, or unset it for a Ray of this process"
         ) from None
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at `address`, HOST:PORT with or without ray://: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def disconnect() -> None:

@@ -148,28 +148,11 @@ class Artifacts:
     def _files(self) -> list[Any]:
         """Every file below the location. One listing of all: of a bucket, it is a request for 1,000 objects, where
         folder by folder would take 256, and Ray's checkpoints below it are about as many as the artifacts."""
-        filesystem, root = self._place
-        try:
-            found = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(
-                f"artifacts {places.shown(self.location)} cannot be listed ({places.cause(error)}); "
-                "check that place and try again"
-            ) from error
-        return [info for info in found if info.is_file]
+        return listed(*self._place, f"artifacts {places.shown(self.location)}")
 
     def _delete(self, file: str, name: str) -> bool:
         filesystem, _ = self._place
-        try:
-            filesystem.delete_file(file)
-            _settle(filesystem, file.rpartition("/")[0])
-        except FileNotFoundError:
-            return False
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(
-                f"{name} cannot be deleted ({places.cause(error)}); check that place and try again"
-            ) from error
-        return True
+        return deleted(filesystem, filesystem.delete_file, file, name)
 
     def _file(self, digest: str) -> str:
         if not _DIGEST.fullmatch(digest):
@@ -189,6 +172,31 @@ class Artifacts:
 
     def _missing(self, digest: str) -> StorageError:
         return StorageError(f"artifact {self.path(digest)} is missing; check FSU_ARTIFACTS or put a copy there")
+
+
+def listed(filesystem: Filesystem, root: str, what: str) -> list[Any]:
+    """Every file below `root`, none where it was never made. Raises StorageError about `what`."""
+    try:
+        found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(
+            f"{what} cannot be listed ({places.cause(error)}); check that place and try again"
+        ) from error
+    return [info for info in found if info.is_file]
+
+
+def deleted(filesystem: Filesystem, delete: Callable[[str], None], path: str, name: str) -> bool:
+    """`delete(path)`, for good; whether it was still there. Raises StorageError about `name`."""
+    try:
+        delete(path)
+        _settle(filesystem, path.rpartition("/")[0])
+    except FileNotFoundError:
+        return False
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(
+            f"{name} cannot be deleted ({places.cause(error)}); check that place and try again"
+        ) from error
+    return True
 
 
 def locate(location: str) -> tuple[Filesystem | None, str]:

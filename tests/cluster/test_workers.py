@@ -16,6 +16,7 @@ import torch
 
 from fsu_ray.cluster import workers
 from fsu_ray.errors import ClusterUnavailable, Stopped, StorageError, UserError
+from fsu_ray.experiments.heads import free_port
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.fit import predict
@@ -175,7 +176,7 @@ def test_a_batch_that_does_not_go_round_is_refused_before_the_run(
 
 
 def test_a_cluster_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line that says what to do, whatever Ray raises; its first one of many."""
+    """One line that says what to do, whatever Ray raises."""
     import ray
 
     for error in (
@@ -188,8 +189,17 @@ def test_a_cluster_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> Non
             raise error
 
         monkeypatch.setattr(ray, "init", refuse)
-        with pytest.raises(ClusterUnavailable, match=r"no cluster can be joined at RAY_ADDRESS=h:1 \(.*\): start one"):
-            workers._join("h:1")
+        with pytest.raises(ClusterUnavailable, match=r"no cluster can be joined at RAY_ADDRESS=auto \(.*\): start one"):
+            workers._join("auto")
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_head_that_is_not_there_is_told_at_once(scheme: str) -> None:
+    """Ray itself would try for minutes, and say so in lines of its own."""
+    address, started = f"{scheme}127.0.0.1:{free_port()}", time.monotonic()
+    with pytest.raises(ClusterUnavailable, match=rf"RAY_ADDRESS={address} \(.*refused\): start one"):
+        workers._join(address)
+    assert time.monotonic() - started < 5
 
 
 def node(alive: bool = True, **resources: float) -> dict[str, Any]:

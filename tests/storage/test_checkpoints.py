@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 
 from fsu_ray.errors import StorageError
+from fsu_ray.pipeline import run_name
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.search import Wanted, search_name
+from fsu_ray.space import SPACE
 from fsu_ray.storage.artifacts import locate
 from fsu_ray.storage.checkpoints import Checkpoints
+from fsu_ray.storage.rows import new_id
+from fsu_ray.work import WorkOrder
 
 RUN, SEARCH = "r-1a217a57286c723234d-401a7e3d", "search-0123456789abcdef"
 
@@ -43,15 +50,30 @@ def test_a_folder_is_found_with_all_below_it_and_goes_as_a_whole(runs: str, tmp_
         SEARCH: (6, None),
     }
     assert all(kept.at.tzinfo for kept in folders.values())
-    checkpoints.delete(RUN)
-    checkpoints.delete(RUN)
+    assert checkpoints.delete(RUN)
+    if filesystem is None:
+        assert not checkpoints.delete(RUN), "a bucket does not say"
     assert set(checkpoints.folders()) == {SEARCH}
     with pytest.raises(AssertionError):
         checkpoints.delete("search-mine")
 
 
+def test_the_names_of_runs_and_searches_are_those_that_are_looked_for(tmp_path: Path) -> None:
+    """Who names them does not know this module."""
+    eight = Behaviour(name="eight", kind="class", targets=(8,))
+    spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.3,))
+    order = WorkOrder(new_id("r"), spec, "0" * 64, "0" * 64, eight, "0" * 64, Recipe())
+    names = {run_name(order): order.request, search_name(order, Wanted(SPACE["class"], 2, False, 0)): None}
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.pt").write_bytes(b"1")
+    assert {name: kept.request for name, kept in Checkpoints(str(tmp_path)).folders().items()} == names
+
+
 def test_a_place_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """One line, with what to look at."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="FSU_RUNS"):
+    with pytest.raises(
+        StorageError, match=r"checkpoints .*/file. cannot be listed \(.*\); check that place and try again"
+    ):
         Checkpoints(str(tmp_path / "file")).folders()
