@@ -100,7 +100,9 @@ def test_two_workers_come_to_what_one_does_whoever_is_killed(
     killer = Killer({"invert": 30, "synthesize": 1, "relearn": 1})
     disturbed = workers.execute(order, artifacts, runs_of(tmp_path), "r-1", 20, killer, workers=2)
     assert killer.killed == ["invert", "synthesize", "relearn"]
-    assert disturbed.resumed == ("invert 20", "after invert", "after filter")
+    first, *later = disturbed.resumed
+    assert first in ("invert 20", "invert 40")  # it may have come to the next checkpoint before it died
+    assert later == ["after invert", "after filter"]
     calm = Killer({})
     undisturbed = workers.execute(order, artifacts, runs_of(tmp_path), "r-2", 20, calm, workers=2)
     for name in ("generator_weights", "dataset", "mask", "weights", "also"):
