@@ -19,7 +19,7 @@ from fsu_ray.errors import FsuError, InvalidSamples, TransitionRefused, UserErro
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
-from fsu_ray.search import Found, Wanted, _best, search, search_name
+from fsu_ray.search import MARGIN, Found, Wanted, _best, search, search_name
 from fsu_ray.space import SPACE, apply, narrowed
 from fsu_ray.work import Asked
 
@@ -27,9 +27,9 @@ FSU = str(Path(sys.executable).parent / "fsu")
 TINY = {
     "invert.steps": 80, "invert.batch": 40, "invert.width": 4, "synthesize.per_class": 30, "synthesize.max_draws": 20,
     "synthesize.entropy_threshold": 2.3, "synthesize.starved_below": 0.0, "relearn.epochs": 1, "relearn.lr": 1e-6,
-    "relearn.repeats": 1,
+    "relearn.repeats": 1, "gate.forgotten_max": 0.9, "gate.agreement_min": 0.0,
 }  # fmt: skip
-"""It forgets nothing, so that a search finds something better."""
+"""It forgets nothing, so that a search finds something better; the gate is one that so small generators can pass."""
 
 SETS = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
 RANGES = (
@@ -82,7 +82,7 @@ def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked) -
 @pytest.mark.ray
 def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked, home: Path) -> None:
     """SIGKILL once a trial has come to its end: the same command again does not run that trial again, and keeps what it
-    finds in the ledger, for later requests."""
+    finds in the ledger, for later requests. ASHA ends some of the trials at a rung."""
     words = [FSU, "search", "--model", "m", "--request", asked.request, "--trials", "8", "--cpus", "2", "--json", *SETS]
     words += [word for line in RANGES for word in ("--range", line)]
     with (home / "first.log").open("w") as log:
@@ -107,6 +107,7 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked,
     assert again.returncode == 0, again.stderr
     document = json.loads(again.stdout)
     assert document["found"]["evidence"]["trials"] == 8
+    assert document["found"]["evidence"]["finished"] < 8, "ASHA has stopped none"
     assert {file: file.read_text().count('"steps": 80') for file in ended} == before
     assert len(list(Path(app.settings.runs).glob("search-*/*/result.json"))) == 8, "no trial was begun a second time"
     kept = app.ledger.searched("m", "class")
@@ -136,6 +137,8 @@ def test_the_best_is_one_that_was_trained_to_the_end() -> None:
     found = _best(base, initial, results, "search-1", 5.0)
     assert (found.score, found.recipe.relearn.lr, found.better) == (0.8, 0.2, True)
     assert (found.evidence["finished"], found.evidence["steps"]) == (2, 1800)
+    initial["score"] = 0.8 - MARGIN / 2  # hardly worse than the best
+    assert not _best(base, initial, results, "search-1", 5.0).better
     initial["score"] = 0.85
     assert _best(base, initial, results, "search-1", 5.0) == Found(
         base, 0.85, {**found.evidence, "initial": initial, "best": initial, "values": {}}

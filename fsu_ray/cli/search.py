@@ -87,7 +87,7 @@ def _print(model: str, behaviour: Behaviour, found: Any, kept: Any) -> None:
         f"{evidence['trials']} trials in {evidence['seconds']:.0f} s, {evidence['finished']} to the end "
         f"({evidence['steps']} inversion steps in all)"
     )
-    parts = ["score", "forgetting", "retention", "stability", "coverage"]
+    parts = ["score", "forgetting", "retention", "stability", "coverage", "passed"]
     rows = [[name, *(f"{evidence[which][part]:.4f}" for part in parts)] for name, which in
             (("begun with", "initial"), ("best", "best"))]  # fmt: skip
     console.out.print(console.table(f"Recipes for {behaviour.kind} requests of {model}", ["", *parts], rows))

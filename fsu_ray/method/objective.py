@@ -9,9 +9,11 @@ forgetting   held-out target samples and the reference's D_e-like samples that h
 retention    reference samples of the rest that keep the parent's class, mean over classes
 stability    the same of reference samples turned and shifted at random, parent and child on the same views
 coverage     samples of the rarest class in the recipe's D' over the mean, 1 from `ENOUGH` on
+passed       folds whose classifier the gate would let pass by the recipe's own D' and probes (its held-out samples
+             count in forgetting): a filter that takes in too much shows there, not on the reference
 
-The score is the harmonic mean of forgetting and kept = (3 retention + stability) / 4, times the root of coverage; 0
-where D' starves a class or nothing is found, which the pipeline would reject.
+The score is the harmonic mean of forgetting and kept = (3 retention + stability) / 4, times the root of coverage, times
+passed; 0 where D' starves a class or nothing is found, which the pipeline would reject.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fsu_ray.gate import refuse_result
 from fsu_ray.method import invert
 from fsu_ray.method.augment import draw_moves, moved, seeded
 from fsu_ray.method.context import Context, Given, Saved
@@ -34,7 +37,7 @@ from fsu_ray.method.masking import Masking
 from fsu_ray.method.networks import Classifier, Generator
 from fsu_ray.method.relearn import relearn
 from fsu_ray.method.synthesize import Synthetic, starved_classes, synthesize
-from fsu_ray.method.unlearn import training_set
+from fsu_ray.method.unlearn import measure, training_set
 from fsu_ray.recipes import FilterRecipe, Recipe
 from fsu_ray.work import BlobStore, WorkOrder
 
@@ -61,6 +64,7 @@ class Parts:
     retention: float = 0.0
     stability: float = 0.0
     coverage: float = 0.0
+    passed: float = 0.0
     reason: str = ""
 
 
@@ -125,11 +129,13 @@ class Objective:
             mask = masking.select(recipe.filter, self._order.behaviour, context.given[0].shown)
             if not bool(mask.like.any()):
                 return Parts(0.0, coverage=coverage, reason="nothing found")
-            found.append(self._measure(context, self._relearned(context, masking, mask), held_out))
-        samples, probes, retention, stability = (sum(column) / len(found) for column in zip(*found, strict=True))
+            child = self._relearned(context, masking, mask)
+            found.append((*self._measure(context, child, held_out), self._passes(context, masking, mask, child)))
+        means = (sum(column) / len(found) for column in zip(*found, strict=True))
+        samples, probes, retention, stability, passed = means
         forgetting = (samples + probes) / 2
-        score = combine(forgetting, retention, stability, coverage)
-        return Parts(score, forgetting, samples, probes, retention, stability, coverage)
+        score = passed * combine(forgetting, retention, stability, coverage)
+        return Parts(score, forgetting, samples, probes, retention, stability, coverage, passed)
 
     def _context(self, recipe: Recipe) -> Context:
         order = replace(self._order, recipe=recipe)
@@ -148,6 +154,12 @@ class Objective:
         child = copy.deepcopy(context.current)
         relearn(child, *training_set(context, masking, [mask]), context.recipe.relearn)
         return child
+
+    def _passes(self, context: Context, masking: Masking, mask: Mask, child: Classifier) -> bool:
+        """Whether the gate would let a relearned classifier pass, whatever it makes of the held-out samples."""
+        (report,) = measure(context, masking, [mask], child)
+        report["forgetting"]["samples_in_target"] = None
+        return refuse_result(report, context.recipe.gate) is None
 
     def _measure(self, context: Context, child: Classifier, held_out: Tensor) -> tuple[float, float, float, float]:
         """What is forgotten of samples and of probes, retention and stability of a relearned classifier."""

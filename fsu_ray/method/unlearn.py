@@ -21,6 +21,7 @@ from fsu_ray.method.filter import Mask, relabel
 from fsu_ray.method.fit import predict
 from fsu_ray.method.group import Group
 from fsu_ray.method.masking import Masking
+from fsu_ray.method.networks import Classifier
 from fsu_ray.method.obtain import obtain
 from fsu_ray.method.relearn import relearn
 from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
@@ -182,9 +183,16 @@ def _evaluate(context: Context, masking: Masking, masks: list[Mask]) -> list[dic
 
 
 def _measure(context: Context, masking: Masking, masks: list[Mask]) -> list[dict[str, Any]]:
-    order, dataset = context.order, masking.dataset
+    order = context.order
     assert context.saved.weights is not None
     child = context.classifier(context.saved.weights)
+    test = reporting.on_test_set(order, context.current, child, context.gone_after)
+    return [{**report, **test} for report in measure(context, masking, masks, child)]
+
+
+def measure(context: Context, masking: Masking, masks: list[Mask], child: Classifier) -> list[dict[str, Any]]:
+    """What the gate judges `child` by, for each behaviour of the run: by D', target samples and probes alone."""
+    order, dataset = context.order, masking.dataset
     before, after = predict(context.current, dataset.pixels), predict(child, dataset.pixels)
     kept = dataset.holdout.clone()
     for each in (*masking.earlier, *masks):
@@ -192,7 +200,6 @@ def _measure(context: Context, masking: Masking, masks: list[Mask]) -> list[dict
     shared: dict[str, Any] = {
         "retention": evaluate.retention(before[kept], after[kept], order.spec.classes),
         "earlier": [reporting.earlier(context.store, child, prior) for prior in order.priors],
-        **reporting.on_test_set(order, context.current, child, context.gone_after),
     }
     unseen = masking.held_out(masks)
     return [

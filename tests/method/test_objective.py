@@ -87,6 +87,7 @@ def test_good_recipes_are_above_bad_ones(order: WorkOrder, store: Any) -> None:
 
     idle = objective.score(apply(RECIPE, {"relearn.lr": 1e-7, "relearn.epochs": 1}), generator)
     assert idle.forgetting < 0.2
+    assert (good.passed, idle.passed, idle.score) == (1.0, 0.0, 0.0)  # the gate's word
     assert idle.retention > 0.99
     wrecked = objective.score(apply(RECIPE, {"relearn.lr": 1.0}), generator)
     assert wrecked.retention < 0.5
