@@ -1,0 +1,81 @@
+"""Relearning by one worker and by two, on one D': the true D_r and D_e of both.
+
+    FSU_DATA=... python -m fsu_ray.experiments.sharing class9 crossed7 --seed 40 --seeds 2 --home FOLDER
+
+A Ray Train run of one worker trains a generator for a LeNet5 that has learned MNIST and draws D'; then one worker and
+two relearn on that D', with the masks that each finds. A JSON line each. What a whole run of two workers comes to, with
+a generator of their own, `FSU_WORKERS=2 python -m jobs.measure` tells: it is another one, by rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fsu_ray.cluster import workers
+from fsu_ray.config import CHECKPOINT_STEPS
+from fsu_ray.errors import FsuError, RunFailed
+from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples
+from fsu_ray.experiments.searched import classifier
+from fsu_ray.method.context import save_samples
+from fsu_ray.recipes import Recipe
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.work import GeneratorRef, Outcome, WorkOrder
+
+
+def rows(bench: Bench, scenario: str, seed: int, home: Path) -> Iterator[dict[str, Any]]:
+    """Before; with the D' made on the way; relearned on it by one worker, and by two."""
+    crossed, store = scenario == "crossed7", Artifacts.open(str(home / "artifacts"))
+    gone = [] if crossed else [9]
+    spec, weights = classifier(bench, scenario, seed, home / "classifiers")
+    behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
+    root = store.put(weights)
+    order = WorkOrder("sharing", spec, root, root, behaviour, store.put(save_samples(pixels)), Recipe())
+    row: dict[str, Any] = {"scenario": scenario, "seed": seed}
+    yield {**row, "what": "before", **score(bench, spec, weights, gone, crossed)}
+
+    def run(what: str, order: WorkOrder, number: int) -> tuple[Outcome, dict[str, Any]]:
+        name = f"{scenario}-{seed}-{what.replace(' ', '-')}"
+        runs = (None, str(home / "runs"))
+        done = workers.execute(order, store, runs, name, CHECKPOINT_STEPS, lambda *_: None, workers=number)
+        if done.weights is None:
+            raise RunFailed(f"{name} came to nothing: {done.reason}")
+        found = {**row, "what": what, "generator": done.generator_use, "mask": str(done.mask)[:12]}
+        return done, {**found, **score(bench, spec, store.get(done.weights), gone, crossed)}
+
+    first, told = run("trained", order, 1)
+    yield told
+    offered = GeneratorRef("g", first.generator_weights, first.dataset, first.figures)
+    for number in (1, 2):
+        yield run(f"relearned by {number}", replace(order, reuse=offered), number)[1]
+
+
+def main() -> int:
+    """Print the rows; 0, or the error's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="+", choices=["class9", "crossed7"])
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--home", type=Path, required=True, help="a new folder for classifiers, artifacts and runs")
+    options = parser.parse_args()
+    try:
+        bench = read_bench(Path(os.environ.get("FSU_DATA", ".")))
+        workers.connect()
+        for seed in range(options.seed, options.seed + options.seeds):
+            for scenario in options.scenarios:
+                for row in rows(bench, scenario, seed, options.home.resolve()):
+                    print(json.dumps(row), flush=True)
+    except FsuError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
