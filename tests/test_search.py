@@ -138,7 +138,7 @@ def test_the_best_is_one_that_was_trained_to_the_end() -> None:
     assert (found.score, found.recipe.relearn.lr, found.better) == (0.8, 0.2, True)
     assert (found.evidence["finished"], found.evidence["steps"]) == (2, 1800)
     initial["score"] = 0.8 - MARGIN / 2  # hardly worse than the best
-    assert not _best(base, initial, results, "search-1", 5.0).better
+    assert _best(base, initial, results, "search-1", 5.0).recipe == base
     initial["score"] = 0.85
     assert _best(base, initial, results, "search-1", 5.0) == Found(
         base, 0.85, {**found.evidence, "initial": initial, "best": initial, "values": {}}
