@@ -108,7 +108,7 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
     for name, axis in zip(names, axes[0], strict=True):
         mine = sorted((row for row in rows if row["scenario"] == name), key=lambda row: -float(row["truth"]))
         rho = float(spearmanr([row["score"] for row in mine], [row["truth"] for row in mine]).statistic)
-        live = [row for row in mine if not row["reason"]]
+        live = [row for row in mine if row["score"] > 0]
         other_rho = float(spearmanr([row["score"] for row in live], [row["truth"] for row in live]).statistic)
         title = f"{name}, seed {mine[0]['seed']}, {len(mine)} recipes: Spearman {rho:.3f}"
         text_title = f"{title}; {other_rho:.3f} among the {len(live)} that are worth more than 0"
