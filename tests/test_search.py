@@ -82,7 +82,7 @@ def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked) -
 @pytest.mark.ray
 def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked, home: Path) -> None:
     """SIGKILL once a trial has come to its end: the same command again does not run that trial again, and keeps what it
-    finds in the ledger, for later requests. ASHA ends some of the trials at a rung."""
+    finds in the ledger, for later requests."""
     words = [FSU, "search", "--model", "m", "--request", asked.request, "--trials", "8", "--cpus", "2", "--json", *SETS]
     words += [word for line in RANGES for word in ("--range", line)]
     with (home / "first.log").open("w") as log:
@@ -107,7 +107,6 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked,
     assert again.returncode == 0, again.stderr
     document = json.loads(again.stdout)
     assert document["found"]["evidence"]["trials"] == 8
-    assert document["found"]["evidence"]["finished"] < 8, "ASHA has stopped none"
     assert {file: file.read_text().count('"steps": 80') for file in ended} == before
     assert len(list(Path(app.settings.runs).glob("search-*/*/result.json"))) == 8, "no trial was begun a second time"
     kept = app.ledger.searched("m", "class")
