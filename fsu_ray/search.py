@@ -70,8 +70,8 @@ class Found:
 
     @property
     def better(self) -> bool:
-        """Whether it is better than the recipe that the search began with, by the margin."""
-        return bool(self.score > self.evidence["initial"]["score"] + MARGIN)
+        """Whether it is better than the recipe that the search began with."""
+        return bool(self.score > self.evidence["initial"]["score"])
 
 
 def search_name(order: WorkOrder, wanted: Wanted) -> str:

@@ -9,11 +9,11 @@ forgetting   held-out target samples and the reference's D_e-like samples that h
 retention    reference samples of the rest that keep the parent's class, mean over classes
 stability    the same of reference samples turned and shifted at random, parent and child on the same views
 coverage     samples of the rarest class in the recipe's D' over the mean, 1 from `ENOUGH` on
-passed       folds whose classifier the gate would let pass by the recipe's own D' and probes (its held-out samples
-             count in forgetting): a filter that takes in too much shows there, not on the reference
+passed       share of the folds whose classifier the gate would let pass by the recipe's own D' and probes (held-out
+             samples count in forgetting): a filter that takes in too much shows there, not on the reference
 
 The score is the harmonic mean of forgetting and kept = (3 retention + stability) / 4, times the root of coverage, times
-passed; 0 where D' starves a class or nothing is found, which the pipeline would reject.
+passed; 0 where D' starves a class or nothing is found: of all that, the pipeline would make no version.
 """
 
 from __future__ import annotations
