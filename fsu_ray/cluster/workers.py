@@ -8,9 +8,11 @@ as it likes: the workers of a group share each batch (`method.group`), which cha
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import socket
 import tempfile
@@ -167,6 +169,8 @@ def execute(
             log.warning("worker %d of %d was given a GPU that its torch cannot use: it works on the CPU", done, total)
         tell(stage, done, total, figures)
 
+    if runs[0] is None:
+        _drop_torn(Path(runs[1]) / name)
     listener = Listener(line, hear, stop)
     trainer = TorchTrainer(
         _work,
@@ -195,6 +199,29 @@ def execute(
         raise RunFailed(f"run {name} ended without an outcome; see {runs[1]}/{name}")
     found = answer["outcome"]
     return Outcome(**{**found, "also": tuple(Part(**part) for part in found["also"])})
+
+
+def checkpoints(folder: Path) -> list[str]:
+    """The folders of the checkpoints that a run in `folder` would go on from, oldest first. Ray reads none but those in
+    its list. Raises ValueError where that is torn."""
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+    kept = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    return (
+        [each["checkpoint_dir_name"] for each in json.loads(kept.read_text())["checkpoint_results"]]
+        if kept.exists()
+        else []
+    )
+
+
+def _drop_torn(folder: Path) -> None:
+    """Have a run begin anew whose driver died while Ray wrote the list of its checkpoints: Ray would refuse the run for
+    ever. (In a bucket nothing is torn.)"""
+    try:
+        checkpoints(folder)
+    except ValueError:
+        log.warning("the list of checkpoints in %s is torn: the run begins anew", folder)
+        shutil.rmtree(folder)
 
 
 def _goes_round(order: WorkOrder, workers: int) -> None:

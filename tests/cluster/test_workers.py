@@ -118,6 +118,19 @@ def test_two_workers_come_to_what_one_does_whoever_is_killed(
 
 
 @pytest.mark.ray
+def test_a_run_whose_list_of_checkpoints_is_torn_begins_anew(
+    cluster: None, trained: Any, artifacts: Artifacts, quick: Recipe, tmp_path: Path
+) -> None:
+    """A driver that dies while Ray writes that list must not leave a run that can never be carried out."""
+    run = tmp_path / "runs" / "r-1"
+    run.mkdir(parents=True)
+    (run / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [{"che')
+    order = make_order(trained, artifacts, quick, 20)
+    outcome = workers.execute(order, artifacts, runs_of(tmp_path), "r-1", 20, lambda *_: None)
+    assert (outcome.resumed, len(workers.checkpoints(run))) == ((), 2)
+
+
+@pytest.mark.ray
 def test_a_run_that_is_stopped_keeps_the_step_that_it_was_at(
     cluster: None, trained: Any, artifacts: Artifacts, quick: Recipe, tmp_path: Path
 ) -> None:
