@@ -1,4 +1,4 @@
-"""Ray Train: one `TorchTrainer` run carries out one work order, all its stages in one worker group.
+"""Ray Train: one run of its trainer carries out one work order, all its stages in one worker group.
 
 Starting a group costs 10-20 s, so no stage gets one of its own. A run's name stands for its work order: the
 same name finds its checkpoints again, so a later attempt goes on where the last one was cut off, with as many workers
@@ -156,8 +156,9 @@ def execute(
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import ControllerError
+
+    from fsu_ray.cluster.trainer import Processes, Trainer
 
     use_gpu, each = resources(workers, parallel)
     _goes_round(order, workers)
@@ -172,10 +173,10 @@ def execute(
     if runs[0] is None:
         _drop_torn(Path(runs[1]) / name)
     listener = Listener(line, hear, stop)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _work,
         train_loop_config={"order": order, "store": store, "every": every, "line": line},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu and workers > 1 else "gloo"),
+        backend_config=Processes("cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=each),
         run_config=RunConfig(
             name=name,
@@ -291,6 +292,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     order, store, every = config["order"], config["store"], config["every"]
     try:
         device = ray.train.torch.get_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         processes = group.everyone(os.getpid())
 
         def begin() -> None:
