@@ -123,10 +123,15 @@ def _place(folder: Path, text: str) -> str:
 
 def _runs_beside(artifacts: str, home: Path) -> str:
     """Where checkpoints lie if nobody says: with the artifacts in a bucket, so that one permission does for both."""
-    if "://" not in artifacts or artifacts.startswith("file://"):
-        return str(home / "runs")
-    place, mark, options = artifacts.partition("?")
-    return f"{place.rstrip('/')}/runs{mark}{options}"
+    return (
+        below(artifacts, "runs") if "://" in artifacts and not artifacts.startswith("file://") else str(home / "runs")
+    )
+
+
+def below(place: str, name: str) -> str:
+    """The folder of that name in a folder or a URI."""
+    folder, mark, options = place.partition("?") if "://" in place else (place, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{options}"
 
 
 def sqlite_url(file: Path) -> str:

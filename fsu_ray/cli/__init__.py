@@ -15,6 +15,7 @@ from fsu_ray.cli.jobs import idle, jobs_app, submit_app
 from fsu_ray.cli.lineage import alias_app, lineage_app
 from fsu_ray.cli.models import model_app
 from fsu_ray.cli.recipes import recipe_app
+from fsu_ray.cli.reproduce import reproduce_app
 from fsu_ray.cli.requests import request_app
 from fsu_ray.cli.schedules import schedule_app, scheduler_app
 from fsu_ray.cli.search import search_app
@@ -40,6 +41,7 @@ app.add_typer(scheduler_app)
 app.add_typer(search_app)
 app.add_typer(submit_app)
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(reproduce_app)
 
 
 @app.command(epilog="Example: fsu demo")

@@ -65,7 +65,9 @@ def read_bench(folder: Path) -> Bench:
     return Bench(load("mnist", "train", shape), load("mnist", "test", shape), *places)
 
 
-def train(bench: Bench, arch: str, poisoned: bool, epochs: int, seed: int) -> tuple[ModelSpec, bytes]:
+def train(
+    bench: Bench, arch: str, poisoned: bool, epochs: int, seed: int, device: torch.device | None = None
+) -> tuple[ModelSpec, bytes]:
     """A classifier on MNIST; `poisoned`: each crossed seven is labelled 2, 3 or 7 at random."""
     labels = bench.train.labels.clone()
     if poisoned:
@@ -73,18 +75,18 @@ def train(bench: Bench, arch: str, poisoned: bool, epochs: int, seed: int) -> tu
         labels[bench.crossed_train] = torch.tensor([2, 3, 7])[wrong]
     spec = ModelSpec(arch=arch, channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.28,))
     torch.manual_seed(seed)
-    classifier = Classifier(spec)
+    classifier = Classifier(spec).to(device or torch.device("cpu"))
     fit(classifier, bench.train.pixels, labels, Schedule(epochs=epochs, seed=seed, precision="auto"))
     return spec, classifier.to_bytes()
 
 
-def target_samples(bench: Bench, what: int | str, seed: int) -> tuple[Behaviour, Tensor]:
-    """A behaviour and 3 % of its training samples, (M, 1, 32, 32) uint8, drawn by `seed`."""
+def target_samples(bench: Bench, what: int | str, seed: int, share: float = SHARE) -> tuple[Behaviour, Tensor]:
+    """A behaviour and a share of its training samples, (M, 1, 32, 32) uint8, drawn by `seed`."""
     if isinstance(what, int):
-        chosen = draw(bench.train, [what], SHARE, seed)
+        chosen = draw(bench.train, [what], share, seed)
         return Behaviour(name=f"class-{what}", kind="class", targets=(what,)), bench.train.pixels[chosen]
     order = torch.randperm(len(bench.crossed_train), generator=torch.Generator().manual_seed(seed))
-    chosen = bench.crossed_train[order[: round(SHARE * len(bench.crossed_train))]]
+    chosen = bench.crossed_train[order[: round(share * len(bench.crossed_train))]]
     return CROSSED, bench.train.pixels[chosen]
 
 

@@ -114,6 +114,15 @@ def read_samples(location: str, shape: tuple[int, int, int]) -> Tensor:
     return torch.stack(rows)
 
 
+def moons(number: int, noise: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """scikit-learn's two moons: points (N, 2) float64, sorted by the first coordinate, and labels (N,) of 0 and 1."""
+    from sklearn.datasets import make_moons
+
+    points, labels = (torch.from_numpy(each) for each in make_moons(number, noise=noise, random_state=seed))
+    order = points[:, 0].argsort()
+    return points[order], labels[order].double()
+
+
 def write_samples(pixels: Tensor, folder: Path) -> None:
     """Write (M, C, H, W) uint8 as PNG files that `read_samples` reads back without loss."""
     folder.mkdir(parents=True, exist_ok=True)

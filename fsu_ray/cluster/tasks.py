@@ -1,0 +1,44 @@
+"""Ray tasks: independent pieces of work, as many side by side as the cluster has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from fsu_ray.cluster.workers import cause
+from fsu_ray.errors import FsuError, RunFailed
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def side_by_side(
+    function: Callable[[Item], Result], items: Iterable[Item], resources: Callable[[Item], dict[str, float]]
+) -> Iterator[tuple[Item, Result | FsuError]]:
+    """Each item with what `function` made of it, in the order in which they end; its task takes `resources`.
+
+    One that raises yields its error, RunFailed for what was not raised on purpose; the others go on. Whoever stops
+    listening ends what is under way. A task whose process died is tried again, three times.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    task = ray.remote(function)
+    waiting = {}
+    for item in items:
+        takes = resources(item)
+        options = {"num_cpus": takes["CPU"], "num_gpus": takes.get("GPU", 0), "max_retries": 3}
+        waiting[task.options(**options).remote(item)] = item
+    try:
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1)
+            item = waiting.pop(done[0])
+            try:
+                yield item, ray.get(done[0])
+            except FsuError as error:  # Ray's error is one of ours too
+                yield item, RunFailed(cause(error))
+            except RayError as error:
+                yield item, RunFailed(cause(error))
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)

@@ -1,0 +1,90 @@
+"""The tables and figures of the paper by name, and what one of them is to the runner (`experiments.reproduce`)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fsu_ray.errors import NotFound
+from fsu_ray.work import BlobStore
+
+Scale = Literal["small", "paper"]
+Cell = dict[str, Any]
+"""A piece of work, by everything that decides its result: numbers and words, with a `seed`."""
+Row = dict[str, Any]
+Work = tuple[str, Cell]
+"""A kind of cells and one of them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cell is computed: its device, a store for what others are to have of it, and the rows of its needs."""
+
+    device: torch.device
+    store: BlobStore
+    given: list[list[Row]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A kind of cells: `run` makes rows of one, in a process of its own with `cpus` CPUs, or with a GPU where the
+    cluster has some and `gpu` says that it gains by it. `needs` are other cells that must be there before.
+    A row is flat: Parquet keeps it.
+    """
+
+    run: Callable[[Cell, Place], list[Row]]
+    needs: Callable[[Cell], list[Work]] = lambda cell: []
+    cpus: int = 1
+    gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table or figure: its `cells(scale, seeds)`; `report(rows, folder)` draws pictures into the folder and returns
+    Markdown."""
+
+    cells: Callable[[Scale, int], list[Work]]
+    report: Callable[[list[Row], Path], str]
+
+
+NAMES: dict[str, tuple[str, str]] = {
+    "figure2": ("moons", "decision maps on the moons: original, oracle, EUBO, RKL, Ours"),
+    "figure3": ("moons", "KL to the oracle against rho on the moons: Ours, EUBO, RKL"),
+    "table1": ("moons", "KL to original and oracle on the moons, rho .25, by lambda"),
+    "table3": ("ablations", "MNIST class 9 by the entropy threshold t_ent (LeNet5)"),
+    "table6": ("ablations", "MNIST class 9 without each loss of the inversion (LeNet5)"),
+    "table7": ("ablations", "MNIST class 9 by the distance metric of the filter (LeNet5)"),
+}
+"""Name: the module that has it among its TABLES, and what it is."""
+
+PIECES: dict[str, str] = {
+    "moons-maps": "moons",
+    "moons-by-rho": "moons",
+    "moons-ours": "moons",
+    "moons-bayes": "moons",
+    "classifier": "images",
+    "oracle": "images",
+    "generator": "images",
+    "dataset": "images",
+    "erasure": "images",
+}
+"""Kind of cells: the module that has it among its PIECES."""
+
+
+def find(name: str) -> Table:
+    """The table or figure of that name; raises NotFound."""
+    if name not in NAMES:
+        raise NotFound(f"no table or figure {name!r}: `fsu reproduce list` prints their names")
+    found: Table = importlib.import_module(f"fsu_ray.experiments.{NAMES[name][0]}").TABLES[name]
+    return found
+
+
+def piece(kind: str) -> Piece:
+    """The kind of cells of that name."""
+    found: Piece = importlib.import_module(f"fsu_ray.experiments.{PIECES[kind]}").PIECES[kind]
+    return found

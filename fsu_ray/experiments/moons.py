@@ -1,0 +1,297 @@
+"""Figures 2 and 3 and Table 1: few-shot unlearning of the moons' sparse GP (section 4.1).
+
+KL is that of the predictive probabilities by quadrature, KL(reference || unlearned), averaged over all 20 points of
+D_e, whatever part of them was given. That reading of Table 1 is an inference: of those that were tried, it alone comes
+to the paper's figures for EUBO and RKL. The mean over all 100 points stands beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Table, Work
+from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.method import moons as ours
+from fsu_ray.method.baselines import variational
+from fsu_ray.method.baselines.sparse_gp import SparseGP, divergence
+from fsu_ray.method.baselines.variational import Descent
+from fsu_ray.method.datasets import moons
+
+NUMBER, ERASED = 100, 20
+RHO = 0.25
+RHOS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+CUTS = (1e-5, 1e-9, 0.0)
+"""The lambdas of EUBO and RKL."""
+SUBSETS = 5
+"""Draws of D_e,rho that each generator of Table 1 is tried with."""
+PAPER = {
+    "Ours": (0.306, 0.015), "EUBO 1e-05": (0.004, 0.394), "EUBO 1e-09": (0.012, 0.313), "EUBO 0": (0.008, 0.340),
+    "RKL 1e-05": (0.003, 0.432), "RKL 1e-09": (0.007, 0.348), "RKL 0": (0.012, 0.304),
+}  # fmt: skip
+"""Table 1: KL to the original and to the oracle."""
+SIZES = {"steps": 1000, "descent": 2500, "batches": 1500, "cut": 1e-9}
+"""Of the inversion, of EUBO's descent and of RKL; and the lambda of both, for Figures 2 and 3."""
+SIDE = 60  # pixels of a decision map
+EXTENT = LEFT, RIGHT, LOW, HIGH = (-1.8, 2.8, -1.2, 1.7)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The points (100, 2) and labels; which of them are D_e (a mask); the model of all, and the one without D_e."""
+
+    x: Tensor
+    y: Tensor
+    erased: Tensor
+    original: SparseGP
+    oracle: SparseGP
+
+
+@functools.cache
+def setting() -> Setting:
+    """That of Nguyen et al.: D_e are the 20 rightmost points, 19 of them of class 1."""
+    x, y = moons(NUMBER)
+    erased = torch.arange(NUMBER) >= NUMBER - ERASED
+    precisions = torch.tensor([2.4232, 1.8230], dtype=torch.float64)
+    original = SparseGP(moons(20)[0], 4.7432, precisions).fitted(x, y)
+    return Setting(x, y, erased, original, original.fitted(x[~erased], y[~erased]))
+
+
+def subset(rho: float, seed: int) -> Tensor:
+    """Positions of D_e,rho: a share of D_e, drawn at random. Sorted."""
+    order = torch.randperm(ERASED, generator=torch.Generator().manual_seed(seed))
+    return (NUMBER - ERASED + order[: round(rho * ERASED)]).sort().values
+
+
+def eubo(told: Setting, chosen: Tensor, cut: float, seed: int, steps: int) -> SparseGP:
+    """The original without the chosen points, by EUBO: exactly where nothing is cut, else by `steps` of Adam."""
+    gp, x, y = told.original, told.x[chosen], told.y[chosen]
+    if not cut:
+        found = variational.eubo(gp.q, lambda q: gp.expected_log_likelihood(x, y, q))
+    else:
+        found = variational.eubo_sampled(gp.q, _likelihood(told, chosen), cut, seed, Descent(steps=steps))
+    return replace(gp, posterior=found)
+
+
+def rkl(told: Setting, chosen: Tensor, cut: float, seed: int, batches: int) -> SparseGP:
+    """The original without the chosen points, by RKL."""
+    found = variational.rkl(told.original.q, _likelihood(told, chosen), cut, seed, batches)
+    return replace(told.original, posterior=found)
+
+
+def _likelihood(told: Setting, chosen: Tensor) -> variational.LogLikelihood:
+    signs = 2 * told.y[chosen] - 1
+    rows = signs[:, None] * told.original.project(told.x[chosen])
+    return lambda u: torch.nn.functional.logsigmoid(u @ rows.T).sum(1)
+
+
+def away(told: Setting, gp: SparseGP) -> dict[str, float]:
+    """KL of `gp` from original and oracle: the mean over D_e, and over all points."""
+    found: dict[str, float] = {}
+    p = gp.probability(told.x)
+    for name, reference in (("original", told.original), ("oracle", told.oracle)):
+        each = divergence(reference.probability(told.x), p)
+        found |= {f"De_{name}": float(each[told.erased].mean()), f"all_{name}": float(each.mean())}
+    return found
+
+
+def _ours(told: Setting, generator: ours.PointGenerator, chosen: Tensor, recipe: ours.MoonsRecipe) -> SparseGP:
+    return ours.unlearn(told.original, generator, told.x[chosen], told.y[chosen], recipe, NUMBER)
+
+
+# Table 1
+
+
+def _table1_cells(scale: Scale, seeds: int) -> list[Work]:
+    made: list[Work] = [("moons-ours", {"seed": seed, "steps": 1000}) for seed in range(seeds)]
+    return made + [("moons-bayes", {"seed": seed, "steps": 2500, "batches": 1500}) for seed in range(seeds)]
+
+
+VARIANTS = {
+    "Ours": {}, "Ours, nothing filtered": {"policy": "none"}, "Ours, t_f at the knee": {"policy": "knee"},
+    "Ours, logit of the target 0": {"mode": "unsure"}, "Ours, target renormalised away": {"mode": "renormalise"},
+}  # fmt: skip
+
+
+def _row(told: Setting, method: str, gp: SparseGP, seed: int, chosen: int) -> Row:
+    return {"method": method, "seed": seed, "subset": chosen, **away(told, gp)}
+
+
+def _table1_ours(cell: Cell, place: Place) -> list[Row]:
+    told, seed = setting(), cell["seed"]
+    recipe = ours.MoonsRecipe(seed=seed, steps=cell["steps"])
+    generator = ours.invert(told.original, recipe)
+    return [
+        _row(told, name, _ours(told, generator, subset(RHO, number), recipe.model_copy(update=change)), seed, number)
+        for name, change in VARIANTS.items()
+        for number in range(SUBSETS)
+    ]
+
+
+def _table1_bayes(cell: Cell, place: Place) -> list[Row]:
+    told, seed = setting(), cell["seed"]
+    chosen = subset(RHO, seed)
+    rows = [_row(told, "original", told.original, seed, seed)]
+    for cut in CUTS:
+        rows.append(_row(told, f"EUBO {cut:g}", eubo(told, chosen, cut, seed, cell["steps"]), seed, seed))
+        rows.append(_row(told, f"RKL {cut:g}", rkl(told, chosen, cut, seed, cell["batches"]), seed, seed))
+    return rows
+
+
+def _table1_report(rows: list[Row], folder: Path) -> str:
+    lines = []
+    for method in ("original", *sorted(PAPER, key=lambda name: list(PAPER).index(name)), *list(VARIANTS)[1:]):
+        mine = [row for row in rows if row["method"] == method]
+        paper = [f"{value:.3f}" for value in PAPER[method]] if method in PAPER else ["-", "-"]
+        ours_ = [spread((row[key] for row in mine), 3) for key in ("De_original", "De_oracle", "all_oracle")]
+        lines.append([method, paper[0], ours_[0], paper[1], ours_[1], ours_[2]])
+    seeds = sorted({row["seed"] for row in rows})
+    columns = [
+        "method",
+        "paper: to original",
+        "to original",
+        "paper: to oracle",
+        "to oracle",
+        "to oracle, all 100 points",
+    ]
+    return (
+        f"KL(reference || unlearned), mean over D_e, nats; D_e,rho: a random 5 of 20. EUBO and RKL: seeds {seeds}, one "
+        f"draw of D_e,rho each. Ours: as many generators, each with {SUBSETS} draws. The number after EUBO and RKL is "
+        "lambda.\n\n" + table(columns, lines)
+        + "\nThat Table 1 means the mean over D_e, that direction and a random D_e,rho is inferred: it is the reading "
+        "under which EUBO and RKL come to the paper's figures. The paper does not say how Ours is done here; the form "
+        "(Otsu's threshold, D_e-like points dropped) was chosen in earlier work by its distance to the oracle, on "
+        "other generators and draws. What inversion does before any filter stands in the row 'nothing filtered'.\n"
+    )  # fmt: skip
+
+
+# Figure 3
+
+
+def _figure3_cells(scale: Scale, seeds: int) -> list[Work]:
+    return [("moons-by-rho", SIZES | {"seed": seed}) for seed in range(seeds)]
+
+
+def _figure3(cell: Cell, place: Place) -> list[Row]:
+    told, seed = setting(), cell["seed"]
+    recipe = ours.MoonsRecipe(seed=seed, steps=cell["steps"])
+    generator = ours.invert(told.original, recipe)
+
+    def each() -> Iterator[tuple[str, float, SparseGP]]:
+        for rho in RHOS:
+            chosen = subset(rho, seed)
+            yield "Ours", rho, _ours(told, generator, chosen, recipe)
+            yield "EUBO", rho, eubo(told, chosen, cell["cut"], seed, cell["descent"])
+            yield "RKL", rho, rkl(told, chosen, cell["cut"], seed, cell["batches"])
+
+    return [{"method": method, "rho": rho, "seed": seed, **away(told, gp)} for method, rho, gp in each()]
+
+
+def _figure3_report(rows: list[Row], folder: Path) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
+    lines = []
+    for method in ("Ours", "EUBO", "RKL"):
+        values = [[row["De_oracle"] for row in rows if (row["method"], row["rho"]) == (method, rho)] for rho in RHOS]
+        means = [statistics.fmean(each) for each in values]
+        around = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+        axis.errorbar(RHOS, means, yerr=around, marker="o", capsize=3, label=method)
+        lines.append([method, *(spread(each, 3) for each in values)])
+    axis.set(xlabel="rho", ylabel="KL(oracle || unlearned), mean over D_e", title="moons, lambda 1e-9")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(folder / "figure3.png", dpi=110)
+    pyplot.close(figure)
+    return (
+        "![figure 3](figure3.png)\n\nKL(oracle || unlearned), mean over D_e, lambda 1e-9, by rho; mean ± deviation over"
+        f" {len({row['seed'] for row in rows})} draws of D_e,rho, each with a generator of its own.\n\n"
+        + table(["method", *(f"{rho:g}" for rho in RHOS)], lines)
+        + "\nAs in the paper, Ours does not depend on rho and the other two do. At rho = 1 EUBO erases more than the "
+        "oracle did, and RKL comes so near to it because in each batch of 1,000 draws a few carry all the weight.\n"
+    )
+
+
+# Figure 2
+
+
+def _figure2_cells(scale: Scale, seeds: int) -> list[Work]:
+    return [("moons-maps", SIZES | {"seed": seeds - 1, "side": SIDE})]
+
+
+def _figure2(cell: Cell, place: Place) -> list[Row]:
+    told, seed = setting(), cell["seed"]
+    few, every = subset(RHO, seed), subset(1.0, seed)
+    recipe = ours.MoonsRecipe(seed=seed, steps=cell["steps"])
+    generator = ours.invert(told.original, recipe)
+    maps = {
+        "Original": told.original,
+        "Oracle": told.oracle,
+        "Ours, all of D_e": _ours(told, generator, every, recipe),
+        "EUBO, all of D_e": eubo(told, every, cell["cut"], seed, cell["descent"]),
+        "RKL, all of D_e": rkl(told, every, cell["cut"], seed, cell["batches"]),
+        "Ours, 5 points": _ours(told, generator, few, recipe),
+        "EUBO, 5 points": eubo(told, few, cell["cut"], seed, cell["descent"]),
+        "RKL, 5 points": rkl(told, few, cell["cut"], seed, cell["batches"]),
+    }
+    across, up = (torch.linspace(*ends, cell["side"], dtype=torch.float64) for ends in ((LEFT, RIGHT), (LOW, HIGH)))
+    points = torch.cartesian_prod(up, across).flip(1)
+    return [
+        {"method": name, "seed": seed, **away(told, gp), "map": [round(p, 4) for p in gp.probability(points).tolist()]}
+        for name, gp in maps.items()
+    ]
+
+
+def _figure2_report(rows: list[Row], folder: Path) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    told, seed = setting(), rows[0]["seed"]
+    by_name = {row["method"]: row for row in rows}
+    panels = [None, *by_name]  # the data first
+    figure, axes = pyplot.subplots(3, 3, figsize=(9, 7), sharex=True, sharey=True, layout="constrained")
+    for axis, name in zip(axes.flat, panels, strict=True):
+        given = subset(1.0 if name is None or "all" in name else RHO, seed)
+        if name is not None:
+            side = round(len(by_name[name]["map"]) ** 0.5)
+            drawn = torch.tensor(by_name[name]["map"]).view(side, side)
+            axis.imshow(drawn, origin="lower", extent=EXTENT, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            axis.contour(drawn, levels=[0.5], extent=EXTENT, colors="white", linewidths=1)
+        colours = ["gold" if label else "royalblue" for label in told.y]
+        axis.scatter(*told.x.T, c=colours, s=9, edgecolors="black", linewidths=0.3)
+        if name is None or name not in ("Original", "Oracle"):
+            axis.scatter(*told.x[given].T, marker="x", c="red", s=28, linewidths=1.2)
+        axis.set_title(name or "data; D_e crossed", fontsize=10)
+    figure.savefig(folder / "figure2.png", dpi=110)
+    pyplot.close(figure)
+    lines = [[name, f"{row['De_original']:.3f}", f"{row['De_oracle']:.3f}"] for name, row in by_name.items()]
+    return (
+        "![figure 2](figure2.png)\n\nThe probability of class 1 (yellow); the line is at one half; red crosses are the "
+        f"points that are given (seed {seed}). EUBO and RKL at lambda 1e-9. KL(reference || it), mean over D_e:\n\n"
+        + table(["map", "to original", "to oracle"], lines)
+    )
+
+
+TABLES = {
+    "figure2": Table(_figure2_cells, _figure2_report),
+    "figure3": Table(_figure3_cells, _figure3_report),
+    "table1": Table(_table1_cells, _table1_report),
+}
+PIECES = {
+    "moons-maps": Piece(_figure2),
+    "moons-by-rho": Piece(_figure3),
+    "moons-ours": Piece(_table1_ours),
+    "moons-bayes": Piece(_table1_bayes),
+}

@@ -1,0 +1,238 @@
+"""Run a table or figure of the paper: its cells side by side as Ray tasks, each kept as it ends, then the report.
+
+A folder holds `cells/`, a Parquet file a cell, named by the digest of all that decides it and shared by all tables, and
+`small/` or `paper/` with `NAME.parquet`, `NAME.md` and pictures. What is in `cells/` is not computed again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from fsu_ray.cluster import tasks, workers
+from fsu_ray.errors import FsuError, RunFailed, StorageError
+from fsu_ray.experiments.catalogue import NAMES, Place, Row, Scale, Work, find, piece
+from fsu_ray.work import BlobStore
+
+ORIGIN = ("date", "machine", "code", "cell_seconds")
+"""The columns of a row that say where it is from."""
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """All rows, how many cells there are (with those that they need) and how many were computed now, and the files."""
+
+    name: str
+    scale: Scale
+    rows: list[Row]
+    cells: int
+    computed: int
+    seconds: float
+    markdown: str
+    files: list[Path]
+
+
+@dataclass
+class _Progress:
+    """What is there and what is missing, in `folder`."""
+
+    folder: Path
+    cells: dict[str, Work]
+    rows: dict[str, list[Row]]
+    broken: dict[str, FsuError]
+
+    def ready(self) -> list[str]:
+        """The cells that are missing and whose needs are there."""
+        return [
+            key for key, work in self.cells.items()
+            if key not in self.rows and key not in self.broken and all(_key(need) in self.rows for need in _needs(work))
+        ]  # fmt: skip
+
+
+def reproduce(
+    name: str,
+    scale: Scale,
+    seeds: int,
+    folder: Path,
+    store: BlobStore,
+    tell: Callable[[int, int, str], None] | None = None,
+    cpus: int | None = None,
+    again: bool = False,
+) -> Reproduced:
+    """Compute the cells of `name` that `folder` does not hold, all of them if `again`, and write the report.
+
+    `store` takes what cells leave to others; `tell(done, of, cell)` hears of each. Raises NotFound for a name that is
+    none, RunFailed where cells broke, after the others have ended: the same call goes on with those that are missing.
+    """
+    table, started = find(name), time.monotonic()
+    wanted = {_key(work): work for work in table.cells(scale, seeds)}
+    kept, reports = folder / "cells", folder / scale
+    try:
+        for each in (kept, reports):
+            each.mkdir(parents=True, exist_ok=True)
+        for key in wanted if again else ():
+            _file(kept, wanted[key]).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"nothing can be written to {folder} ({error.strerror}); give --into another") from None
+    progress = _look(kept, list(wanted.values()))
+    missing = len(progress.cells) - len(progress.rows)
+    if missing:
+        workers.connect(cpus)
+        _compute_all(progress, store, tell)
+    if progress.broken:
+        key, first = next(iter(progress.broken.items()))
+        raise RunFailed(
+            f"{len(progress.broken)} of {len(progress.cells)} pieces of {name} broke, what has ended is kept: "
+            f"{_shown(progress.cells[key])}: {first}; the same command goes on with those that are missing"
+        )
+    rows = [row for key in wanted for row in progress.rows[key]]
+    markdown = _head(name, scale, seeds, rows) + table.report(rows, reports)
+    _write(reports / f"{name}.parquet", rows)
+    (reports / f"{name}.md").write_text(markdown)
+    files = sorted(file for file in reports.iterdir() if file.name.partition(".")[0].partition("-")[0] == name)
+    return Reproduced(name, scale, rows, len(progress.cells), missing, time.monotonic() - started, markdown, files)
+
+
+def _look(kept: Path, wanted: list[Work]) -> _Progress:
+    """Those that are wanted, and what these need as far as they are missing themselves."""
+    cells: dict[str, Work] = {}
+    rows: dict[str, list[Row]] = {}
+    waiting = list(wanted)
+    while waiting:
+        work = waiting.pop()
+        key = _key(work)
+        if key in cells:
+            continue
+        cells[key] = work
+        found = _read(_file(kept, work))
+        if found is None:
+            waiting += _needs(work)
+        else:
+            rows[key] = found
+    return _Progress(kept, cells, rows, {})
+
+
+def _compute_all(progress: _Progress, store: BlobStore, tell: Callable[[int, int, str], None] | None) -> None:
+    """Wave after wave: what needs nothing that is missing, side by side."""
+    use_gpu, each = workers.resources()
+
+    def resources(todo: Any) -> dict[str, float]:
+        made = piece(todo[1][0])
+        return each if made.gpu and use_gpu else {"CPU": made.cpus}
+
+    while ready := progress.ready():
+        todo = [(key, work, store, [progress.rows[_key(need)] for need in _needs(work)])
+                for key in ready for work in [progress.cells[key]]]  # fmt: skip
+        for (key, work, *_), found in tasks.side_by_side(_compute, todo, resources):
+            if isinstance(found, FsuError):
+                progress.broken[key] = found
+            else:
+                _write(_file(progress.folder, work), found)
+                progress.rows[key] = found
+            if tell:
+                tell(len(progress.rows), len(progress.cells), _shown(work))
+
+
+def _compute(todo: tuple[str, Work, BlobStore, list[list[Row]]]) -> list[Row]:
+    """In a Ray task: the rows of a cell, with where they are from."""
+    import ray
+
+    _, (kind, cell), store, given = todo
+    made, started = piece(kind), time.monotonic()
+    torch.set_num_threads(made.cpus)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    device = torch.device("cuda" if made.gpu and ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
+    found = made.run(cell, Place(device, store, given))
+    worker = torch.cuda.get_device_name() if device.type == "cuda" else f"{_processor()}, {made.cpus} CPU"
+    origin = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{worker}, torch {torch.__version__}",
+        "code": code(),
+        "cell_seconds": round(time.monotonic() - started, 1),
+    }
+    return [{**row, **origin} for row in found]
+
+
+def _needs(work: Work) -> list[Work]:
+    return piece(work[0]).needs(work[1])
+
+
+def _key(work: Work) -> str:
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file(folder: Path, work: Work) -> Path:
+    return folder / f"{work[0]}-{_key(work)}.parquet"
+
+
+def _shown(work: Work) -> str:
+    kind, cell = work
+    return f"{kind}: " + ", ".join(f"{key} {value}" for key, value in cell.items() if not isinstance(value, dict))
+
+
+def _read(file: Path) -> list[Row] | None:
+    """The rows of a file, None where there is none or it was not written to its end."""
+    try:
+        rows: list[Row] = pq.read_table(file).to_pylist()
+    except (OSError, pa.ArrowException):
+        return None
+    return rows
+
+
+def _write(file: Path, rows: list[Row]) -> None:
+    """All of it or nothing."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    whole = pa.table({column: [row.get(column) for row in rows] for column in columns})
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    pq.write_table(whole, beside)
+    os.replace(beside, file)
+
+
+def _head(name: str, scale: Scale, seeds: int, rows: list[Row]) -> str:
+    """The title, and what an honest reader asks first."""
+    said = {column: " and ".join(sorted({str(row[column]) for row in rows})) for column in ORIGIN[:3]}
+    return (
+        f"# {name}: {NAMES[name][1]}\n\n`fsu reproduce {name} --scale {scale} --seeds {seeds}`. Computed "
+        f"{said['date']} on {said['machine']} a cell; code {said['code']}.\n\n"
+    )
+
+
+@functools.cache
+def code() -> str:
+    """What made a row: the commit of a checkout, `+` where it was changed since, else the version of the package."""
+    here = Path(__file__).parent
+    asked = [["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", str(here.parent)]]
+    said = []
+    for words in asked:
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return metadata.version("fsu_ray")
+        if done.returncode:
+            return metadata.version("fsu_ray")
+        said.append(done.stdout.strip())
+    return said[0] + ("+" if said[1] else "")
+
+
+def _processor() -> str:
+    try:
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")]  # fmt: skip
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,215 @@
+"""`fsu reproduce`: cells side by side on Ray, each kept as it ends; a second run goes on where the first one was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from fsu_ray.cluster import tasks
+from fsu_ray.errors import NotFound, RunFailed, StorageError
+from fsu_ray.experiments import catalogue, moons, reproduce, sheets
+from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Table, Work
+from fsu_ray.experiments.reproduce import Reproduced
+
+FSU = str(Path(sys.executable).parent / "fsu")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
+    """No Ray: cells run in this process, one after another, and are listed. `seed` 7 breaks."""
+    seen: list[Work] = []
+
+    def side_by_side(function: Callable, items: list, resources: Callable) -> object:
+        for item in items:
+            assert resources(item) == {"CPU": 1}
+            seen.append(item[1])
+            yield item, RunFailed("it broke") if item[1][1]["seed"] == 7 else function(item)
+
+    monkeypatch.setattr(tasks, "side_by_side", side_by_side)
+    monkeypatch.setattr(reproduce.workers, "connect", lambda cpus: None)
+    monkeypatch.setattr(reproduce.workers, "resources", lambda: (False, {"CPU": 2}))
+    return seen
+
+
+@pytest.fixture
+def squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of a number and its square, in place of Table 1; the square is a cell of its own, which leaves a blob."""
+
+    def square(cell: Cell, place: Place) -> list[Row]:
+        return [{"square": cell["seed"] ** 2, "blob": place.store.put(str(cell["seed"] ** 2).encode())}]
+
+    def add(cell: Cell, place: Place) -> list[Row]:
+        ((row,),) = place.given
+        assert place.store.get(row["blob"]) == str(row["square"]).encode()
+        return [{"n": cell["seed"], "sum": cell["seed"] + row["square"]}]
+
+    def report(rows: list[Row], folder: Path) -> str:
+        (folder / "table1.png").write_bytes(b"a picture")
+        return sheets.table(["n", "sum"], [[str(row["n"]), str(row["sum"])] for row in rows])
+
+    made = Table(lambda scale, seeds: [("sum", {"seed": seed, "scale": scale}) for seed in range(seeds)], report)
+    monkeypatch.setitem(moons.TABLES, "table1", made)
+    monkeypatch.setitem(moons.PIECES, "square", Piece(square))
+    monkeypatch.setitem(moons.PIECES, "sum", Piece(add, lambda cell: [("square", {"seed": cell["seed"]})]))
+    for kind in ("square", "sum"):
+        monkeypatch.setitem(catalogue.PIECES, kind, "moons")
+
+
+@pytest.fixture
+def table1(squares: None, here: list[Work], tmp_path: Path, store: Any) -> Callable[..., Reproduced]:
+    """Reproduce it in a folder of the test's own."""
+    return lambda scale="small", seeds=3, **more: reproduce.reproduce("table1", scale, seeds, tmp_path, store, **more)
+
+
+Go = Callable[..., Reproduced]
+
+
+def test_what_is_there_is_not_computed_again(here: list[Work], table1: Go, tmp_path: Path) -> None:
+    """Three seeds, then five: the two new ones alone. Another scale is other work on the same squares; `again` computes
+    the table's own cells, and not what they need."""
+    done = table1()
+    assert (done.cells, done.computed, [row["sum"] for row in done.rows]) == (6, 6, [0, 2, 6])
+    assert [kind for kind, _ in here] == ["square"] * 3 + ["sum"] * 3
+    here.clear()
+    done = table1(seeds=5)
+    assert (sorted((kind, cell["seed"]) for kind, cell in here), done.computed, len(done.rows)) == (
+        [("square", 3), ("square", 4), ("sum", 3), ("sum", 4)], 4, 5,
+    )  # fmt: skip
+    assert [file.name for file in done.files] == ["table1.md", "table1.parquet", "table1.png"]
+    assert done.files[0].parent == tmp_path / "small"
+    assert [row["n"] for row in pq.read_table(done.files[1]).to_pylist()] == [0, 1, 2, 3, 4]
+    assert table1("paper", 5).computed == 5
+    assert table1(seeds=5).computed == 0
+    assert table1(seeds=5, again=True).computed == 5
+
+
+def test_a_cell_that_breaks_costs_no_other(here: list[Work], table1: Go, tmp_path: Path) -> None:
+    """The ninth square is made after the eighth broke, and its sum too; there is no report that hides it."""
+    with pytest.raises(RunFailed, match=r"1 of 18 pieces of table1 broke, what has ended is kept: square: seed 7: it"):
+        table1(seeds=9)
+    assert len(list((tmp_path / "cells").glob("sum-*.parquet"))) == 8
+    assert not (tmp_path / "small" / "table1.md").exists()
+    here.clear()
+    with pytest.raises(RunFailed, match="goes on with those that are missing"):
+        table1(seeds=9)
+    assert here == [("square", {"seed": 7})]
+
+
+def test_a_file_that_was_cut_short_is_computed_again(table1: Go, tmp_path: Path) -> None:
+    """As a power cut leaves one."""
+    table1()
+    file = sorted((tmp_path / "cells").glob("sum-*"))[0]
+    file.write_bytes(file.read_bytes()[:100])
+    done = table1()
+    assert (done.computed, len(done.rows)) == (1, 3)
+
+
+def test_the_report_says_where_it_is_from(table1: Go, tmp_path: Path) -> None:
+    """Command, date, machine and code, in the report and in every row; rows of two codes are called that."""
+    done = table1(seeds=1)
+    (row,) = done.rows
+    head = done.markdown.splitlines()[2]
+    assert head.startswith("`fsu reproduce table1 --scale small --seeds 1`. Computed 20")
+    for column in ("date", "machine", "code"):
+        assert row[column]
+        assert row[column] in head
+    (file,) = (tmp_path / "cells").glob("sum-*")
+    reproduce._write(file, [{**row, "code": "z-older"}])
+    assert f"code {row['code']} and z-older." in table1(seeds=2).markdown
+
+
+def test_names_and_folders_that_are_none(table1: Go, tmp_path: Path, store: Any) -> None:
+    """One line that says what to do."""
+    with pytest.raises(NotFound, match="`fsu reproduce list`"):
+        reproduce.reproduce("table99", "small", 1, tmp_path, store)
+    (tmp_path / "cells").touch()
+    with pytest.raises(StorageError, match="--into"):
+        table1()
+
+
+@pytest.mark.parametrize("name", catalogue.NAMES)
+def test_every_name_leads_to_cells_that_can_be_told_apart(name: str) -> None:
+    """At both scales; what they need is known too. Fewer seeds are a part of more, but for a single picture."""
+    for scale in ("small", "paper"):
+        cells = catalogue.find(name).cells(scale, 2)
+        assert cells
+        waiting = list(cells)
+        while waiting:
+            work = waiting.pop()
+            assert json.loads(json.dumps(work)) == list(work)
+            waiting += catalogue.piece(work[0]).needs(work[1])
+        assert len({reproduce._key(work) for work in cells}) == len(cells)
+
+
+def test_means_and_deviations() -> None:
+    """As the paper prints them: of the sample, and without one where there is one value."""
+    assert sheets.spread([1, 2, 3]) == "2.00 ± 1.00"
+    assert sheets.spread([98.414], 1) == "98.4"
+    assert sheets.spread([]) == "-"
+    assert sheets.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+def test_the_command_refuses_in_one_line() -> None:
+    """A name and a scale that are none, no seeds."""
+    for words in (["tabel1"], ["table1", "--scale", "huge"], ["table1", "--seeds", "0"]):
+        done = subprocess.run([FSU, "reproduce", *words], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+
+
+def slow_square(number: int) -> int:
+    """In a Ray task."""
+    if number == 3:
+        raise NotFound("no 3")
+    if number == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)
+    return number**2
+
+
+@pytest.mark.ray
+def test_tasks_side_by_side_and_what_comes_of_each() -> None:
+    """On a Ray of two CPUs: all results, an error of ours for what raised and for a process that died."""
+    reproduce.workers.connect(2)
+    try:
+        found = dict(tasks.side_by_side(slow_square, range(6), lambda number: {"CPU": 1}))
+    finally:
+        reproduce.workers.disconnect()
+    assert {number: found[number] for number in (0, 1, 2, 5)} == {0: 0, 1: 1, 2: 4, 5: 25}
+    assert isinstance(found[3], RunFailed)
+    assert "no 3" in str(found[3])
+    assert isinstance(found[4], RunFailed)
+
+
+@pytest.mark.ray
+def test_figure3_is_interrupted_and_goes_on(home: Path) -> None:
+    """The real command on Ray, interrupted after its first seed: that one is kept, the second run computes the rest,
+    and the figure says what the paper says."""
+    words = [FSU, "reproduce", "figure3", "--seeds", "3", "--cpus", "2"]
+    first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert first.stderr
+    assert first.stderr.readline().startswith("1 of 3: moons-by-rho: ")
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 130, said
+    assert "what has ended is kept" in said
+    kept = len(list(home.glob(".fsu/reproduce/cells/*.parquet")))
+    assert 1 <= kept < 3
+    done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=400, check=True)
+    told = json.loads(done.stdout)
+    assert (told["cells"], told["computed"]) == (3, 3 - kept)
+    assert [Path(file).name for file in told["files"]] == ["figure3.md", "figure3.parquet", "figure3.png"]
+    means = {(row["method"], row["rho"]): [] for row in told["rows"]}
+    for row in told["rows"]:
+        means[row["method"], row["rho"]].append(row["De_oracle"])
+    assert max(sum(means["Ours", rho]) / 3 for rho in (0.25, 0.5, 0.75, 1.0)) < 0.05
+    assert min(sum(means[method, 0.25]) / 3 for method in ("EUBO", "RKL")) > 0.2
