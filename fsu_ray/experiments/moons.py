@@ -57,6 +57,8 @@ class Setting:
 def setting() -> Setting:
     """That of Nguyen et al.: D_e are the 20 rightmost points, 19 of them of class 1."""
     x, y = moons(NUMBER)
+    order = x[:, 0].argsort()
+    x, y = x[order], y[order]
     erased = torch.arange(NUMBER) >= NUMBER - ERASED
     precisions = torch.tensor([2.4232, 1.8230], dtype=torch.float64)
     original = SparseGP(moons(20)[0], 4.7432, precisions).fitted(x, y)
@@ -167,7 +169,11 @@ def _table1_report(rows: list[Row], folder: Path) -> str:
         + "\nThat Table 1 means the mean over D_e, that direction and a random D_e,rho is inferred: it is the reading "
         "under which EUBO and RKL come to the paper's figures. The paper does not say how Ours is done here; the form "
         "(Otsu's threshold, D_e-like points dropped) was chosen in earlier work by its distance to the oracle, on "
-        "other generators and draws. What inversion does before any filter stands in the row 'nothing filtered'.\n"
+        "other generators and draws. What inversion does before any filter stands in the row 'nothing filtered'. How "
+        "near Ours comes hangs on the basis of f_e, in which eq. 5 measures an L1 distance: here that is the Cholesky "
+        "factor of Kuu, the inducing inputs in scikit-learn's order; with the symmetric root, which knows no order, "
+        "three generators came to .055 to .076 from the oracle, and their row 'nothing filtered' to .001 to .004 from "
+        "the original.\n"
     )  # fmt: skip
 
 

@@ -115,12 +115,11 @@ def read_samples(location: str, shape: tuple[int, int, int]) -> Tensor:
 
 
 def moons(number: int, noise: float = 0.2, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """scikit-learn's two moons: points (N, 2) float64, sorted by the first coordinate, and labels (N,) of 0 and 1."""
+    """scikit-learn's two moons: points (N, 2) float64 and labels (N,) of 0 and 1."""
     from sklearn.datasets import make_moons
 
     points, labels = (torch.from_numpy(each) for each in make_moons(number, noise=noise, random_state=seed))
-    order = points[:, 0].argsort()
-    return points[order], labels[order].double()
+    return points, labels.double()
 
 
 def write_samples(pixels: Tensor, folder: Path) -> None:

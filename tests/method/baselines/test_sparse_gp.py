@@ -60,9 +60,13 @@ def test_the_fit_is_the_optimum_of_the_bound(moons: Setting) -> None:
     lower = torch.eye(5, dtype=torch.float64).requires_grad_()
     optimiser = torch.optim.LBFGS([mean, lower], max_iter=300, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
+    def posterior() -> Gaussian:
+        tril = lower.tril(-1) + torch.diag(lower.diagonal().abs())
+        return Gaussian(gp.prior.tril @ mean, gp.prior.tril @ tril)
+
     def loss() -> Tensor:
         optimiser.zero_grad()
-        q = Gaussian(gp.prior.tril @ mean, gp.prior.tril @ (lower.tril(-1) + torch.diag(lower.diagonal().abs())))
+        q = posterior()
         parts = (gp.expected_log_likelihood(x[i : i + 25], y[i : i + 25], q) * weight[i] for i in range(0, 100, 25))
         log_likelihood = sum(parts)
         value = q.kl(gp.prior) - log_likelihood
@@ -70,7 +74,8 @@ def test_the_fit_is_the_optimum_of_the_bound(moons: Setting) -> None:
         return value
 
     optimiser.step(loss)
-    other = Gaussian((gp.prior.tril @ mean).detach(), (gp.prior.tril @ torch.tril(lower)).detach())
+    other = posterior()
+    other = Gaussian(other.mean.detach(), other.tril.detach())
     found = gp.fitted(x, y, weight)
     assert float(found.q.kl(other)) < 1e-6
     assert (
