@@ -166,6 +166,18 @@ def test_the_command_refuses_in_one_line() -> None:
         assert (done.returncode, done.stdout) == (2, "")
 
 
+def test_the_job_is_the_command() -> None:
+    """`python -m jobs.reproduce`, as a Ray job has it: one JSON document, and the same exit code."""
+    root = Path(__file__).parent.parent.parent
+    words = [sys.executable, "-m", "jobs.reproduce"]
+    done = subprocess.run([*words, "list"], cwd=root, capture_output=True, text=True, timeout=60, check=True)
+    assert {each["name"]: each["what"] for each in json.loads(done.stdout)} == {
+        name: what for name, (_, what) in catalogue.NAMES.items()
+    }
+    done = subprocess.run([*words, "table99"], cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def slow_square(number: int) -> int:
     """In a Ray task."""
     if number == 3:

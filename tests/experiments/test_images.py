@@ -1,0 +1,117 @@
+"""The pieces of the tables on MNIST, on a part of it and with recipes of seconds: what each leaves to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load as load_tensors
+
+from fsu_ray.experiments import ablations, images
+from fsu_ray.experiments.catalogue import Cell, Place, Row, Work, piece
+from fsu_ray.experiments.mnist import Bench, read_bench
+from fsu_ray.experiments.reproduce import _key
+from fsu_ray.method.synthesize import Synthetic
+
+PART = 3000
+INVERT = {"steps": 6, "batch": 30, "width": 4}
+SYNTHESIZE = {"per_class": 20, "entropy_threshold": 2.3, "max_draws": 8, "starved_below": 0.0}
+
+
+@pytest.fixture
+def part(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """The first 3,000 images of each split."""
+    whole = read_bench(mnist)
+    first = torch.arange(PART)
+    crossed = (places[places < PART] for places in (whole.crossed_train, whole.crossed_test))
+    small = Bench(whole.train.take(first), whole.test.take(first), *crossed)
+    monkeypatch.setattr(images, "bench", lambda: small)
+    return small
+
+
+class Maker:
+    """Computes a cell after what it needs, each once."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.made = store, dict[str, list[Row]]()
+
+    def __call__(self, kind: str, cell: Cell) -> Row:
+        work: Work = (kind, cell)
+        if _key(work) not in self.made:
+            given = [[self(*need)] for need in piece(kind).needs(cell)]
+            self.made[_key(work)] = piece(kind).run(cell, Place(torch.device("cpu"), self.store, given))
+        (row,) = self.made[_key(work)]
+        return row
+
+
+@pytest.mark.mnist
+@pytest.mark.parametrize("scenario", ["class9", "crossed7"])
+def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, scenario: str) -> None:
+    """Every piece, by the recipe of its own cell; what is erased is gone or right, more or less, after seconds."""
+    make = Maker(store)
+    original = {**images.classifier(scenario, "lenet5", 1, "small"), "epochs": 4}
+    inverter = images.generator(original, "default", INVERT)
+    drawn = images.dataset(inverter, "default", SYNTHESIZE)
+    everything = {"relearn": {"epochs": 2, "lr": 0.01}, "filter": {"runner_up": 0.0}, "gate": {"agreement_min": 0.0}}
+    few, full = (make(*images.erasure(drawn, "default", rho, everything)) for rho in (0.2, images.FULL))
+    before = make("classifier", original)
+    assert before["D_r"] > 80
+    weights = load_tensors(store.get(make("generator", inverter)["weights"]))
+    assert weights["linear.weight"].shape[0] == 8 * 4 * 64
+    row = make("dataset", drawn)
+    found = Synthetic.from_bytes(store.get(row["dataset"]))
+    assert len(found) <= 200
+    assert set(row) >= {"acceptance", "coverage", "bn_distance", "agreement", "starved", "refused"}
+    for after in (few, full):
+        assert (after["before_D_r"], after["before_D_e"]) == (before["D_r"], before["D_e"])
+        assert after["refused"] in ("", "nothing_found", "not_forgotten")
+        assert (after["weights"] == before["weights"]) is (after["refused"] == "nothing_found")
+    if scenario == "class9":
+        assert full["D_e"] < 10 < before["D_e"]
+    for how in ("finetuned", "scratch"):
+        oracle = make("oracle", {"classifier": original, "how": how, "epochs": 3, "seed": 1})
+        assert oracle["D_r"] > 80
+        if how == "scratch" and scenario == "class9":
+            assert oracle["D_e"] == 0
+
+
+def test_variants_share_all_that_they_do_not_change() -> None:
+    """A seed of Table 3 has one classifier, one generator and four D'; of Table 6, five generators; of Table 7, one."""
+    for name, numbers in (("table3", (1, 1, 4, 8)), ("table6", (1, 5, 5, 10)), ("table7", (1, 1, 1, 8))):
+        seen: dict[str, set[str]] = {}
+        waiting = ablations.TABLES[name].cells("small", 1)
+        while waiting:
+            work = waiting.pop()
+            seen.setdefault(work[0], set()).add(_key(work))
+            waiting += piece(work[0]).needs(work[1])
+        assert tuple(len(seen[kind]) for kind in ("classifier", "generator", "dataset", "erasure")) == numbers
+
+
+def test_a_variant_changes_what_it_says(tmp_path: Path) -> None:
+    """Without a loss its weight is 0 and the others stay; the paper's size is the paper's."""
+    cells = {(cell["variant"], cell["rho"]): cell for _, cell in ablations.TABLES["table6"].cells("small", 1)}
+    weights = cells["without BN", 1.0]["dataset"]["generator"]["invert"]["weights"]
+    all_five = cells["all five", 1.0]["dataset"]["generator"]["invert"]["weights"]
+    assert weights == {**all_five, "bn": 0}
+    assert all_five["bn"] > 0
+    assert cells["all five", 1.0]["recipe"]["relearn"]["repeats"] == 1
+    assert cells["all five", 0.03]["recipe"]["relearn"]["repeats"] == 5
+    _, large = ablations.TABLES["table6"].cells("paper", 1)[0]
+    invert = large["dataset"]["generator"]["invert"]
+    assert (invert["steps"], invert["width"], large["dataset"]["generator"]["classifier"]["epochs"]) == (7000, 16, 20)
+
+
+def test_the_report_sets_ours_beside_the_papers(tmp_path: Path) -> None:
+    """Full-shot and few-shot, each with the original; mean and deviation; what was refused is counted."""
+    rows = [
+        {"variant": name, "rho": rho, "seed": seed, "D_r": 99 + seed, "D_e": rho, "refused": "not_forgotten" * seed,
+         "before_D_r": 99.0, "before_D_e": 98.0}
+        for name in ablations.METRICS for rho in (1.0, 0.03) for seed in (0, 1)
+    ]  # fmt: skip
+    text = ablations.TABLES["table7"].report(rows, tmp_path)
+    assert text.count("| Original | 99.47 | 99.00 ± 0.00 | 99.31 | 98.00 ± 0.00 |  |") == 2
+    assert "| cosine | 98.81 ± 0.15 | 99.50 ± 0.71 | 0.00 ± 0.00 | 1.00 ± 0.00 | 1 of 2 |" in text
+    assert "| cosine | 98.85 ± 0.27 | 99.50 ± 0.71 | 0.00 ± 0.00 | 0.03 ± 0.00 | 1 of 2 |" in text
+    assert "few-shot (3 %)" in text
