@@ -55,6 +55,8 @@ class Table:
 NAMES: dict[str, tuple[str, str]] = {
     "figure2": ("moons", "decision maps on the moons: original, oracle, EUBO, RKL, Ours"),
     "figure3": ("moons", "KL to the oracle against rho on the moons: Ours, EUBO, RKL"),
+    "figure7": ("figures", "time of training, generator and unlearning, first and later requests (LeNet5)"),
+    "figure8": ("figures", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
     "table1": ("moons", "KL to original and oracle on the moons, rho .25, by lambda"),
     "table3": ("ablations", "MNIST class 9 by the entropy threshold t_ent (LeNet5)"),
     "table6": ("ablations", "MNIST class 9 without each loss of the inversion (LeNet5)"),
@@ -69,6 +71,7 @@ PIECES: dict[str, str] = {
     "moons-bayes": "moons",
     "classifier": "images",
     "oracle": "images",
+    "fisher": "images",
     "generator": "images",
     "dataset": "images",
     "erasure": "images",

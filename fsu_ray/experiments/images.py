@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from fsu_ray.config import make_recipe
 from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Work
-from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, train
+from fsu_ray.experiments.mnist import Bench, read_bench, score, target_positions, target_samples, train
 from fsu_ray.gate import refuse_generator, refuse_result
 from fsu_ray.method import evaluate, invert
+from fsu_ray.method.baselines import fisher
 from fsu_ray.method.context import Saved, save_samples
 from fsu_ray.method.fit import Schedule, fit
 from fsu_ray.method.networks import Classifier, Generator
@@ -86,6 +88,13 @@ def measured(scenario: str, spec: ModelSpec, weights: bytes) -> dict[str, float]
     return {"D_r": found["D_r"], "D_e": found[DE[scenario]]}
 
 
+def erased_of(scenario: str, rho: float, seed: int) -> Tensor:
+    """(N,) bool: which images of the training set are D_e,rho; the same that `target_samples` gives."""
+    data, erased = bench(), torch.zeros(len(bench().train), dtype=torch.bool)
+    erased[target_positions(data, "crossed" if scenario == "crossed7" else 9, seed, rho)] = True
+    return erased
+
+
 def _load(row: Row, place: Place) -> Classifier:
     found = Classifier.from_bytes(ModelSpec.model_validate_json(row["spec"]), place.store.get(row["weights"]))
     return found.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
@@ -95,11 +104,6 @@ def _oracle(cell: Cell, place: Place) -> list[Row]:
     """Trained on D_r: from the original's weights (`finetuned`, at the rate of relearning) or anew (`scratch`)."""
     ((original,),) = place.given
     scenario, data, started = original["scenario"], bench(), time.monotonic()
-    erased = torch.zeros(len(data.train), dtype=torch.bool)
-    if scenario == "crossed7":
-        erased[data.crossed_train] = True
-    else:
-        erased = data.train.labels == 9
     child = _load(original, place)
     if cell["how"] == "scratch":
         torch.manual_seed(cell["seed"])
@@ -109,7 +113,7 @@ def _oracle(cell: Cell, place: Place) -> list[Row]:
         how = Schedule(
             cell["epochs"], 64, 0.003, weight_decay=2e-5, one_cycle=False, seed=cell["seed"], precision="auto"
         )
-    rest = data.train.take(~erased)
+    rest = data.train.take(~erased_of(scenario, FULL, cell["seed"]))
     fit(child, rest.pixels, rest.labels, how)
     row = {"seed": cell["seed"], "scenario": scenario, "how": cell["how"], "epochs": cell["epochs"]}
     return [row | {"seconds": time.monotonic() - started, **measured(scenario, child.spec, child.to_bytes())}]
@@ -166,6 +170,22 @@ def _erasure(cell: Cell, place: Place) -> list[Row]:
     return [row | {"seconds": time.monotonic() - started, **measured(scenario, spec, place.store.get(weights))}]
 
 
+def _fisher(cell: Cell, place: Place) -> list[Row]:
+    """A row for each strength of the noise, by the information on `samples` training images that are not of D_e,rho."""
+    ((original,),) = place.given
+    scenario, started, judge = original["scenario"], time.monotonic(), _load(original, place)
+    kept = (~erased_of(scenario, cell["rho"], cell["seed"])).nonzero().flatten()
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(cell["seed"]))
+    known = fisher.information(judge, bench().train.pixels[kept[order[: cell["samples"]]]])
+    took = time.monotonic() - started
+    rows = []
+    for alpha in cell["alphas"]:
+        made = fisher.scrub(judge, known, alpha, cell["seed"])
+        row = {"seed": cell["seed"], "scenario": scenario, "rho": cell["rho"], "alpha": alpha, "seconds": took}
+        rows.append(row | measured(scenario, judge.spec, made.to_bytes()))
+    return rows
+
+
 def _original(cell: Cell) -> list[Work]:
     return [("classifier", cell["classifier"])]
 
@@ -181,6 +201,7 @@ def _erased_on(cell: Cell) -> list[Work]:
 PIECES = {
     "classifier": Piece(_classifier, gpu=True),
     "oracle": Piece(_oracle, _original, gpu=True),
+    "fisher": Piece(_fisher, _original, gpu=True),
     "generator": Piece(_generator, _original, gpu=True),
     "dataset": Piece(_dataset, _drawn_from, gpu=True),
     "erasure": Piece(_erasure, _erased_on, gpu=True),

@@ -80,14 +80,20 @@ def train(
     return spec, classifier.to_bytes()
 
 
+def target_positions(bench: Bench, what: int | str, seed: int, share: float = SHARE) -> Tensor:
+    """Which training images stand for a behaviour: a share of a class, or of the crossed sevens, drawn by `seed`."""
+    if isinstance(what, int):
+        return draw(bench.train, [what], share, seed)
+    order = torch.randperm(len(bench.crossed_train), generator=torch.Generator().manual_seed(seed))
+    return bench.crossed_train[order[: round(share * len(bench.crossed_train))]]
+
+
 def target_samples(bench: Bench, what: int | str, seed: int, share: float = SHARE) -> tuple[Behaviour, Tensor]:
     """A behaviour and a share of its training samples, (M, 1, 32, 32) uint8, drawn by `seed`."""
+    pixels = bench.train.pixels[target_positions(bench, what, seed, share)]
     if isinstance(what, int):
-        chosen = draw(bench.train, [what], share, seed)
-        return Behaviour(name=f"class-{what}", kind="class", targets=(what,)), bench.train.pixels[chosen]
-    order = torch.randperm(len(bench.crossed_train), generator=torch.Generator().manual_seed(seed))
-    chosen = bench.crossed_train[order[: round(share * len(bench.crossed_train))]]
-    return CROSSED, bench.train.pixels[chosen]
+        return Behaviour(name=f"class-{what}", kind="class", targets=(what,)), pixels
+    return CROSSED, pixels
 
 
 def score(bench: Bench, spec: ModelSpec, weights: bytes, gone: list[int], crossed: bool) -> dict[str, float]:

@@ -165,7 +165,7 @@ def _compute(todo: tuple[str, Work, BlobStore, list[list[Row]]]) -> list[Row]:
         "code": code(),
         "cell_seconds": round(time.monotonic() - started, 1),
     }
-    return [{**row, **origin} for row in found]
+    return [{"piece": kind, **row, **origin} for row in found]
 
 
 def _needs(work: Work) -> list[Work]:

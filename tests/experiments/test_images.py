@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors
 
-from fsu_ray.experiments import ablations, images
+from fsu_ray.experiments import ablations, figures, images
 from fsu_ray.experiments.catalogue import Cell, Place, Row, Work, piece
 from fsu_ray.experiments.mnist import Bench, read_bench
 from fsu_ray.experiments.reproduce import _key
@@ -75,6 +75,41 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, scenario: str)
         assert oracle["D_r"] > 80
         if how == "scratch" and scenario == "class9":
             assert oracle["D_e"] == 0
+
+
+@pytest.mark.mnist
+def test_fisher_by_its_strength(part: Bench, store: Any) -> None:
+    """A row a strength, on the kept images alone: none changes nothing, much costs D_r too."""
+    make = Maker(store)
+    original = {**images.classifier("class9", "lenet5", 1, "small"), "epochs": 4}
+    cell = {"classifier": original, "rho": images.FULL, "samples": 100, "alphas": [0.0, 1e-2], "seed": 1}
+    rows = piece("fisher").run(cell, Place(torch.device("cpu"), store, [[make("classifier", original)]]))
+    before = make("classifier", original)
+    assert (rows[0]["D_r"], rows[0]["D_e"]) == (before["D_r"], before["D_e"])
+    assert rows[1]["D_r"] < 50
+    erased = images.erased_of("class9", images.FULL, 1)
+    assert torch.equal(part.train.labels[erased].unique(), torch.tensor([9]))
+    assert 0 < int(images.erased_of("crossed7", 0.5, 1).sum()) < len(part.crossed_train)
+
+
+def test_pictures_of_time_and_of_fisher(tmp_path: Path) -> None:
+    """From rows of two seeds: the tables, and a picture each."""
+    kinds = ("classifier", "generator", "dataset", "erasure")
+    rows = [{"piece": kind, "seed": seed, "seconds": 10.0 * n, "D_r": 99.0 - seed, "D_e": float(n)}
+            for seed in (0, 1) for n, kind in enumerate(kinds, 1)]  # fmt: skip
+    text = figures.TABLES["figure7"].report(rows, tmp_path)
+    assert "| generator | 20.0 ± 0.0 |" in text
+    assert "| first request | 90.0 |\n| later request | 40.0 |" in text
+    for seed in (0, 1):
+        rows += [{"piece": "oracle", "how": how, "epochs": 6, "seed": seed, "D_r": 99.0, "D_e": 1.0}
+                 for how in ("finetuned", "scratch")]  # fmt: skip
+        rows += [{"piece": "fisher", "alpha": alpha, "seed": seed, "D_r": 90.0 - seed, "D_e": 50.0}
+                 for alpha in figures.ALPHAS]  # fmt: skip
+    text = figures.TABLES["figure8"].report(rows, tmp_path)
+    assert "| Fisher 3.5e-07 | 89.50 ± 0.71 | 50.00 ± 0.00 |" in text
+    assert "| Oracle, fine-tuned, 6 epochs | 99.00 ± 0.00 | 1.00 ± 0.00 |" in text
+    for name in ("figure7", "figure8"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
 def test_variants_share_all_that_they_do_not_change() -> None:

@@ -1,0 +1,118 @@
+"""Figures 7 and 8: what the method's parts take, and Fisher's noise by its strength. LeNet5 on MNIST, class 9."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fsu_ray.experiments import images
+from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
+from fsu_ray.experiments.images import EPOCHS, FEW, FULL
+from fsu_ray.experiments.sheets import spread, table
+
+ALPHAS = (1e-8, 5e-8, 1e-7, 1.5e-7, 2e-7, 2.5e-7, 3e-7, 3.5e-7)
+"""The strengths that the paper sweeps (Figure 8)."""
+SAMPLES = {"small": 2000, "paper": 50_000}
+"""Images that the information is taken on."""
+
+
+def _seed(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The cells of a seed's classifier, generator and D'."""
+    size = {} if scale == "small" else {"steps": 7000, "width": 16}
+    original = images.classifier("class9", "lenet5", seed, scale)
+    inverter = images.generator(original, "default", size)
+    return original, inverter, images.dataset(inverter, "default", {})
+
+
+def _figure7_cells(scale: Scale, seeds: int) -> list[Work]:
+    cells: list[Work] = []
+    for seed in range(seeds):
+        original, inverter, drawn = _seed(seed, scale)
+        cells += [("classifier", original), ("generator", inverter), ("dataset", drawn)]
+        cells.append(images.erasure(drawn, "default", FEW, {}))
+    return cells
+
+
+def _figure7_report(rows: list[Row], folder: Path) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    parts = {"training": "classifier", "generator": "generator", "D'": "dataset", "unlearning": "erasure"}
+    took = {name: [row["seconds"] for row in rows if row["piece"] == piece] for name, piece in parts.items()}
+    means = {name: statistics.fmean(each) for name, each in took.items()}
+    figure, axis = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+    axis.bar(list(means), list(means.values()))
+    for at, value in enumerate(means.values()):
+        axis.annotate(f"{value:.0f} s", (at, value), ha="center", va="bottom")
+    axis.set(ylabel="seconds", title="LeNet5, MNIST, class 9, 3 %")
+    figure.savefig(folder / "figure7.png", dpi=110)
+    pyplot.close(figure)
+    lines = [[name, spread(each, 1)] for name, each in took.items()]
+    first = means["generator"] + means["D'"] + means["unlearning"]
+    lines += [["first request", f"{first:.1f}"], ["later request", f"{means['unlearning']:.1f}"]]
+    return (
+        "![figure 7](figure7.png)\n\n" + table(["part", "seconds"], lines)
+        + "\nEach part had one CPU, or one GPU, to itself. A later request needs neither a generator nor D'. The "
+        "paper's text has no numbers for it: it says that the generator takes longest.\n"
+    )  # fmt: skip
+
+
+def _figure8_cells(scale: Scale, seeds: int) -> list[Work]:
+    cells: list[Work] = []
+    for seed in range(seeds):
+        original, _, drawn = _seed(seed, scale)
+        cells.append(("fisher", {"classifier": original, "rho": FULL, "samples": SAMPLES[scale],
+                                 "alphas": list(ALPHAS), "seed": seed}))  # fmt: skip
+        for how in ("finetuned", "scratch"):
+            cells.append(("oracle", {"classifier": original, "how": how, "epochs": EPOCHS[scale], "seed": seed}))
+        cells += [("classifier", original), images.erasure(drawn, "default", FEW, {})]
+    return cells
+
+
+def _figure8_report(rows: list[Row], folder: Path) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    epochs = next(row["epochs"] for row in rows if row["piece"] == "oracle")
+    groups: dict[str, Callable[[Row], bool]] = {
+        "Original": lambda row: row["piece"] == "classifier",
+        f"Oracle, fine-tuned, {epochs} epochs": lambda row: row["how"] == "finetuned",
+        "Oracle, from scratch": lambda row: row["how"] == "scratch",
+        "Ours, 3 %": lambda row: row["piece"] == "erasure",
+        **{f"Fisher {alpha:g}": lambda row, alpha=alpha: row["alpha"] == alpha for alpha in ALPHAS},  # type: ignore[misc]
+    }
+    found = {name: [row for row in map(_all_columns, rows) if holds(row)] for name, holds in groups.items()}
+    figure, axis = pyplot.subplots(figsize=(5.5, 4.2), layout="constrained")
+    fisher = [name for name in found if name.startswith("Fisher")]
+    marks = [([name], name, "o") for name in found if name not in fisher]
+    for names, label, style in [*marks, (fisher, "Fisher", "s-")]:
+        values = {key: [[row[key] for row in found[name]] for name in names] for key in ("D_e", "D_r")}
+        (across, wide), (up, high) = (
+            ([statistics.fmean(each) for each in one], [statistics.pstdev(each) for each in one])
+            for one in values.values()
+        )
+        axis.errorbar(across, up, xerr=wide, yerr=high, fmt=style, capsize=2, label=label, alpha=0.8)
+    axis.set(xlabel="accuracy on D_e, %", ylabel="accuracy on D_r, %", title="class 9, LeNet5")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(folder / "figure8.png", dpi=110)
+    pyplot.close(figure)
+    lines = [[name, *(spread(row[key] for row in mine) for key in ("D_r", "D_e"))] for name, mine in found.items()]
+    return (
+        "![figure 8](figure8.png)\n\n" + table(["method", "D_r", "D_e"], lines)
+        + f"\nSeeds {sorted({row['seed'] for row in rows})}. Fisher has all of D_r and all of D_e; Ours neither.\n"
+    )  # fmt: skip
+
+
+def _all_columns(row: Row) -> Row:
+    """The columns that only some kinds of cells have, as Parquet gives them back."""
+    return {"how": None, "alpha": None, **row}
+
+
+TABLES = {"figure7": Table(_figure7_cells, _figure7_report), "figure8": Table(_figure8_cells, _figure8_report)}
