@@ -21,7 +21,9 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="small: for two cores. paper: the paper's sizes, for GPUs.")] = "small",
     seeds: Annotated[int, typer.Option(min=1, help="How many, side by side where there is room.")] = 5,
     into: Annotated[Path | None, typer.Option(help="A folder. Default: reproduce/ in FSU_HOME.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Compute all of it anew, also what is there.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Compute its cells anew; what they share with others stays.")
+    ] = False,
     cpus: Cpus = None,
     json: Json = False,
 ) -> None:

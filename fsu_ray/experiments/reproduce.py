@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 
 from fsu_ray.cluster import tasks, workers
-from fsu_ray.errors import FsuError, RunFailed, StorageError
+from fsu_ray.errors import FsuError, RunFailed, StorageError, UserError
 from fsu_ray.experiments.catalogue import NAMES, Place, Row, Scale, Work, find, piece
 from fsu_ray.work import BlobStore
 
@@ -74,12 +75,15 @@ def reproduce(
     cpus: int | None = None,
     again: bool = False,
 ) -> Reproduced:
-    """Compute the cells of `name` that `folder` does not hold, all of them if `again`, and write the report.
+    """Compute the cells of `name` that `folder` does not hold, or all but what they need if `again`, and the report.
 
     `store` takes what cells leave to others; `tell(done, of, cell)` hears of each. Raises NotFound for a name that is
-    none, RunFailed where cells broke, after the others have ended: the same call goes on with those that are missing.
+    none, UserError without matplotlib, RunFailed where cells broke, after the others have ended: the same call goes on
+    with those that are missing.
     """
     table, started = find(name), time.monotonic()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("tables and figures are drawn with matplotlib: pip install 'fsu_ray[report]'")
     wanted = {_key(work): work for work in table.cells(scale, seeds)}
     kept, reports = folder / "cells", folder / scale
     try:
@@ -104,7 +108,7 @@ def reproduce(
     markdown = _head(name, scale, seeds, rows) + table.report(rows, reports)
     _write(reports / f"{name}.parquet", rows)
     (reports / f"{name}.md").write_text(markdown)
-    files = sorted(file for file in reports.iterdir() if file.name.partition(".")[0].partition("-")[0] == name)
+    files = sorted(reports.glob(f"{name}.*"))
     return Reproduced(name, scale, rows, len(progress.cells), missing, time.monotonic() - started, markdown, files)
 
 

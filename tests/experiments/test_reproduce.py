@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fsu_ray.cluster import tasks
-from fsu_ray.errors import NotFound, RunFailed, StorageError
+from fsu_ray.errors import NotFound, RunFailed, StorageError, UserError
 from fsu_ray.experiments import catalogue, moons, reproduce, sheets
 from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Table, Work
 from fsu_ray.experiments.reproduce import Reproduced
@@ -128,10 +129,16 @@ def test_the_report_says_where_it_is_from(table1: Go, tmp_path: Path) -> None:
     assert f"code {row['code']} and z-older." in table1(seeds=2).markdown
 
 
-def test_names_and_folders_that_are_none(table1: Go, tmp_path: Path, store: Any) -> None:
+def test_names_and_folders_that_are_none(
+    table1: Go, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line that says what to do."""
     with pytest.raises(NotFound, match="`fsu reproduce list`"):
         reproduce.reproduce("table99", "small", 1, tmp_path, store)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="matplotlib: pip install"):
+            table1()
     (tmp_path / "cells").touch()
     with pytest.raises(StorageError, match="--into"):
         table1()
