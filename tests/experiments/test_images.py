@@ -16,7 +16,7 @@ from fsu_ray.experiments.reproduce import _key
 from fsu_ray.method.synthesize import Synthetic
 
 PART = 3000
-INVERT = {"steps": 6, "batch": 30, "width": 4}
+INVERT = {"steps": 120, "batch": 60, "width": 4, "weights": {"entropy": 10.0}}
 SYNTHESIZE = {"per_class": 20, "entropy_threshold": 2.3, "max_draws": 8, "starved_below": 0.0}
 
 
@@ -54,7 +54,7 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, scenario: str)
     original = {**images.classifier(scenario, "lenet5", 1, "small"), "epochs": 4}
     inverter = images.generator(original, "default", INVERT)
     drawn = images.dataset(inverter, "default", SYNTHESIZE)
-    everything = {"relearn": {"epochs": 2, "lr": 0.01}, "filter": {"runner_up": 0.0}, "gate": {"agreement_min": 0.0}}
+    everything = {"relearn": {"epochs": 5, "lr": 0.01}, "filter": {"runner_up": 0.0}, "gate": {"agreement_min": 0.0}}
     few, full = (make(*images.erasure(drawn, "default", rho, everything)) for rho in (0.2, images.FULL))
     before = make("classifier", original)
     assert before["D_r"] > 80

@@ -38,9 +38,9 @@ def test_the_last_layer_has_that_of_softmax_regression(trained: Any, classifier:
     handle.remove()
     f = torch.cat(seen)
     wanted = torch.einsum("nk,ni->ki", p * (1 - p), f.square()) / len(pixels)
-    torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-6)
     bias = name.removesuffix("weight") + "bias"
-    torch.testing.assert_close(found[bias], (p * (1 - p)).mean(0), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found[bias], (p * (1 - p)).mean(0), rtol=1e-3, atol=1e-6)
 
 
 def test_any_layer_has_that_of_one_sample_after_another(trained: Any, classifier: Classifier) -> None:
