@@ -78,12 +78,20 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, scenario: str)
 
 
 @pytest.mark.mnist
-def test_fisher_by_its_strength(part: Bench, store: Any) -> None:
+def test_fisher_by_its_strength(part: Bench, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row a strength, on the kept images alone: none changes nothing, much costs D_r too."""
     make = Maker(store)
     original = {**images.classifier("class9", "lenet5", 1, "small"), "epochs": 4}
     cell = {"classifier": original, "rho": images.FULL, "samples": 100, "alphas": [0.0, 1e-2], "seed": 1}
+    seen: list[torch.Tensor] = []
+    inner = images.fisher.information
+    monkeypatch.setattr(
+        images.fisher, "information", lambda judge, pixels: (seen.append(pixels), inner(judge, pixels))[1]
+    )
     rows = piece("fisher").run(cell, Place(torch.device("cpu"), store, [[make("classifier", original)]]))
+    nines = part.train.pixels[part.train.labels == 9].flatten(1)
+    assert len(seen[0]) == 100
+    assert not (seen[0].flatten(1)[:, None] == nines[None]).all(2).any(), "the information is that of D_r"
     before = make("classifier", original)
     assert (rows[0]["D_r"], rows[0]["D_e"]) == (before["D_r"], before["D_e"])
     assert rows[1]["D_r"] < 50
