@@ -48,6 +48,7 @@ def _figure7_report(rows: list[Row], folder: Path) -> str:
     axis.bar(list(means), list(means.values()))
     for at, value in enumerate(means.values()):
         axis.annotate(f"{value:.0f} s", (at, value), ha="center", va="bottom")
+    axis.margins(y=0.12)  # room for the numbers
     axis.set(ylabel="seconds", title="LeNet5, MNIST, class 9, 3 %")
     figure.savefig(folder / "figure7.png", dpi=110)
     pyplot.close(figure)
