@@ -17,7 +17,7 @@ def side_by_side(
 ) -> Iterator[tuple[Item, Result | FsuError]]:
     """Each item with what `function` made of it, in the order in which they end; its task takes `resources`.
 
-    One that raises yields its error, RunFailed for what was not raised on purpose; the others go on. Whoever stops
+    One that raises yields RunFailed with the cause; the others go on. Whoever stops
     listening ends what is under way. A task whose process died is tried again, three times.
     """
     import ray
@@ -35,9 +35,7 @@ def side_by_side(
             item = waiting.pop(done[0])
             try:
                 yield item, ray.get(done[0])
-            except FsuError as error:  # Ray's error is one of ours too
-                yield item, RunFailed(cause(error))
-            except RayError as error:
+            except (FsuError, RayError) as error:
                 yield item, RunFailed(cause(error))
     finally:
         for reference in waiting:

@@ -37,17 +37,21 @@ class _Processes(Backend):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: Processes) -> None:
         if len(worker_group) > 1:
-            from ray.train.torch import TorchConfig
-
-            torch_config = TorchConfig(backend=backend_config.backend)
-            torch_config.backend_cls().on_start(worker_group, torch_config)
+            torchs, config = _torchs(backend_config)
+            torchs.on_start(worker_group, config)
 
     def on_shutdown(self, worker_group: Any, backend_config: Processes) -> None:
         if len(worker_group) > 1:
-            from ray.train.torch import TorchConfig
+            torchs, config = _torchs(backend_config)
+            torchs.on_shutdown(worker_group, config)
 
-            torch_config = TorchConfig(backend=backend_config.backend)
-            torch_config.backend_cls().on_shutdown(worker_group, torch_config)
+
+def _torchs(config: Processes) -> tuple[Any, Any]:
+    """Ray's own, and its configuration."""
+    from ray.train.torch import TorchConfig
+
+    made = TorchConfig(backend=config.backend)
+    return made.backend_cls(), made
 
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]

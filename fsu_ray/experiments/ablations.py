@@ -23,11 +23,6 @@ NOTE = (
 )
 
 
-def _scale(scale: Scale) -> tuple[str, dict[str, Any]]:
-    """Preset and its changes to the inversion: the paper's number of steps and width at its scale."""
-    return "default", {} if scale == "small" else {"steps": 7000, "width": 16}
-
-
 @dataclass(frozen=True)
 class Variant:
     """What it changes in the recipe, and what the paper found."""
@@ -38,16 +33,15 @@ class Variant:
 
 def _cells(variants: dict[str, Variant]) -> Callable[[Scale, int], list[Work]]:
     def cells(scale: Scale, seeds: int) -> list[Work]:
-        preset, size = _scale(scale)
         made: list[Work] = []
         for seed in range(seeds):
             original = images.classifier("class9", "lenet5", seed, scale)
             for name, variant in variants.items():
                 change = dict(variant.change)
-                inverter = images.generator(original, preset, {**size, **change.pop("invert", {})})
-                drawn = images.dataset(inverter, preset, change.pop("synthesize", {}))
+                inverter = images.generator(original, {**images.INVERT[scale], **change.pop("invert", {})})
+                drawn = images.dataset(inverter, change.pop("synthesize", {}))
                 for rho in (FULL, FEW):
-                    kind, cell = images.erasure(drawn, preset, rho, {**change, **(FULL_SHOT if rho == FULL else {})})
+                    kind, cell = images.erasure(drawn, rho, {**change, **(FULL_SHOT if rho == FULL else {})})
                     made.append((kind, {**cell, "variant": name}))
         return made
 

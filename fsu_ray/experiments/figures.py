@@ -20,10 +20,9 @@ SAMPLES = {"small": 2000, "paper": 50_000}
 
 def _seed(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The cells of a seed's classifier, generator and D'."""
-    size = {} if scale == "small" else {"steps": 7000, "width": 16}
     original = images.classifier("class9", "lenet5", seed, scale)
-    inverter = images.generator(original, "default", size)
-    return original, inverter, images.dataset(inverter, "default", {})
+    inverter = images.generator(original, images.INVERT[scale])
+    return original, inverter, images.dataset(inverter, {})
 
 
 def _figure7_cells(scale: Scale, seeds: int) -> list[Work]:
@@ -31,7 +30,7 @@ def _figure7_cells(scale: Scale, seeds: int) -> list[Work]:
     for seed in range(seeds):
         original, inverter, drawn = _seed(seed, scale)
         cells += [("classifier", original), ("generator", inverter), ("dataset", drawn)]
-        cells.append(images.erasure(drawn, "default", FEW, {}))
+        cells.append(images.erasure(drawn, FEW, {}))
     return cells
 
 
@@ -70,7 +69,7 @@ def _figure8_cells(scale: Scale, seeds: int) -> list[Work]:
                                  "alphas": list(ALPHAS), "seed": seed}))  # fmt: skip
         for how in ("finetuned", "scratch"):
             cells.append(("oracle", {"classifier": original, "how": how, "epochs": EPOCHS[scale], "seed": seed}))
-        cells += [("classifier", original), images.erasure(drawn, "default", FEW, {})]
+        cells += [("classifier", original), images.erasure(drawn, FEW, {})]
     return cells
 
 

@@ -37,6 +37,9 @@ FEW, FULL = 0.03, 1.0
 DE = {"class9": "class 9", "crossed7": "crossed 7"}
 """What `score` calls D_e of a scenario."""
 EPOCHS = {"small": 6, "paper": 20}
+"""Of a classifier."""
+INVERT: dict[str, dict[str, Any]] = {"small": {}, "paper": {"steps": 7000, "width": 16}}
+"""What differs from the default inversion: the paper's length and width at its scale."""
 
 
 @functools.cache
@@ -50,21 +53,21 @@ def classifier(scenario: str, arch: str, seed: int, scale: Scale) -> Cell:
     return {"scenario": scenario, "arch": arch, "epochs": EPOCHS[scale], "seed": seed}
 
 
-def generator(original: Cell, preset: str, changes: dict[str, Any]) -> Cell:
-    """The cell of an inverter of `original`, by the preset's `invert` under `changes`."""
-    recipe = make_recipe(preset, [{"invert": {"seed": original["seed"], **changes}}])
+def generator(original: Cell, changes: dict[str, Any]) -> Cell:
+    """The cell of an inverter of `original`, by the default `invert` under `changes`."""
+    recipe = make_recipe("default", [{"invert": {"seed": original["seed"], **changes}}])
     return {"classifier": original, "invert": recipe.invert.model_dump(mode="json"), "seed": original["seed"]}
 
 
-def dataset(inverter: Cell, preset: str, changes: dict[str, Any]) -> Cell:
+def dataset(inverter: Cell, changes: dict[str, Any]) -> Cell:
     """The cell of D' drawn from `inverter`."""
-    recipe = make_recipe(preset, [{"synthesize": {"seed": inverter["seed"], **changes}}])
+    recipe = make_recipe("default", [{"synthesize": {"seed": inverter["seed"], **changes}}])
     return {"generator": inverter, "synthesize": recipe.synthesize.model_dump(mode="json"), "seed": inverter["seed"]}
 
 
-def erasure(drawn: Cell, preset: str, rho: float, changes: dict[str, Any]) -> Work:
-    """An erasure of the scenario's D_e, of which a share `rho` is given, on D'; by the rest of the preset."""
-    recipe = make_recipe(preset, [changes]).model_dump(mode="json")
+def erasure(drawn: Cell, rho: float, changes: dict[str, Any]) -> Work:
+    """An erasure of the scenario's D_e, of which a share `rho` is given, on D'; by the rest of the recipe."""
+    recipe = make_recipe("default", [changes]).model_dump(mode="json")
     rest = {part: recipe[part] for part in ("form", "filter", "relearn", "gate")}
     return "erasure", {"dataset": drawn, "rho": rho, "recipe": rest, "seed": drawn["seed"]}
 

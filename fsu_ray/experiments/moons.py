@@ -273,14 +273,23 @@ def _figure2_report(rows: list[Row], folder: Path) -> str:
         if name is not None:
             side = round(len(by_name[name]["map"]) ** 0.5)
             drawn = torch.tensor(by_name[name]["map"]).view(side, side)
-            axis.imshow(drawn, origin="lower", extent=EXTENT, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            axis.imshow(
+                drawn,
+                origin="lower",
+                extent=EXTENT,
+                vmin=0,
+                vmax=1,
+                cmap="viridis",
+                aspect="auto",
+                interpolation="nearest",
+            )
             axis.contour(drawn, levels=[0.5], extent=EXTENT, colors="white", linewidths=1)
         colours = ["gold" if label else "royalblue" for label in told.y]
         axis.scatter(*told.x.T, c=colours, s=9, edgecolors="black", linewidths=0.3)
         if name is None or name not in ("Original", "Oracle"):
             axis.scatter(*told.x[given].T, marker="x", c="red", s=28, linewidths=1.2)
         axis.set_title(name or "data; D_e crossed", fontsize=10)
-    figure.savefig(folder / "figure2.png", dpi=110)
+    figure.savefig(folder / "figure2.png", dpi=100)
     pyplot.close(figure)
     lines = [[name, f"{row['De_original']:.3f}", f"{row['De_oracle']:.3f}"] for name, row in by_name.items()]
     return (

@@ -30,9 +30,6 @@ from fsu_ray.errors import FsuError, RunFailed, StorageError, UserError
 from fsu_ray.experiments.catalogue import NAMES, Place, Row, Scale, Work, find, piece
 from fsu_ray.work import BlobStore
 
-ORIGIN = ("date", "machine", "code", "cell_seconds")
-"""The columns of a row that say where it is from."""
-
 
 @dataclass(frozen=True)
 class Reproduced:
@@ -57,10 +54,10 @@ class _Progress:
     rows: dict[str, list[Row]]
     broken: dict[str, FsuError]
 
-    def ready(self) -> list[str]:
+    def ready(self) -> list[Work]:
         """The cells that are missing and whose needs are there."""
         return [
-            key for key, work in self.cells.items()
+            work for key, work in self.cells.items()
             if key not in self.rows and key not in self.broken and all(_key(need) in self.rows for need in _needs(work))
         ]  # fmt: skip
 
@@ -136,13 +133,13 @@ def _compute_all(progress: _Progress, store: BlobStore, tell: Callable[[int, int
     use_gpu, each = workers.resources()
 
     def resources(todo: Any) -> dict[str, float]:
-        made = piece(todo[1][0])
+        made = piece(todo[0][0])
         return each if made.gpu and use_gpu else {"CPU": made.cpus}
 
     while ready := progress.ready():
-        todo = [(key, work, store, [progress.rows[_key(need)] for need in _needs(work)])
-                for key in ready for work in [progress.cells[key]]]  # fmt: skip
-        for (key, work, *_), found in tasks.side_by_side(_compute, todo, resources):
+        todo = [(work, store, [progress.rows[_key(need)] for need in _needs(work)]) for work in ready]
+        for (work, *_), found in tasks.side_by_side(_compute, todo, resources):
+            key = _key(work)
             if isinstance(found, FsuError):
                 progress.broken[key] = found
             else:
@@ -152,11 +149,11 @@ def _compute_all(progress: _Progress, store: BlobStore, tell: Callable[[int, int
                 tell(len(progress.rows), len(progress.cells), _shown(work))
 
 
-def _compute(todo: tuple[str, Work, BlobStore, list[list[Row]]]) -> list[Row]:
+def _compute(todo: tuple[Work, BlobStore, list[list[Row]]]) -> list[Row]:
     """In a Ray task: the rows of a cell, with where they are from."""
     import ray
 
-    _, (kind, cell), store, given = todo
+    (kind, cell), store, given = todo
     made, started = piece(kind), time.monotonic()
     torch.set_num_threads(made.cpus)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -209,7 +206,7 @@ def _write(file: Path, rows: list[Row]) -> None:
 
 def _head(name: str, scale: Scale, seeds: int, rows: list[Row]) -> str:
     """The title, and what an honest reader asks first."""
-    said = {column: " and ".join(sorted({str(row[column]) for row in rows})) for column in ORIGIN[:3]}
+    said = {column: " and ".join(sorted({row[column] for row in rows})) for column in ("date", "machine", "code")}
     return (
         f"# {name}: {NAMES[name][1]}\n\n`fsu reproduce {name} --scale {scale} --seeds {seeds}`. Computed "
         f"{said['date']} on {said['machine']} a cell; code {said['code']}.\n\n"

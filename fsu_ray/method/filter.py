@@ -107,25 +107,30 @@ def leave_one_out(examples: Tensor, metric: str = "rbf") -> Tensor:
     return far.sum(1) / (m - 1)
 
 
+def knee(ordered: Tensor, sensitivity: float = 1.0) -> float | None:
+    """The distance at the knee of sorted distances (N,), by kneed; None where their curve has none."""
+    from kneed import KneeLocator
+
+    values = ordered.numpy()
+    with warnings.catch_warnings():  # kneed warns where a curve has no knee; that is an answer here
+        warnings.simplefilter("ignore")
+        at = KneeLocator(range(len(values)), values, S=sensitivity, curve="concave", direction="increasing").knee
+    return None if at is None else float(values[int(at)])
+
+
 def knee_threshold(found: Tensor, examples: Tensor, metric: str) -> float:
     """t_f at the knee of the sorted distances (appendix C.3), found by kneed.
 
     The knee at S = 1 is far too tight (method sheet), so S climbs until the knee reaches the mean
     leave-one-out distance of the examples; the largest one bounds it from above.
     """
-    from kneed import KneeLocator
-
-    ordered = found.sort().values.double().numpy()
+    ordered = found.sort().values.double()
     own = leave_one_out(examples, metric)
     low, high = float(own.mean()), float(own.max())
     for sensitivity in LADDER:
-        with warnings.catch_warnings():  # kneed warns where a curve has no knee; that is an answer here
-            warnings.simplefilter("ignore")
-            knee = KneeLocator(
-                range(len(ordered)), ordered, S=sensitivity, curve="concave", direction="increasing"
-            ).knee
-        if knee is not None and ordered[int(knee)] >= low:
-            return min(float(ordered[int(knee)]), high)
+        found_at = knee(ordered, sensitivity)
+        if found_at is not None and found_at >= low:
+            return min(found_at, high)
     return low
 
 

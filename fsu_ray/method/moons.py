@@ -9,7 +9,6 @@ would say that the other one is right, while the model that never saw D_e is uns
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from fsu_ray.errors import RunFailed
 from fsu_ray.method.baselines.sparse_gp import SparseGP
-from fsu_ray.method.filter import pairwise
+from fsu_ray.method.filter import knee, pairwise
 from fsu_ray.method.invert import diversity_loss, entropy_loss
 from fsu_ray.method.synthesize import entropy
 from fsu_ray.recipes import Frozen
@@ -122,17 +121,6 @@ def otsu(found: Tensor, bins: int = 256) -> float:
     return low + (best + 1) * (high - low) / bins
 
 
-def knee(found: Tensor) -> float:
-    """The knee of the sorted distances (N,), as appendix C.3 has it; 0 where there is none."""
-    from kneed import KneeLocator
-
-    ordered = found.sort().values.numpy()
-    with warnings.catch_warnings():  # kneed warns where a curve has no knee; that is an answer here
-        warnings.simplefilter("ignore")
-        at = KneeLocator(range(len(ordered)), ordered, curve="concave", direction="increasing").knee
-    return 0.0 if at is None else float(ordered[int(at)])
-
-
 def resembling(gp: SparseGP, x: Tensor, y: Tensor, examples: Tensor, example_labels: Tensor, policy: str) -> Tensor:
     """(N,) bool: which points of D' are D_e-like. Only those of the class that most of the examples have may be."""
     like = torch.zeros(len(x), dtype=torch.bool)
@@ -141,7 +129,7 @@ def resembling(gp: SparseGP, x: Tensor, y: Tensor, examples: Tensor, example_lab
     target = float(example_labels.mean() >= 0.5)
     candidates = (y == target).nonzero().flatten()
     far = distances(gp, x[candidates], examples)
-    like[candidates[far <= (otsu(far) if policy == "otsu" else knee(far))]] = True
+    like[candidates[far <= (otsu(far) if policy == "otsu" else knee(far.sort().values) or 0.0)]] = True
     return like
 
 

@@ -52,10 +52,10 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, scenario: str)
     """Every piece, by the recipe of its own cell; what is erased is gone or right, more or less, after seconds."""
     make = Maker(store)
     original = {**images.classifier(scenario, "lenet5", 1, "small"), "epochs": 4}
-    inverter = images.generator(original, "default", INVERT)
-    drawn = images.dataset(inverter, "default", SYNTHESIZE)
+    inverter = images.generator(original, INVERT)
+    drawn = images.dataset(inverter, SYNTHESIZE)
     everything = {"relearn": {"epochs": 5, "lr": 0.01}, "filter": {"runner_up": 0.0}, "gate": {"agreement_min": 0.0}}
-    few, full = (make(*images.erasure(drawn, "default", rho, everything)) for rho in (0.2, images.FULL))
+    few, full = (make(*images.erasure(drawn, rho, everything)) for rho in (0.2, images.FULL))
     before = make("classifier", original)
     assert before["D_r"] > 80
     weights = load_tensors(store.get(make("generator", inverter)["weights"]))

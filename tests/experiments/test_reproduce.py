@@ -33,8 +33,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
     def side_by_side(function: Callable, items: list, resources: Callable) -> object:
         for item in items:
             assert resources(item) == {"CPU": 1}
-            seen.append(item[1])
-            yield item, RunFailed("it broke") if item[1][1]["seed"] == 7 else function(item)
+            seen.append(item[0])
+            yield item, RunFailed("it broke") if item[0][1]["seed"] == 7 else function(item)
 
     monkeypatch.setattr(tasks, "side_by_side", side_by_side)
     monkeypatch.setattr(reproduce.workers, "connect", lambda cpus: None)
