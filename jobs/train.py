@@ -15,7 +15,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", required=True, help="the name of the new model")
     parser.add_argument("--data", default="digits", help="digits, mnist, cifar10, an image folder or a Parquet file")
-    parser.add_argument("--arch", default="lenet5", help="lenet5, preactresnet18[:WIDTH], resnet50 or torchvision:NAME")
+    parser.add_argument(
+        "--arch", default="lenet5", help="lenet5, preactresnet18[:WIDTH], resnet50[:WIDTH], torchvision:NAME"
+    )
     parser.add_argument("--epochs", type=console.positive, default=30)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

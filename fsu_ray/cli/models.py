@@ -41,7 +41,7 @@ def _shape(text: str) -> tuple[int, int, int]:
 @one_line
 def model_register(
     name: Annotated[str, typer.Option(help="The name of the new line.")],
-    arch: Annotated[str, typer.Option(help="lenet5, preactresnet18[:WIDTH], resnet50 or torchvision:NAME.")],
+    arch: Annotated[str, typer.Option(help="lenet5, preactresnet18[:WIDTH], resnet50[:WIDTH] or torchvision:NAME.")],
     weights: Annotated[Path, typer.Option(help="A safetensors file of the network's state_dict.")],
     input_: Annotated[str, typer.Option("--input", help="CHANNELSxHEIGHTxWIDTH.")],
     classes: Annotated[int, typer.Option(help="Number of classes.")],

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,143 +18,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from fsu_ray.errors import InvalidWeights, UnsupportedModel
+from fsu_ray.method.architectures import batch_norms, build_network
 from fsu_ray.records import ModelSpec
-
-
-class LeNet5(nn.Module):
-    """LeNet5 with a BatchNorm before each convolution (appendix D.1), for any input size from 16 on."""
-
-    feature_layer = "fc1"  # f_e: the flattened output of the last convolution, 400-d at 32x32
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        rows, columns = ((size - 4) // 2 for size in (spec.height, spec.width))
-        rows, columns = ((size - 4) // 2 for size in (rows, columns))
-        if min(rows, columns) < 1:
-            raise UnsupportedModel(f"lenet5 needs at least 16x16 pixels, the model has {spec.height}x{spec.width}")
-        self.bn1 = nn.BatchNorm2d(spec.channels)
-        self.conv1 = nn.Conv2d(spec.channels, 6, 5)
-        self.bn2 = nn.BatchNorm2d(6)
-        self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * rows * columns, 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, spec.classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(self.bn1(x))), 2)  # (N, 6, 14, 14) at 32x32
-        x = F.max_pool2d(F.relu(self.conv2(self.bn2(x))), 2)  # (N, 16, 5, 5)
-        x = F.relu(self.fc1(x.flatten(1)))
-        out: Tensor = self.fc3(F.relu(self.fc2(x)))
-        return out
-
-
-class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each behind BatchNorm and ReLU (He et al. 2016, identity mappings)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        fits = stride == 1 and inputs == outputs
-        self.shortcut = None if fits else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(x))
-        skip = x if self.shortcut is None else self.shortcut(y)
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(y))))
-        return out + skip
-
-
-class PreActResNet18(nn.Module):
-    """PreActResNet-18 for small images; `width` channels in the first stage (64 in the paper).
-
-    As in the usual CIFAR form of this network, no BatchNorm stands before the pooling: f_e is the
-    pooled vector of 8 * width dimensions, the input of the last layer.
-    """
-
-    def __init__(self, spec: ModelSpec, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(spec.channels, width, 3, 1, 1, bias=False)
-        blocks: list[nn.Module] = []
-        inputs = width
-        for stage in range(4):
-            outputs = width << stage
-            blocks += [PreActBlock(inputs, outputs, 2 if stage else 1), PreActBlock(outputs, outputs, 1)]
-            inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.linear = nn.Linear(inputs, spec.classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.conv1(x))
-        out: Tensor = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
-        return out
-
-
-def _torchvision(name: str, spec: ModelSpec) -> nn.Module:
-    """A torchvision classification model by name, its first convolution fitted to the channels."""
-    import torchvision.models as zoo
-
-    if name not in zoo.list_models(module=zoo):
-        raise UnsupportedModel(
-            f"torchvision has no classification model {name!r}; see torchvision.models.list_models()"
-        )
-    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    network: nn.Module = zoo.get_model(name, weights=None, num_classes=spec.classes, **extra)
-    if spec.channels != 3:
-        _refit_first_convolution(network, spec.channels)
-    return network
-
-
-def _refit_first_convolution(network: nn.Module, channels: int, small: bool = False) -> None:
-    """Replace the first convolution by one for `channels`; `small` makes it 3x3 with stride 1."""
-    for path, module in network.named_modules():
-        if isinstance(module, nn.Conv2d):
-            kernel: Any = (3, 3) if small else module.kernel_size
-            stride: Any = (1, 1) if small else module.stride
-            padding: Any = (1, 1) if small else module.padding
-            conv = nn.Conv2d(channels, module.out_channels, kernel, stride, padding, bias=module.bias is not None)
-            parent, _, leaf = path.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, conv)
-            return
-    raise UnsupportedModel("the network has no convolution to fit to the number of channels")
-
-
-def _resnet50(spec: ModelSpec) -> nn.Module:
-    """torchvision's ResNet-50 with a 3x3 stem of stride 1 and no first pooling, for small images."""
-    network = _torchvision("resnet50", spec.model_copy(update={"channels": 3}))
-    _refit_first_convolution(network, spec.channels, small=True)
-    network.maxpool = nn.Identity()
-    return network
-
-
-def build_network(spec: ModelSpec) -> nn.Module:
-    """The network that `spec.arch` names, freshly initialised from torch's current seed.
-
-    `lenet5`, `preactresnet18` or `preactresnet18:WIDTH` (64 without), `resnet50` (fitted to small
-    images), `torchvision:NAME`. Raises UnsupportedModel for any other name, and for a network
-    without BatchNorm, whose statistics eq. 6 needs.
-    """
-    name, _, option = spec.arch.partition(":")
-    if name == "lenet5" and not option:
-        network: nn.Module = LeNet5(spec)
-    elif name == "preactresnet18" and (not option or (option.isdigit() and int(option) > 0)):
-        network = PreActResNet18(spec, int(option or 64))
-    elif name == "resnet50" and not option:
-        network = _resnet50(spec)
-    elif name == "torchvision" and option:
-        network = _torchvision(option, spec)
-    else:
-        raise UnsupportedModel(
-            f"unknown architecture {spec.arch!r}: use lenet5, preactresnet18[:WIDTH], resnet50 or torchvision:NAME"
-        )
-    if not batch_norms(network):
-        raise UnsupportedModel(
-            f"{spec.arch} has no BatchNorm layer: the inversion reads the training data's statistics from BatchNorm "
-            "(eq. 6), so only networks with BatchNorm can be registered"
-        )
-    return network
 
 
 class Classifier(nn.Module):
@@ -271,12 +135,6 @@ class Generator(nn.Module):
         x = F.leaky_relu(self.bn1(self.conv1(self.bn0(x))), 0.2)
         x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
         return torch.sigmoid(self.conv3(x))
-
-
-def batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Every BatchNorm layer that keeps running statistics, in the order of the module tree."""
-    kinds = nn.modules.batchnorm._BatchNorm
-    return [m for m in network.modules() if isinstance(m, kinds) and m.running_mean is not None]
 
 
 @dataclass

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from fsu_ray.method.architectures import batch_norms
 from fsu_ray.method.evaluate import accuracy, attack_auc, bn_distance, generator_figures, retention, share_in
 from fsu_ray.method.fit import predict
-from fsu_ray.method.networks import batch_norms, observe
+from fsu_ray.method.networks import observe
 from fsu_ray.method.synthesize import Synthetic
 
 pytestmark = pytest.mark.usefixtures("one_thread")

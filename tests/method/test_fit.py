@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fsu_ray.method.architectures import batch_norms
 from fsu_ray.method.filter import relabel
 from fsu_ray.method.fit import Schedule, fit, predict
-from fsu_ray.method.networks import batch_norms
 from fsu_ray.method.relearn import relearn
 from fsu_ray.recipes import RelearnRecipe
 

@@ -9,18 +9,18 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
 from fsu_ray.errors import InvalidWeights, UnsupportedModel
+from fsu_ray.method.architectures import batch_norms, build_network
 from fsu_ray.method.networks import (
     Classifier,
     Generator,
     UpsampledConv,
     affine_batch_norms,
-    batch_norms,
-    build_network,
     observe,
 )
 from fsu_ray.records import ModelSpec
@@ -32,6 +32,7 @@ ARCHITECTURES = [
     ("preactresnet18:4", 1, 32, 32),
     ("resnet50", 1, 16, 2048),
     ("resnet50", 3, 16, 2048),
+    ("resnet50:4", 1, 32, 128),
     ("torchvision:resnet18", 3, 32, 512),
     ("torchvision:resnet18", 1, 32, 512),
     ("torchvision:mobilenet_v2", 3, 32, 1280),
@@ -273,13 +274,24 @@ def test_a_network_without_batch_norm_is_unsupported(spec, name, monkeypatch):
 
 @pytest.mark.parametrize(
     "arch",
-    ["lenet", "lenet5:3", "preactresnet18:0", "preactresnet18:x", "resnet50:2", "torchvision:", "torchvision:nope"],
+    ["lenet", "lenet5:3", "preactresnet18:0", "preactresnet18:x", "resnet50:0", "torchvision:", "torchvision:nope"],
 )
 def test_an_unknown_architecture_is_unsupported(spec, arch):
     """Every other name ends in UnsupportedModel, one line."""
     with pytest.raises(UnsupportedModel) as caught:
         build_network(spec(arch, 3, 32))
     assert "\n" not in str(caught.value)
+
+
+def test_resnet50_is_torchvisions_behind_a_small_stem(spec):
+    """The same names, shapes and function as torchvision's network with a 3x3 stem and no first pooling."""
+    ours = build_network(spec("resnet50", 3, 16)).eval()
+    theirs = torchvision.models.resnet50(num_classes=ours.fc.out_features).eval()
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_lenet5_refuses_images_that_leave_no_pixel(spec):
