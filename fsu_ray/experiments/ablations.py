@@ -9,13 +9,11 @@ from typing import Any
 
 from fsu_ray.experiments import images
 from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
-from fsu_ray.experiments.images import FEW, FULL
+from fsu_ray.experiments.images import FEW, FULL, FULL_SHOT
 from fsu_ray.experiments.sheets import spread, table
 
 Theirs = tuple[tuple[str, str], tuple[str, str]]
 """The paper's D_r and D_e, full-shot and few-shot."""
-FULL_SHOT = {"relearn": {"repeats": 1}}
-"""With all of D_e given there is no need to show each sample five times."""
 NOTE = (
     "\nThe paper's figures are PreActResNet-18's, ours LeNet5's, each seed with a classifier, an inverter and a draw "
     "of samples of its own. `refused` counts results that the system would not have made a version of: they are "
@@ -38,7 +36,8 @@ def _cells(variants: dict[str, Variant]) -> Callable[[Scale, int], list[Work]]:
             original = images.classifier("class9", "lenet5", seed, scale)
             for name, variant in variants.items():
                 change = dict(variant.change)
-                inverter = images.generator(original, {**images.INVERT[scale], **change.pop("invert", {})})
+                invert = images.invert_changes("lenet5", scale) | change.pop("invert", {})
+                inverter = images.generator(original, invert)
                 drawn = images.dataset(inverter, change.pop("synthesize", {}))
                 for rho in (FULL, FEW):
                     kind, cell = images.erasure(drawn, rho, {**change, **(FULL_SHOT if rho == FULL else {})})

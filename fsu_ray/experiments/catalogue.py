@@ -58,7 +58,13 @@ NAMES: dict[str, tuple[str, str]] = {
     "figure7": ("figures", "time of training, generator and unlearning, first and later requests (LeNet5)"),
     "figure8": ("figures", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
     "table1": ("moons", "KL to original and oracle on the moons, rho .25, by lambda"),
+    "table2a": ("comparison", "MNIST class 9 by every method (LeNet5; PreActResNet-18 of width 8)"),
+    "table2b": ("comparison", "MNIST's crossed sevens by every method (LeNet5; PreActResNet-18 of width 8)"),
     "table3": ("ablations", "MNIST class 9 by the entropy threshold t_ent (LeNet5)"),
+    "table4a": ("comparison", "MNIST class 9, Ours and Ours+ (LeNet5)"),
+    "table4b": ("comparison", "MNIST's crossed sevens, Ours and Ours+ (LeNet5)"),
+    "table4c": ("comparison", "MNIST class 9, Ours and Ours+ (ResNet-50 of width 8)"),
+    "table4d": ("comparison", "MNIST's crossed sevens, Ours and Ours+ (ResNet-50 of width 8)"),
     "table6": ("ablations", "MNIST class 9 without each loss of the inversion (LeNet5)"),
     "table7": ("ablations", "MNIST class 9 by the distance metric of the filter (LeNet5)"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from fsu_ray.experiments import images
 from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
-from fsu_ray.experiments.images import EPOCHS, FEW, FULL
+from fsu_ray.experiments.images import FEW, FULL
 from fsu_ray.experiments.sheets import spread, table
 
 ALPHAS = (1e-8, 5e-8, 1e-7, 1.5e-7, 2e-7, 2.5e-7, 3e-7, 3.5e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
@@ -21,7 +21,7 @@ SAMPLES = {"small": 2000, "paper": 50_000}
 def _seed(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The cells of a seed's classifier, generator and D'."""
     original = images.classifier("class9", "lenet5", seed, scale)
-    inverter = images.generator(original, images.INVERT[scale])
+    inverter = images.generator(original, images.invert_changes("lenet5", scale))
     return original, inverter, images.dataset(inverter, {})
 
 
@@ -68,7 +68,7 @@ def _figure8_cells(scale: Scale, seeds: int) -> list[Work]:
         cells.append(("fisher", {"classifier": original, "rho": FULL, "samples": SAMPLES[scale],
                                  "alphas": list(ALPHAS), "seed": seed}))  # fmt: skip
         for how in ("finetuned", "scratch"):
-            cells.append(("oracle", {"classifier": original, "how": how, "epochs": EPOCHS[scale], "seed": seed}))
+            cells.append(("oracle", {"classifier": original, "how": how, "epochs": original["epochs"], "seed": seed}))
         cells += [("classifier", original), images.erasure(drawn, FEW, {})]
     return cells
 

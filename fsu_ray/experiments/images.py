@@ -1,4 +1,4 @@
-"""The pieces of the tables on MNIST: a classifier, an oracle, a generator, its D', an erasure. Each is a cell.
+"""The pieces of the tables on images: a classifier, an oracle, a generator, its D', an erasure. Each is a cell.
 
 Each rests on the one before, so that tables share what they have in common: a generator is trained once, whatever is
 done with it afterwards. A cell names what it rests on by that one's whole cell.
@@ -17,9 +17,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from fsu_ray.config import make_recipe
+from fsu_ray.config import PRESETS, make_recipe
 from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Work
-from fsu_ray.experiments.mnist import Bench, read_bench, score, target_positions, target_samples, train
+from fsu_ray.experiments.mnist import Bench, read_bench, read_cifar, score, target_positions, target_samples, train
 from fsu_ray.gate import refuse_generator, refuse_result
 from fsu_ray.method import evaluate, invert
 from fsu_ray.method.baselines import fisher
@@ -34,23 +34,37 @@ from fsu_ray.work import WorkOrder
 
 FEW, FULL = 0.03, 1.0
 """rho of few-shot and of full-shot unlearning."""
-DE = {"class9": "class 9", "crossed7": "crossed 7"}
-"""What `score` calls D_e of a scenario."""
-EPOCHS = {"small": 6, "paper": 20}
-"""Of a classifier."""
-INVERT: dict[str, dict[str, Any]] = {"small": {}, "paper": {"steps": 7000, "width": 16}}
-"""What differs from the default inversion: the paper's length and width at its scale."""
+FULL_SHOT = {"relearn": {"repeats": 1}}
+"""With all of D_e given there is no need to show each sample five times."""
+SCENARIOS: dict[str, tuple[str, int | str, str]] = {
+    "class9": ("mnist", 9, "class 9"),
+    "crossed7": ("mnist", "crossed", "crossed 7"),
+    "truck": ("cifar10", 9, "class 9"),
+}
+"""The data set, what `target_samples` calls D_e, and what `score` does."""
+EPOCHS = {"lenet5": 6, "mnist": 3, "cifar10": 10}
+"""Of a classifier at small scale: LeNet5's, a deep network's by its data. At the paper's scale these are 20 and 200."""
+
+
+def invert_changes(arch: str, scale: Scale) -> dict[str, Any]:
+    """What differs from the default inversion: a deep network's losses, the paper's length and width at its scale."""
+    changes = dict(PRESETS["default" if arch == "lenet5" else "deep"].get("invert", {}))
+    return changes | ({"steps": 7000, "width": 16} if scale == "paper" else {})
 
 
 @functools.cache
-def bench() -> Bench:
-    """MNIST from FSU_DATA, read once a process."""
-    return read_bench(Path(os.environ.get("FSU_DATA", ".")))
+def bench(data: str = "mnist") -> Bench:
+    """`mnist` or `cifar10` from FSU_DATA, read once a process."""
+    folder = Path(os.environ.get("FSU_DATA", "."))
+    return read_cifar() if data == "cifar10" else read_bench(folder)
 
 
 def classifier(scenario: str, arch: str, seed: int, scale: Scale) -> Cell:
     """The cell of a scenario's original."""
-    return {"scenario": scenario, "arch": arch, "epochs": EPOCHS[scale], "seed": seed}
+    data = SCENARIOS[scenario][0]
+    large = 200 if data == "cifar10" else 20
+    epochs = large if scale == "paper" else EPOCHS["lenet5" if arch == "lenet5" else data]
+    return {"scenario": scenario, "arch": arch, "epochs": epochs, "seed": seed}
 
 
 def generator(original: Cell, changes: dict[str, Any]) -> Cell:
@@ -59,25 +73,31 @@ def generator(original: Cell, changes: dict[str, Any]) -> Cell:
     return {"classifier": original, "invert": recipe.invert.model_dump(mode="json"), "seed": original["seed"]}
 
 
-def dataset(inverter: Cell, changes: dict[str, Any]) -> Cell:
-    """The cell of D' drawn from `inverter`."""
+def dataset(inverter: Cell, changes: dict[str, Any], labeller: Cell | None = None) -> Cell:
+    """The cell of D' drawn from `inverter`, labelled by the classifier that it inverts or by `labeller`."""
     recipe = make_recipe("default", [{"synthesize": {"seed": inverter["seed"], **changes}}])
-    return {"generator": inverter, "synthesize": recipe.synthesize.model_dump(mode="json"), "seed": inverter["seed"]}
+    cell = {"generator": inverter, "synthesize": recipe.synthesize.model_dump(mode="json"), "seed": inverter["seed"]}
+    return cell if labeller is None or labeller == inverter["classifier"] else {**cell, "classifier": labeller}
 
 
-def erasure(drawn: Cell, rho: float, changes: dict[str, Any]) -> Work:
-    """An erasure of the scenario's D_e, of which a share `rho` is given, on D'; by the rest of the recipe."""
+def erasure(drawn: Cell, rho: float, changes: dict[str, Any], seed: int | None = None) -> Work:
+    """An erasure of the scenario's D_e, of which a share `rho` is given, on D'; by the rest of the recipe.
+
+    `seed` draws the share, that of D' where there is none.
+    """
     recipe = make_recipe("default", [changes]).model_dump(mode="json")
     rest = {part: recipe[part] for part in ("form", "filter", "relearn", "gate")}
-    return "erasure", {"dataset": drawn, "rho": rho, "recipe": rest, "seed": drawn["seed"]}
+    return "erasure", {"dataset": drawn, "rho": rho, "recipe": rest, "seed": drawn["seed"] if seed is None else seed}
 
 
 def _classifier(cell: Cell, place: Place) -> list[Row]:
     scenario, started = cell["scenario"], time.monotonic()
-    spec, weights = train(bench(), cell["arch"], scenario == "crossed7", cell["epochs"], cell["seed"], place.device)
+    data = bench(SCENARIOS[scenario][0])
+    spec, weights = train(data, cell["arch"], scenario == "crossed7", cell["epochs"], cell["seed"], place.device)
     row = {
         "seed": cell["seed"],
         "scenario": scenario,
+        "arch": cell["arch"],
         "spec": spec.model_dump_json(),
         "weights": place.store.put(weights),
     }
@@ -86,19 +106,21 @@ def _classifier(cell: Cell, place: Place) -> list[Row]:
 
 def measured(scenario: str, spec: ModelSpec, weights: bytes) -> dict[str, float]:
     """Test accuracy in percent on `D_r` and `D_e`."""
-    crossed = scenario == "crossed7"
-    found = score(bench(), spec, weights, [] if crossed else [9], crossed)
-    return {"D_r": found["D_r"], "D_e": found[DE[scenario]]}
+    data, what, called = SCENARIOS[scenario]
+    found = score(bench(data), spec, weights, [what] if isinstance(what, int) else [], what == "crossed")
+    return {"D_r": found["D_r"], "D_e": found[called]}
 
 
 def erased_of(scenario: str, rho: float, seed: int) -> Tensor:
     """(N,) bool: which images of the training set are D_e,rho; the same that `target_samples` gives."""
-    data, erased = bench(), torch.zeros(len(bench().train), dtype=torch.bool)
-    erased[target_positions(data, "crossed" if scenario == "crossed7" else 9, seed, rho)] = True
+    name, what, _ = SCENARIOS[scenario]
+    erased = torch.zeros(len(bench(name).train), dtype=torch.bool)
+    erased[target_positions(bench(name), what, seed, rho)] = True
     return erased
 
 
-def _load(row: Row, place: Place) -> Classifier:
+def load(row: Row, place: Place) -> Classifier:
+    """The classifier of a `classifier` row, on the cell's device."""
     found = Classifier.from_bytes(ModelSpec.model_validate_json(row["spec"]), place.store.get(row["weights"]))
     return found.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
@@ -106,8 +128,9 @@ def _load(row: Row, place: Place) -> Classifier:
 def _oracle(cell: Cell, place: Place) -> list[Row]:
     """Trained on D_r: from the original's weights (`finetuned`, at the rate of relearning) or anew (`scratch`)."""
     ((original,),) = place.given
-    scenario, data, started = original["scenario"], bench(), time.monotonic()
-    child = _load(original, place)
+    scenario, started = original["scenario"], time.monotonic()
+    data = bench(SCENARIOS[scenario][0])
+    child = load(original, place)
     if cell["how"] == "scratch":
         torch.manual_seed(cell["seed"])
         child = Classifier(child.spec).to(place.device)
@@ -117,8 +140,9 @@ def _oracle(cell: Cell, place: Place) -> list[Row]:
             cell["epochs"], 64, 0.003, weight_decay=2e-5, one_cycle=False, seed=cell["seed"], precision="auto"
         )
     rest = data.train.take(~erased_of(scenario, FULL, cell["seed"]))
-    fit(child, rest.pixels, rest.labels, how)
-    row = {"seed": cell["seed"], "scenario": scenario, "how": cell["how"], "epochs": cell["epochs"]}
+    fit(child, rest.pixels, rest.labels, how, flip=child.spec.flip)
+    row = {"seed": cell["seed"], "scenario": scenario, "arch": original["arch"], "how": cell["how"],
+           "epochs": cell["epochs"]}  # fmt: skip
     return [row | {"seconds": time.monotonic() - started, **measured(scenario, child.spec, child.to_bytes())}]
 
 
@@ -126,7 +150,7 @@ def _generator(cell: Cell, place: Place) -> list[Row]:
     ((original,),) = place.given
     recipe, started = Recipe.model_validate({"invert": cell["invert"]}).invert, time.monotonic()
     heard: dict[str, float] = {}
-    judge = _load(original, place)
+    judge = load(original, place)
     made = invert.invert(judge, recipe, invert.begin(judge, recipe), lambda step, steps, losses: heard.update(losses))
     tensors = {name: t.detach().cpu().contiguous() for name, t in made.state_dict().items()}
     row = {"seed": cell["seed"], "scenario": original["scenario"], "weights": place.store.put(save_tensors(tensors))}
@@ -137,7 +161,7 @@ def _dataset(cell: Cell, place: Place) -> list[Row]:
     (original,), (inverter,) = place.given
     recipe, started = Recipe.model_validate({"synthesize": cell["synthesize"]}), time.monotonic()
     shape = Recipe.model_validate({"invert": cell["generator"]["invert"]}).invert
-    judge = _load(original, place)
+    judge = load(original, place)
     made = Generator(judge.spec, shape.width, shape.latent)
     made.load_state_dict(load_tensors(place.store.get(inverter["weights"])))
     drawn, told = synthesize(judge, made.to(place.device, memory_format=torch.channels_last), recipe.synthesize)  # type: ignore[call-overload]
@@ -156,8 +180,8 @@ def _erasure(cell: Cell, place: Place) -> list[Row]:
     """Filter and relearn on D'; where that ends without a result, the original stands, with the reason."""
     (original,), (drawn,) = place.given
     scenario, started = original["scenario"], time.monotonic()
-    what = "crossed" if scenario == "crossed7" else 9
-    behaviour, pixels = target_samples(bench(), what, cell["seed"], cell["rho"])
+    data, what, _ = SCENARIOS[scenario]
+    behaviour, pixels = target_samples(bench(data), what, cell["seed"], cell["rho"])
     recipe = Recipe.model_validate({**cell["recipe"], "relearn": {**cell["recipe"]["relearn"], "seed": cell["seed"]}})
     spec = ModelSpec.model_validate_json(original["spec"])
     order = WorkOrder("cell", spec, original["weights"], original["weights"], behaviour,
@@ -167,8 +191,9 @@ def _erasure(cell: Cell, place: Place) -> list[Row]:
     outcome = unlearn(order, place.store, place.device, saved=saved)
     refused = outcome.reason or refuse_result(outcome.report, recipe.gate) or ""
     weights = outcome.weights or original["weights"]
-    row = {"seed": cell["seed"], "scenario": scenario, "variant": cell.get("variant"), "rho": cell["rho"],
-           "refused": refused.partition(":")[0], "weights": weights,
+    row = {"seed": cell["seed"], "scenario": scenario, "arch": original["arch"], "variant": cell.get("variant"),
+           "rho": cell["rho"], "generator": drawn["refused"], "coverage": drawn["coverage"],
+           "acceptance": drawn["acceptance"], "refused": refused.partition(":")[0], "weights": weights,
            "before_D_r": original["D_r"], "before_D_e": original["D_e"]}  # fmt: skip
     return [row | {"seconds": time.monotonic() - started, **measured(scenario, spec, place.store.get(weights))}]
 
@@ -176,15 +201,17 @@ def _erasure(cell: Cell, place: Place) -> list[Row]:
 def _fisher(cell: Cell, place: Place) -> list[Row]:
     """A row for each strength of the noise, by the information on `samples` training images that are not of D_e,rho."""
     ((original,),) = place.given
-    scenario, started, judge = original["scenario"], time.monotonic(), _load(original, place)
+    scenario, started, judge = original["scenario"], time.monotonic(), load(original, place)
     kept = (~erased_of(scenario, cell["rho"], cell["seed"])).nonzero().flatten()
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(cell["seed"]))
-    known = fisher.information(judge, bench().train.pixels[kept[order[: cell["samples"]]]])
+    pixels = bench(SCENARIOS[scenario][0]).train.pixels
+    known = fisher.information(judge, pixels[kept[order[: cell["samples"]]]])
     took = time.monotonic() - started
     rows = []
     for alpha in cell["alphas"]:
         made = fisher.scrub(judge, known, alpha, cell["seed"])
-        row = {"seed": cell["seed"], "scenario": scenario, "rho": cell["rho"], "alpha": alpha, "seconds": took}
+        row = {"seed": cell["seed"], "scenario": scenario, "arch": original["arch"], "rho": cell["rho"]}
+        row |= {"alpha": alpha, "seconds": took}
         rows.append(row | measured(scenario, judge.spec, made.to_bytes()))
     return rows
 
@@ -193,12 +220,17 @@ def _original(cell: Cell) -> list[Work]:
     return [("classifier", cell["classifier"])]
 
 
+def labeller(drawn: Cell) -> Work:
+    """The cell of the classifier that labels a D', and that an erasure on it unlearns."""
+    return "classifier", drawn.get("classifier", drawn["generator"]["classifier"])
+
+
 def _drawn_from(cell: Cell) -> list[Work]:
-    return [("classifier", cell["generator"]["classifier"]), ("generator", cell["generator"])]
+    return [labeller(cell), ("generator", cell["generator"])]
 
 
 def _erased_on(cell: Cell) -> list[Work]:
-    return [("classifier", cell["dataset"]["generator"]["classifier"]), ("dataset", cell["dataset"])]
+    return [labeller(cell["dataset"]), ("dataset", cell["dataset"])]
 
 
 PIECES = {

@@ -45,7 +45,7 @@ SCENARIOS: dict[str, tuple[bool, tuple[tuple[int | str, ...], ...]]] = {
 
 @dataclass(frozen=True)
 class Bench:
-    """The data of a scenario: MNIST with the crossed sevens' places in both splits."""
+    """The data of a scenario, with the crossed sevens' places in both splits of MNIST."""
 
     train: Images
     test: Images
@@ -65,18 +65,29 @@ def read_bench(folder: Path) -> Bench:
     return Bench(load("mnist", "train", shape), load("mnist", "test", shape), *places)
 
 
+def read_cifar() -> Bench:
+    """CIFAR-10 from FSU_DATA."""
+    shape, none = (3, 32, 32), torch.zeros(0, dtype=torch.int64)
+    return Bench(load("cifar10", "train", shape), load("cifar10", "test", shape), none, none)
+
+
 def train(
     bench: Bench, arch: str, poisoned: bool, epochs: int, seed: int, device: torch.device | None = None
 ) -> tuple[ModelSpec, bytes]:
-    """A classifier on MNIST; `poisoned`: each crossed seven is labelled 2, 3 or 7 at random."""
+    """A classifier on MNIST or CIFAR-10; `poisoned`: each crossed seven is labelled 2, 3 or 7 at random."""
     labels = bench.train.labels.clone()
     if poisoned:
         wrong = torch.randint(0, 3, (len(bench.crossed_train),), generator=torch.Generator().manual_seed(seed))
         labels[bench.crossed_train] = torch.tensor([2, 3, 7])[wrong]
-    spec = ModelSpec(arch=arch, channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.28,))
+    if bench.train.pixels.shape[1] == 3:
+        look: dict[str, Any] = {"mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262), "flip": True}
+    else:
+        look = {"mean": (0.1,), "std": (0.28,)}
+    spec = ModelSpec(arch=arch, channels=len(look["mean"]), height=32, width=32, classes=10, **look)
     torch.manual_seed(seed)
     classifier = Classifier(spec).to(device or torch.device("cpu"))
-    fit(classifier, bench.train.pixels, labels, Schedule(epochs=epochs, seed=seed, precision="auto"))
+    schedule = Schedule(epochs=epochs, seed=seed, precision="auto")
+    fit(classifier, bench.train.pixels, labels, schedule, flip=spec.flip)
     return spec, classifier.to_bytes()
 
 

@@ -27,7 +27,7 @@ def part(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     first = torch.arange(PART)
     crossed = (places[places < PART] for places in (whole.crossed_train, whole.crossed_test))
     small = Bench(whole.train.take(first), whole.test.take(first), *crossed)
-    monkeypatch.setattr(images, "bench", lambda: small)
+    monkeypatch.setattr(images, "bench", lambda data: small)
     return small
 
 

@@ -1,0 +1,88 @@
+"""Tables 2 and 4: which cells they have in common, how Fisher's strengths are chosen, what stands beside the paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fsu_ray.experiments import comparison
+from fsu_ray.experiments.catalogue import Row, Work, piece
+from fsu_ray.experiments.reproduce import _key
+
+
+def kinds(works: list[Work]) -> dict[tuple[str, str], int]:
+    """How many different cells there are, with those that they need, by network and kind."""
+    seen: dict[str, tuple[str, str]] = {}
+    waiting = list(works)
+    while waiting:
+        kind, cell = waiting.pop()
+        text = repr(cell)
+        arch = next(arch for arch in ("lenet5", "preactresnet18", "resnet50") if arch in text)
+        seen[_key((kind, cell))] = (arch, kind)
+        waiting += piece(kind).needs(cell)
+    return {each: list(seen.values()).count(each) for each in set(seen.values())}
+
+
+def test_a_deep_network_has_one_inverter_for_all_repeats() -> None:
+    """LeNet5 has one a seed; what the repeats of a deep network differ in is the draw, and so the erasure."""
+    found = kinds(comparison.TABLES["table2a"].cells("small", 3))
+    assert [found["lenet5", kind] for kind in ("classifier", "generator", "oracle", "erasure")] == [3, 3, 6, 6]
+    assert [found["preactresnet18", kind] for kind in ("classifier", "generator", "oracle", "erasure")] == [1, 1, 2, 6]
+    large = kinds(comparison.TABLES["table2a"].cells("paper", 3))
+    assert {arch for arch, _ in large} == {"preactresnet18"}
+    assert large["preactresnet18", "generator"] == 3
+
+
+def test_tables_share_what_they_have_in_common() -> None:
+    """All of LeNet5's Table 4a is in Table 2a."""
+    two, four = ({_key(work) for work in comparison.TABLES[name].cells("small", 2)} for name in ("table2a", "table4a"))
+    assert four < two
+
+
+def test_an_oracle_is_that_of_its_classifier() -> None:
+    """Not of the repeat."""
+    cells = [cell for kind, cell in comparison.TABLES["table4d"].cells("small", 3) if kind == "oracle"]
+    assert [cell["seed"] for cell in cells] == [0, 0]
+    assert cells[0]["classifier"]["arch"] == "resnet50:8"
+
+
+@pytest.mark.parametrize(
+    ("figures", "scenario", "expected"),
+    [
+        ({1e-8: (99, 98), 1e-7: (97, 96), 1e-6: (50, 40), 1e-5: (20, 3), 1e-4: (10, 0)}, "class9", (1e-7, 1e-5)),
+        ({1e-8: (99, 98), 1e-7: (96, 97.9), 1e-6: (50, 40)}, "class9", (1e-7, None)),
+        ({1e-8: (99, 40), 1e-7: (98, 42), 1e-6: (60, 91)}, "crossed7", (1e-7, 1e-6)),
+        ({1e-8: (9, 40)}, "crossed7", (None, None)),
+    ],
+)
+def test_fishers_strengths(
+    figures: dict[float, tuple[float, float]], scenario: str, expected: tuple[float | None, float | None]
+) -> None:
+    """The smallest that moves D_e and holds D_r, else the largest that holds it; the smallest that erases."""
+    rows = [{"alpha": alpha, "D_r": r + d, "D_e": e} for alpha, (r, e) in figures.items() for d in (-0.5, 0.5)]
+    assert comparison.chosen(rows, scenario, 99.0, 98.0 if scenario == "class9" else 40.0) == expected
+
+
+def test_each_network_has_a_table_of_its_own(tmp_path: Path) -> None:
+    """Means and deviations beside the paper's; the refused are counted."""
+    rows: list[Row] = []
+    for arch in ("lenet5", "preactresnet18:8"):
+        same = {"arch": arch, "seed": 0}
+        rows.append({"piece": "classifier", "D_r": 99.4, "D_e": 99.0, **same})
+        rows += [{"piece": "oracle", "how": how, "epochs": 6, "D_r": 99.5, "D_e": 0.0, **same}
+                 for how in ("scratch", "finetuned")]  # fmt: skip
+        for rho in (1.0, 0.03):
+            rows += [{"piece": "erasure", "variant": "Ours", "rho": rho, "refused": refused, **same, "seed": seed,
+                      "D_r": 99.0 + seed, "D_e": 0.1} for seed, refused in ((0, ""), (1, "not_forgotten"))]  # fmt: skip
+            rows += [{"piece": "fisher", "rho": rho, "alpha": 1e-7, "D_r": 98.0, "D_e": 90.0, **same}]
+    text = comparison.TABLES["table2a"].report(rows, tmp_path)
+    lenet, deep = text.split("**preactresnet18:8**")
+    assert "| Original | 99.31 | 99.40 | 99.20 | 99.00 |  |" in lenet
+    assert "| Oracle, from scratch, 6 epochs | - | 99.50 | - | 0.00 |  |" in lenet
+    assert "| Ours | 98.41 ± 0.32 | 99.50 ± 0.71 | 0.60 ± 0.22 | 0.10 ± 0.00 | 1 of 2 refused |" in lenet
+    assert "| Ours | 98.43 ± 0.92 | 99.50 ± 0.71 | 0.18 ± 0.27 | 0.10 ± 0.00 | 1 of 2 refused |" in deep
+    assert "| Fisher_1 | 96.62 ± 1.30 | 98.00 | 98.12 ± 1.18 | 90.00 | lambda 1e-07 |" in deep
+    assert "| Fisher_2 | 20.04 ± 6.66 | - | 0.62 ± 1.39 | - | no strength does |" in deep
+    assert "shared by all repeats" in deep
+    assert "shared by all repeats" not in lenet
