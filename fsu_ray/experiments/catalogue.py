@@ -55,8 +55,13 @@ class Table:
 NAMES: dict[str, tuple[str, str]] = {
     "figure2": ("moons", "decision maps on the moons: original, oracle, EUBO, RKL, Ours"),
     "figure3": ("moons", "KL to the oracle against rho on the moons: Ours, EUBO, RKL"),
+    "figure4a": ("pictures", "sorted distances of D' to the given samples, and thresholds (LeNet5)"),
+    "figure4b": ("pictures", "samples of D', those that the filter takes in boxes (LeNet5)"),
+    "figure4c": ("pictures", "samples of an inverter that was trained without the BN loss (LeNet5)"),
     "figure7": ("figures", "time of training, generator and unlearning, first and later requests (LeNet5)"),
     "figure8": ("figures", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
+    "figure9": ("pictures", "samples of the inverters of LeNet5 and ResNet-50"),
+    "figure10": ("pictures", "samples of inverters without augmentation, diversity, total variation (LeNet5)"),
     "table1": ("moons", "KL to original and oracle on the moons, rho .25, by lambda"),
     "table2a": ("comparison", "MNIST class 9 by every method (LeNet5; PreActResNet-18 of width 8)"),
     "table2b": ("comparison", "MNIST's crossed sevens by every method (LeNet5; PreActResNet-18 of width 8)"),
@@ -81,6 +86,8 @@ PIECES: dict[str, str] = {
     "generator": "images",
     "dataset": "images",
     "erasure": "images",
+    "samples": "pictures",
+    "filtered": "pictures",
 }
 """Kind of cells: the module that has it among its PIECES."""
 

@@ -125,6 +125,13 @@ def load(row: Row, place: Place) -> Classifier:
     return found.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
+def load_generator(row: Row, spec: ModelSpec, width: int, latent: int, place: Place) -> Generator:
+    """The generator of a row with `weights`, on the cell's device."""
+    made = Generator(spec, width, latent)
+    made.load_state_dict(load_tensors(place.store.get(row["weights"])))
+    return made.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
 def _oracle(cell: Cell, place: Place) -> list[Row]:
     """Trained on D_r: from the original's weights (`finetuned`, at the rate of relearning) or anew (`scratch`)."""
     ((original,),) = place.given
@@ -162,9 +169,8 @@ def _dataset(cell: Cell, place: Place) -> list[Row]:
     recipe, started = Recipe.model_validate({"synthesize": cell["synthesize"]}), time.monotonic()
     shape = Recipe.model_validate({"invert": cell["generator"]["invert"]}).invert
     judge = load(original, place)
-    made = Generator(judge.spec, shape.width, shape.latent)
-    made.load_state_dict(load_tensors(place.store.get(inverter["weights"])))
-    drawn, told = synthesize(judge, made.to(place.device, memory_format=torch.channels_last), recipe.synthesize)  # type: ignore[call-overload]
+    made = load_generator(inverter, judge.spec, shape.width, shape.latent, place)
+    drawn, told = synthesize(judge, made, recipe.synthesize)
     every = torch.ones(len(drawn), dtype=torch.bool)
     starved = starved_classes(told["count"], recipe.synthesize)
     allowed = every[:, None].expand(-1, judge.spec.classes)
