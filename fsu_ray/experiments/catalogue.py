@@ -62,6 +62,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "figure8": ("figures", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
     "figure9": ("pictures", "samples of the inverters of LeNet5 and ResNet-50"),
     "figure10": ("pictures", "samples of inverters without augmentation, diversity, total variation (LeNet5)"),
+    "sequence": ("sequences", "five requests, one generator against one each, with probes and without (LeNet5)"),
     "table1": ("moons", "KL to original and oracle on the moons, rho .25, by lambda"),
     "table2a": ("comparison", "MNIST class 9 by every method (LeNet5; PreActResNet-18 of width 8)"),
     "table2b": ("comparison", "MNIST's crossed sevens by every method (LeNet5; PreActResNet-18 of width 8)"),
@@ -70,6 +71,8 @@ NAMES: dict[str, tuple[str, str]] = {
     "table4b": ("comparison", "MNIST's crossed sevens, Ours and Ours+ (LeNet5)"),
     "table4c": ("comparison", "MNIST class 9, Ours and Ours+ (ResNet-50 of width 8)"),
     "table4d": ("comparison", "MNIST's crossed sevens, Ours and Ours+ (ResNet-50 of width 8)"),
+    "table5a": ("transfer", "MNIST class 9: the generators of four classifiers, each for each"),
+    "table5b": ("transfer", "MNIST's crossed sevens: the generators of four classifiers, each for each"),
     "table6": ("ablations", "MNIST class 9 without each loss of the inversion (LeNet5)"),
     "table7": ("ablations", "MNIST class 9 by the distance metric of the filter (LeNet5)"),
 }
@@ -88,6 +91,7 @@ PIECES: dict[str, str] = {
     "erasure": "images",
     "samples": "pictures",
     "filtered": "pictures",
+    "sequence": "sequences",
 }
 """Kind of cells: the module that has it among its PIECES."""
 

@@ -1,0 +1,156 @@
+"""Five requests one after another, through a ledger, the registry and the gate: one generator against one a request.
+
+`shared` is what the system does by default. `each` has a policy by which a generator is retired and the given samples
+are purged after each erasure: every request trains its own, and the masks of earlier erasures are rebuilt from their
+probes. `each, no probes` is the paper's form, which inverts the current version and knows nothing of earlier erasures.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fsu_ray.config import make_recipe, sqlite_url
+from fsu_ray.experiments import images
+from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Table, Work
+from fsu_ray.experiments.images import FEW
+from fsu_ray.experiments.mnist import score, target_samples
+from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.method.context import save_samples
+from fsu_ray.method.unlearn import unlearn
+from fsu_ray.pipeline import Drain, drain, run_request
+from fsu_ray.records import ModelSpec, Policy
+from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.ledger import Ledger, open_ledger
+from fsu_ray.work import BlobStore, Outcome, WorkOrder
+
+CLASSES = (9, 4, 1, 7, 2)
+"""What the requests erase, in their order."""
+OPEN = {"forgotten_max": 1.0, "agreement_min": 0.0, "returned_max": 1.0, "returned_margin": 1.0}
+"""A gate that refuses no result: what comes back is to be seen, not refused."""
+VARIANTS: dict[str, tuple[dict[str, Any], Policy]] = {
+    "shared": ({}, Policy()),
+    "each": ({}, Policy(generators="retire-after-erasure", samples_days=0)),
+    "each, no probes": ({"form": "paper"}, Policy(generators="retire-after-erasure", samples_days=0)),
+}
+"""The changes in the recipe, and the model's policy."""
+
+
+def _sequence(cell: Cell, place: Place) -> list[Row]:
+    ((original,),) = place.given
+    weights = place.store.get(original["weights"])
+    with tempfile.TemporaryDirectory() as home:
+        ledger = open_ledger(sqlite_url(Path(home) / "ledger.db"))
+        try:
+            found = list(_requests(cell, place, original, weights, ledger, Artifacts.open(f"{home}/artifacts")))
+        finally:
+            ledger.close()
+    return found
+
+
+def _requests(
+    cell: Cell, place: Place, original: Row, weights: bytes, ledger: Ledger, store: Artifacts
+) -> Iterator[Row]:
+    def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
+        return unlearn(order, store, place.device)
+
+    spec = ModelSpec.model_validate_json(original["spec"])
+    recipe = make_recipe("default", [cell["changes"], {"gate": OPEN, "relearn": {"seed": cell["seed"]}}])
+    ledger.register_model("m", spec, store.put(weights))
+    ledger.set_policy("m", Policy.model_validate(cell["policy"]))
+    gone: list[int] = []
+    same = {"seed": cell["seed"], "variant": cell["variant"]}
+    yield {**same, "request": 0, "erased": "-", **_measured(spec, weights, list(cell["classes"]))}
+    for number, label in enumerate(cell["classes"], 1):
+        behaviour, pixels = target_samples(images.bench(), label, cell["seed"], FEW)
+        ledger.submit("m", behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
+        started = time.monotonic()
+        (result,) = drain(ledger, "sequence", Drain(most=1, model="m"), partial(run_request, ledger, store, execute))
+        row = {**same, "request": number, "erased": str(label), "seconds": time.monotonic() - started}
+        if result.version is None or result.outcome is None:
+            yield {**row, "reason": result.request.reason}
+            return
+        gone.append(label)
+        row |= {"use": result.outcome.generator_use}
+        yield {**row, **_measured(spec, store.get(result.version.weights), gone)}
+
+
+def _measured(spec: ModelSpec, weights: bytes, gone: list[int]) -> dict[str, float]:
+    """D_r, and D_e of each class that is gone."""
+    found = score(images.bench(), spec, weights, gone, False)
+    return {"D_r": found["D_r"], **{f"D_{label}": found[f"class {label}"] for label in gone}}
+
+
+def _cells(scale: Scale, seeds: int) -> list[Work]:
+    works: list[Work] = []
+    invert = {"invert": images.invert_changes("lenet5", scale)}
+    for seed in range(seeds):
+        original = images.classifier("class9", "lenet5", seed, scale)
+        for variant, (changes, policy) in VARIANTS.items():
+            works.append(("sequence", {
+                "classifier": original, "variant": variant, "changes": {**invert, **changes},
+                "policy": policy.model_dump(mode="json"), "classes": list(CLASSES), "seed": seed,
+            }))  # fmt: skip
+    return works
+
+
+def _kept(row: Row) -> float:
+    return float(row["D_r"])
+
+
+def _worst(row: Row) -> float:
+    """The highest accuracy on a class that is gone, 0 before there is one."""
+    return max((float(row[f"D_{label}"]) for label in CLASSES[: row["request"]]), default=0.0)
+
+
+def _report(rows: list[Row], folder: Path) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    parts = []
+    for variant in VARIANTS:
+        mine = [row for row in rows if row["variant"] == variant and row.get("reason") is None]
+        lines, numbers = [], sorted({row["request"] for row in mine})
+        for number in numbers:
+            at = [row for row in mine if row["request"] == number]
+            worst = [_worst(row) for row in at] if number else []
+            took = [row["seconds"] for row in at] if number else []
+            uses = ", ".join(sorted({row["use"] for row in at})) if number else ""
+            lines.append([at[0]["erased"], spread(r["D_r"] for r in at), spread(worst), f"{max(worst, default=0):.2f}",
+                          spread(took, 1), uses])  # fmt: skip
+        for axis, of in zip(axes, (_kept, _worst), strict=True):
+            means = [[of(row) for row in mine if row["request"] == number] for number in numbers]
+            axis.plot(numbers, [sum(each) / len(each) for each in means], "o-", label=variant)
+        refused = [row["reason"] for row in rows if row["variant"] == variant and row.get("reason")]
+        parts.append(f"**{variant}**")
+        parts.append(table(["erased", "D_r", "worst erased class", "its highest", "seconds", "generator"], lines))
+        parts += [f"A line ended: {reason}." for reason in refused]
+    for axis, name in zip(axes, ("accuracy on what is kept, %", "worst erased class, %"), strict=True):
+        axis.set(xlabel="requests", ylabel=name)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(folder / "sequence.png", dpi=110)
+    pyplot.close(figure)
+    head = (
+        f"LeNet5 on MNIST, classes {', '.join(map(str, CLASSES))} one after another, 3 % of each given; "
+        f"seeds {sorted({row['seed'] for row in rows})}.\n\n![sequence](sequence.png)"
+    )
+    return "\n\n".join([head, *parts]) + (
+        "\n`shared`: what the system does, one generator and one D'. `each`: after every erasure its policy retires "
+        "the generator and purges the given samples, so that each request trains a generator of its own and rebuilds "
+        "the earlier masks from probes. `each, no probes`: the paper's form, an inversion of the current version for "
+        "each request, which knows nothing of the earlier ones. The gate was open, so that what comes back is seen "
+        "here. Seconds of one CPU.\n"
+    )
+
+
+PIECES = {"sequence": Piece(_sequence, lambda cell: [("classifier", cell["classifier"])], gpu=True)}
+TABLES = {"sequence": Table(_cells, _report)}
