@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from fsu_ray.app import App
+from fsu_ray.cluster.workers import checkpoints as kept
 from fsu_ray.config import parse_change
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.records import Behaviour, Status
@@ -37,10 +38,13 @@ def request_of(app: App, trained: Any, home: Path) -> str:
 
 
 def run_until_checkpoints(app: App, home: Path, then: Callable[[subprocess.Popen[bytes]], object]) -> int:
-    """`fsu run` until it has made two checkpoints, and what is done to it then; its exit code."""
+    """`fsu run` until Ray would go on from two more checkpoints, and what is done to it then; its exit code."""
 
     def there() -> set[str]:
-        return {folder.name for folder in Path(app.settings.runs).glob("*/checkpoint_*")}
+        try:
+            return {name for run in Path(app.settings.runs).glob("*") for name in kept(run)}
+        except ValueError:  # it is being written
+            return set()
 
     before, made = there(), set[str]()
     with (home / "first.log").open("w") as log:

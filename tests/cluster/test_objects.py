@@ -22,8 +22,9 @@ from fsu_ray.work import WorkOrder
 
 
 @pytest.fixture
-def cluster(s3_server: str) -> Iterator[None]:
-    """A Ray of its own with two CPUs, whose workers have the credentials of this process."""
+def cluster(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray of its own with two CPUs, with the credentials of this process and as many threads as CPUs."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # what a test process among others has
     workers.connect(2)
     yield
     workers.disconnect()

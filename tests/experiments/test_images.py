@@ -10,47 +10,19 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from fsu_ray.experiments import ablations, figures, images
-from fsu_ray.experiments.catalogue import Cell, Place, Row, Work, piece
-from fsu_ray.experiments.mnist import Bench, read_bench
+from fsu_ray.experiments.catalogue import piece
+from fsu_ray.experiments.mnist import Bench
 from fsu_ray.experiments.reproduce import _key
 from fsu_ray.method.synthesize import Synthetic
 
-PART = 3000
 INVERT = {"steps": 120, "batch": 60, "width": 4, "weights": {"entropy": 10.0}}
 SYNTHESIZE = {"per_class": 20, "entropy_threshold": 2.3, "max_draws": 8, "starved_below": 0.0}
 
 
-@pytest.fixture
-def part(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """The first 3,000 images of each split."""
-    whole = read_bench(mnist)
-    first = torch.arange(PART)
-    crossed = (places[places < PART] for places in (whole.crossed_train, whole.crossed_test))
-    small = Bench(whole.train.take(first), whole.test.take(first), *crossed)
-    monkeypatch.setattr(images, "bench", lambda data: small)
-    return small
-
-
-class Maker:
-    """Computes a cell after what it needs, each once."""
-
-    def __init__(self, store: Any) -> None:
-        self.store, self.made = store, dict[str, list[Row]]()
-
-    def __call__(self, kind: str, cell: Cell) -> Row:
-        work: Work = (kind, cell)
-        if _key(work) not in self.made:
-            given = [[self(*need)] for need in piece(kind).needs(cell)]
-            self.made[_key(work)] = piece(kind).run(cell, Place(torch.device("cpu"), self.store, given))
-        (row,) = self.made[_key(work)]
-        return row
-
-
 @pytest.mark.mnist
 @pytest.mark.parametrize("scenario", ["class9", "crossed7"])
-def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, scenario: str) -> None:
+def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, make: Any, scenario: str) -> None:
     """Every piece, by the recipe of its own cell; what is erased is gone or right, more or less, after seconds."""
-    make = Maker(store)
     original = {**images.classifier(scenario, "lenet5", 1, "small"), "epochs": 4}
     inverter = images.generator(original, INVERT)
     drawn = images.dataset(inverter, SYNTHESIZE)
@@ -78,9 +50,8 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, scenario: str)
 
 
 @pytest.mark.mnist
-def test_fisher_by_its_strength(part: Bench, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fisher_by_its_strength(part: Bench, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row a strength, on the kept images alone: none changes nothing, much costs D_r too."""
-    make = Maker(store)
     original = {**images.classifier("class9", "lenet5", 1, "small"), "epochs": 4}
     cell = {"classifier": original, "rho": images.FULL, "samples": 100, "alphas": [0.0, 1e-2], "seed": 1}
     seen: list[torch.Tensor] = []
@@ -88,7 +59,7 @@ def test_fisher_by_its_strength(part: Bench, store: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         images.fisher, "information", lambda judge, pixels: (seen.append(pixels), inner(judge, pixels))[1]
     )
-    rows = piece("fisher").run(cell, Place(torch.device("cpu"), store, [[make("classifier", original)]]))
+    rows = make.rows("fisher", cell)
     nines = part.train.pixels[part.train.labels == 9].flatten(1)
     assert len(seen[0]) == 100
     assert not (seen[0].flatten(1)[:, None] == nines[None]).all(2).any(), "the information is that of D_r"
