@@ -36,8 +36,7 @@ def _cells(variants: dict[str, Variant]) -> Callable[[Scale, int], list[Work]]:
             original = images.classifier("class9", "lenet5", seed, scale)
             for name, variant in variants.items():
                 change = dict(variant.change)
-                invert = images.invert_changes("lenet5", scale) | change.pop("invert", {})
-                inverter = images.generator(original, invert)
+                inverter = images.inverter(original, scale, change.pop("invert", {}))
                 drawn = images.dataset(inverter, change.pop("synthesize", {}))
                 for rho in (FULL, FEW):
                     kind, cell = images.erasure(drawn, rho, {**change, **(FULL_SHOT if rho == FULL else {})})

@@ -21,7 +21,7 @@ SAMPLES = {"small": 2000, "paper": 50_000}
 def _seed(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The cells of a seed's classifier, generator and D'."""
     original = images.classifier("class9", "lenet5", seed, scale)
-    inverter = images.generator(original, images.invert_changes("lenet5", scale))
+    inverter = images.inverter(original, scale)
     return original, inverter, images.dataset(inverter, {})
 
 

@@ -46,12 +46,6 @@ EPOCHS = {"lenet5": 6, "mnist": 3, "cifar10": 10}
 """Of a classifier at small scale: LeNet5's, a deep network's by its data. At the paper's scale these are 20 and 200."""
 
 
-def invert_changes(arch: str, scale: Scale) -> dict[str, Any]:
-    """What differs from the default inversion: a deep network's losses, the paper's length and width at its scale."""
-    changes = dict(PRESETS["default" if arch == "lenet5" else "deep"].get("invert", {}))
-    return changes | ({"steps": 7000, "width": 16} if scale == "paper" else {})
-
-
 @functools.cache
 def bench(data: str = "mnist") -> Bench:
     """`mnist` or `cifar10` from FSU_DATA, read once a process."""
@@ -71,6 +65,18 @@ def generator(original: Cell, changes: dict[str, Any]) -> Cell:
     """The cell of an inverter of `original`, by the default `invert` under `changes`."""
     recipe = make_recipe("default", [{"invert": {"seed": original["seed"], **changes}}])
     return {"classifier": original, "invert": recipe.invert.model_dump(mode="json"), "seed": original["seed"]}
+
+
+def inverter(original: Cell, scale: Scale, changes: dict[str, Any] | None = None) -> Cell:
+    """The cell of the inverter that tables take for `original`, but for `changes`: a deep network's losses, more
+    channels for colours, at the paper's scale its length and width."""
+    usual = dict(PRESETS["default" if original["arch"] == "lenet5" else "deep"].get("invert", {}))
+    colours = original["scenario"] == "truck"
+    if scale == "paper":
+        usual |= {"steps": 7000, "width": 64 if colours else 16}
+    elif colours:
+        usual |= {"width": 16}
+    return generator(original, usual | (changes or {}))
 
 
 def dataset(inverter: Cell, changes: dict[str, Any], labeller: Cell | None = None) -> Cell:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -97,13 +96,10 @@ def samples(inverter: Cell, without: str | None = None) -> Work:
     return "samples", cell if without is None else {**cell, "without": without}
 
 
-def _lenet(scale: Scale, seed: int) -> tuple[Cell, dict[str, Any]]:
-    return images.classifier("class9", "lenet5", seed, scale), images.invert_changes("lenet5", scale)
-
-
 def _inverter(scale: Scale, seed: int, without: str | None = None) -> Cell:
-    original, changes = _lenet(scale, seed)
-    return images.generator(original, changes | ({"weights": {without: 0}} if without else {}))
+    """LeNet5's."""
+    original = images.classifier("class9", "lenet5", seed, scale)
+    return images.inverter(original, scale, {"weights": {without: 0}} if without else {})
 
 
 def _figure4a(scale: Scale, seeds: int) -> list[Work]:
@@ -183,7 +179,7 @@ def _figure9(scale: Scale, seeds: int) -> list[Work]:
     works = []
     for arch in ("lenet5", "resnet50:8") if scale == "small" else ("lenet5", "resnet50"):
         original = images.classifier("class9", arch, 0, scale)
-        works.append(samples(images.generator(original, images.invert_changes(arch, scale))))
+        works.append(samples(images.inverter(original, scale)))
     return works
 
 

@@ -88,14 +88,13 @@ def _measured(spec: ModelSpec, weights: bytes, gone: list[int]) -> dict[str, flo
 
 def _cells(scale: Scale, seeds: int) -> list[Work]:
     works: list[Work] = []
-    invert = {"invert": images.invert_changes("lenet5", scale)}
     for seed in range(seeds):
         original = images.classifier("class9", "lenet5", seed, scale)
+        invert = images.inverter(original, scale)["invert"]
         for variant, (changes, policy) in VARIANTS.items():
-            works.append(("sequence", {
-                "classifier": original, "variant": variant, "changes": {**invert, **changes},
-                "policy": policy.model_dump(mode="json"), "classes": list(CLASSES), "seed": seed,
-            }))  # fmt: skip
+            cell = {"classifier": original, "variant": variant, "classes": list(CLASSES), "seed": seed}
+            cell |= {"changes": {"invert": invert, **changes}, "policy": policy.model_dump(mode="json")}
+            works.append(("sequence", cell))
     return works
 
 

@@ -50,7 +50,7 @@ def _cells(scenario: str) -> Callable[[Scale, int], list[Work]]:
         works: list[Work] = []
         nets = {name: images.classifier(scenario, *net, scale) for name, net in NETS[scale].items()}
         for source, inverted in nets.items():
-            inverter = images.generator(inverted, images.invert_changes(inverted["arch"], scale))
+            inverter = images.inverter(inverted, scale)
             for target, original in nets.items():
                 drawn = images.dataset(inverter, {}, original)
                 for seed in range(seeds):
