@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fsu_ray.cluster.workers import cause
 from fsu_ray.errors import FsuError, RunFailed
@@ -13,28 +13,33 @@ Result = TypeVar("Result")
 
 
 def side_by_side(
-    function: Callable[[Item], Result], items: Iterable[Item], resources: Callable[[Item], dict[str, float]]
+    function: Callable[[Item], Result],
+    more: Callable[[], Iterable[Item]],
+    resources: Callable[[Item], dict[str, float]],
 ) -> Iterator[tuple[Item, Result | FsuError]]:
     """Each item with what `function` made of it, in the order in which they end; its task takes `resources`.
 
-    One that raises yields RunFailed with the cause; the others go on. Whoever stops
-    listening ends what is under way. A task whose process died is tried again, three times.
+    `more` gives the items that can begin: at first, and again after each that has ended. One that raises yields
+    RunFailed with the cause; the others go on. Whoever stops listening ends what is under way. A task whose process
+    died is tried again, three times.
     """
     import ray
     from ray.exceptions import RayError
 
     task = ray.remote(function)
-    waiting = {}
-    for item in items:
-        takes = resources(item)
-        options = {"num_cpus": takes["CPU"], "num_gpus": takes.get("GPU", 0), "max_retries": 3}
-        waiting[task.options(**options).remote(item)] = item
+    waiting: dict[Any, Item] = {}
     try:
-        while waiting:
-            done, _ = ray.wait(list(waiting), num_returns=1)
-            item = waiting.pop(done[0])
+        while True:
+            for item in more():
+                takes = resources(item)
+                options = {"num_cpus": takes["CPU"], "num_gpus": takes.get("GPU", 0), "max_retries": 3}
+                waiting[task.options(**options).remote(item)] = item
+            if not waiting:
+                return
+            (done, *_), _ = ray.wait(list(waiting), num_returns=1)
+            item = waiting.pop(done)
             try:
-                yield item, ray.get(done[0])
+                yield item, ray.get(done)
             except (FsuError, RayError) as error:
                 yield item, RunFailed(cause(error))
     finally:

@@ -14,12 +14,11 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,27 +128,36 @@ def _look(kept: Path, wanted: list[Work]) -> _Progress:
 
 
 def _compute_all(progress: _Progress, store: BlobStore, tell: Callable[[int, int, str], None] | None) -> None:
-    """Wave after wave: what needs nothing that is missing, side by side."""
+    """Each cell as soon as what it needs is there and the cluster has room."""
     use_gpu, each = workers.resources()
+    begun: set[str] = set()
 
-    def resources(todo: Any) -> dict[str, float]:
+    def resources(todo: Todo) -> dict[str, float]:
         made = piece(todo[0][0])
         return each if made.gpu and use_gpu else {"CPU": made.cpus}
 
-    while ready := progress.ready():
-        todo = [(work, store, [progress.rows[_key(need)] for need in _needs(work)]) for work in ready]
-        for (work, *_), found in tasks.side_by_side(_compute, todo, resources):
-            key = _key(work)
-            if isinstance(found, FsuError):
-                progress.broken[key] = found
-            else:
-                _write(_file(progress.folder, work), found)
-                progress.rows[key] = found
-            if tell:
-                tell(len(progress.rows), len(progress.cells), _shown(work))
+    def more() -> Iterator[Todo]:
+        for work in progress.ready():
+            if _key(work) not in begun:
+                begun.add(_key(work))
+                yield work, store, [progress.rows[_key(need)] for need in _needs(work)]
+
+    for (work, *_), found in tasks.side_by_side(_compute, more, resources):
+        key = _key(work)
+        if isinstance(found, FsuError):
+            progress.broken[key] = found
+        else:
+            _write(_file(progress.folder, work), found)
+            progress.rows[key] = found
+        if tell:
+            tell(len(progress.rows), len(progress.cells), _shown(work))
 
 
-def _compute(todo: tuple[Work, BlobStore, list[list[Row]]]) -> list[Row]:
+Todo = tuple[Work, BlobStore, list[list[Row]]]
+"""A cell, the store, and the rows of what it needs."""
+
+
+def _compute(todo: Todo) -> list[Row]:
     """In a Ray task: the rows of a cell, with where they are from."""
     import ray
 

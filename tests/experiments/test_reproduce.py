@@ -30,11 +30,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
     """No Ray: cells run in this process, one after another, and are listed. `seed` 7 breaks."""
     seen: list[Work] = []
 
-    def side_by_side(function: Callable, items: list, resources: Callable) -> object:
-        for item in items:
+    def side_by_side(function: Callable, more: Callable, resources: Callable) -> object:
+        waiting = list(more())
+        while waiting:
+            item = waiting.pop(0)
             assert resources(item) == {"CPU": 1}
             seen.append(item[0])
             yield item, RunFailed("it broke") if item[0][1]["seed"] == 7 else function(item)
+            waiting += more()
 
     monkeypatch.setattr(tasks, "side_by_side", side_by_side)
     monkeypatch.setattr(reproduce.workers, "connect", lambda cpus: None)
@@ -191,18 +194,26 @@ def slow_square(number: int) -> int:
         raise NotFound("no 3")
     if number == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.1)
+    time.sleep(5 if number == 50 else 0.1)
     return number**2
 
 
 @pytest.mark.ray
 def test_tasks_side_by_side_and_what_comes_of_each() -> None:
-    """On a Ray of two CPUs: all results, an error of ours for what raised and for a process that died."""
+    """On a Ray of two CPUs: all results, an error of ours for what raised and for a process that died. What can begin
+    only then does so at once, whatever else is still running."""
+    found: dict[int, object] = {}
+
+    def more() -> list[int]:
+        return [50, 0] if not found else [1, 2, 3, 5, 4] if list(found) == [0] else []
+
     reproduce.workers.connect(2)
     try:
-        found = dict(tasks.side_by_side(slow_square, range(6), lambda number: {"CPU": 1}))
+        for number, result in tasks.side_by_side(slow_square, more, lambda number: {"CPU": 1}):
+            found[number] = result
     finally:
         reproduce.workers.disconnect()
+    assert list(found).index(1) < list(found).index(50), "what can begin did not wait for the slow one"
     assert {number: found[number] for number in (0, 1, 2, 5)} == {0: 0, 1: 1, 2: 4, 5: 25}
     assert isinstance(found[3], RunFailed)
     assert "no 3" in str(found[3])
