@@ -34,7 +34,7 @@ Theirs = dict[str, tuple[str, str]]
 @dataclass(frozen=True)
 class Net:
     """A network at small scale, and the paper's figures for it: `shared` has one classifier and inverter for all
-    repeats, which then are draws of the given samples; otherwise each seed has its own."""
+    repeats, which then are draws of the given samples, and each baseline once; otherwise each seed has its own."""
 
     arch: str
     shared: bool
@@ -47,7 +47,7 @@ def _cells(scenario: str, nets: tuple[Net, ...], large: str, baselines: bool) ->
         for net in nets if scale == "small" else (Net(large, False, None),):
             for seed in range(seeds):
                 original = images.classifier(scenario, net.arch, 0 if net.shared else seed, scale)
-                for work in _of(original, seed, scale, baselines):
+                for work in _of(original, seed, scale, baselines and not (net.shared and seed)):
                     made.setdefault(repr(work), work)
         return list(made.values())
 
@@ -120,7 +120,7 @@ def _report(scenario: str, nets: tuple[Net, ...], title: str) -> Callable[[list[
             net, mine = theirs.get(arch), [row for row in rows if row["arch"] == arch]
             papers = (net.theirs if net else next(n.theirs for n in nets if n.theirs)) or {}
             shared = ("One classifier and one inverter, shared by all repeats, which differ in the draw of D_e,rho and "
-                      "in relearning.") if net and net.shared else (
+                      "in relearning; each baseline once.") if net and net.shared else (
                       "Each seed has a classifier, an inverter and a draw of D_e,rho of its own.")  # fmt: skip
             seeds = sorted({row["seed"] for row in mine})
             parts.append(f"**{arch}**, seeds {seeds}. {shared}")

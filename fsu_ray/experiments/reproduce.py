@@ -54,11 +54,11 @@ class _Progress:
     broken: dict[str, FsuError]
 
     def ready(self) -> list[Work]:
-        """The cells that are missing and whose needs are there."""
-        return [
-            work for key, work in self.cells.items()
-            if key not in self.rows and key not in self.broken and all(_key(need) in self.rows for need in _needs(work))
-        ]  # fmt: skip
+        """The cells that are missing and whose needs are there: first those that others wait for."""
+        missing = [work for key, work in self.cells.items() if key not in self.rows and key not in self.broken]
+        needed = {_key(need) for work in missing for need in _needs(work)}
+        ready = [work for work in missing if all(_key(need) in self.rows for need in _needs(work))]
+        return sorted(ready, key=lambda work: _key(work) not in needed)
 
 
 def reproduce(
