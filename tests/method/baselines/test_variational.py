@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 
 import pytest
 import torch
 from torch import Tensor
 
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.method.baselines.variational import Descent, Gaussian, eubo, eubo_sampled, rkl
+from fsu_ray.method.baselines.variational import Descent, Diagonal, Gaussian, effective_draws, eubo, eubo_sampled, rkl
 
 NOISE = 2.0
 
@@ -60,9 +61,47 @@ def test_without_a_cut_all_of_them_find_what_is_left(linear: Linear) -> None:
     """p(u | D_r) is a Gaussian here, so that every KL is least at it. Moving to it means something: .2 nats."""
     assert float(linear.rest.kl(linear.full)) > 0.15
     assert float(eubo(linear.full, linear.expected).kl(linear.rest)) < 1e-9
+    still = Descent(1, 2, 1e-9)
+    assert float(eubo_sampled(linear.full, linear.log_likelihood, 0, 0, still, linear.rest).kl(linear.rest)) < 1e-9
     sampled = eubo_sampled(linear.full, linear.log_likelihood, 0, 0, Descent(steps=400, samples=100, lr=0.03))
     assert float(sampled.kl(linear.rest)) < 2e-3
     assert float(rkl(linear.full, linear.log_likelihood, 0, 0, batches=30, size=10_000).kl(linear.rest)) < 2e-3
+
+
+def test_a_diagonal_one_finds_what_is_left_too() -> None:
+    """Where p(u | D_r) has no correlations: ten observations, each of one dimension; from q_full and from elsewhere."""
+    x = torch.eye(3, dtype=torch.float64)[torch.arange(10) % 3]
+    y = torch.randn(10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def posterior(number: int) -> Diagonal:
+        variance = 1 / (1 + x[:number].square().sum(0) / NOISE**2)
+        return Diagonal(variance * (x[:number].T @ y[:number]) / NOISE**2, variance.sqrt())
+
+    def log_likelihood(u: Tensor) -> Tensor:
+        return -(y[7:] - u @ x[7:].T).square().sum(1) / (2 * NOISE**2)
+
+    full, rest = posterior(10), posterior(7)
+    a, b = (torch.distributions.Normal(each.mean, each.scale) for each in (full, rest))
+    assert float(full.kl(rest)) == pytest.approx(float(torch.distributions.kl_divergence(a, b).sum()))
+    assert float(rest.kl(full)) > 0.04
+    how = Descent(steps=400, samples=100, lr=0.03)
+    begin = Diagonal(torch.full_like(full.mean, 1.0), full.scale / 2)
+    for start in (None, begin):
+        assert float(eubo_sampled(full, log_likelihood, 0, 0, how, start).kl(rest)) < 1e-3
+    assert float(eubo_sampled(full, log_likelihood, 0, 0, Descent(1, 2, 1e-9), begin).kl(begin)) < 1e-9
+    assert float(rkl(full, log_likelihood, 0, 0, batches=30, size=10_000).kl(rest)) < 1e-3
+    with pytest.raises(InvalidConfig, match="do not vary"):
+        rkl(full, log_likelihood, 0, 0, batches=1, size=1)
+
+
+def test_what_draws_are_worth(linear: Linear) -> None:
+    """All of them where nothing is known of D_e; one where D_e decides; else those within the cut."""
+    full = Diagonal(linear.full.mean, torch.ones_like(linear.full.mean))
+    assert effective_draws(full, lambda u: torch.zeros(len(u)), 0, 0) == pytest.approx(1000)
+    assert effective_draws(full, lambda u: 1e6 * u[:, 0], 0, 0) == pytest.approx(1)
+    half = effective_draws(full, lambda u: torch.zeros(len(u)), math.exp(-2.366 / 2), 0)  # the median of chi^2 of 3
+    assert half == pytest.approx(500, abs=25)
+    assert effective_draws(full, lambda u: torch.zeros(len(u)), Decimal("1e-2410"), 0) == pytest.approx(1000)
 
 
 def test_a_cut_keeps_them_near_what_was_learned(linear: Linear) -> None:
