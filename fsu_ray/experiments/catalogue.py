@@ -58,6 +58,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "figure4a": ("pictures", "sorted distances of D' to the given samples, and thresholds (LeNet5)"),
     "figure4b": ("pictures", "samples of D', those that the filter takes in boxes (LeNet5)"),
     "figure4c": ("pictures", "samples of an inverter that was trained without the BN loss (LeNet5)"),
+    "figure5": ("tuning", "D_r and D_e by rho, Ours and a tuned EUBO (LeNet5)"),
     "figure6": ("comparison", "CIFAR-10's trucks by every method, and samples (PreActResNet-18 of width 16)"),
     "figure7": ("figures", "time of training, generator and unlearning, first and later requests (LeNet5)"),
     "figure8": ("figures", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
@@ -93,6 +94,7 @@ PIECES: dict[str, str] = {
     "samples": "pictures",
     "filtered": "pictures",
     "sequence": "sequences",
+    "bayes": "bayes",
 }
 """Kind of cells: the module that has it among its PIECES."""
 

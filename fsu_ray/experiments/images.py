@@ -18,13 +18,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fsu_ray.config import PRESETS, make_recipe
+from fsu_ray.experiments import mnist
 from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Work
-from fsu_ray.experiments.mnist import Bench, read_bench, read_cifar, score, target_positions, target_samples, train
+from fsu_ray.experiments.mnist import Bench, read_bench, read_cifar, target_positions, target_samples, train
 from fsu_ray.gate import refuse_generator, refuse_result
 from fsu_ray.method import evaluate, invert
 from fsu_ray.method.baselines import fisher
 from fsu_ray.method.context import Saved, save_samples
-from fsu_ray.method.fit import Schedule, fit
+from fsu_ray.method.fit import Schedule, fit, predict
 from fsu_ray.method.networks import Classifier, Generator
 from fsu_ray.method.synthesize import starved_classes, synthesize
 from fsu_ray.method.unlearn import unlearn
@@ -112,8 +113,14 @@ def _classifier(cell: Cell, place: Place) -> list[Row]:
 
 def measured(scenario: str, spec: ModelSpec, weights: bytes) -> dict[str, float]:
     """Test accuracy in percent on `D_r` and `D_e`."""
+    data = SCENARIOS[scenario][0]
+    return graded(scenario, predict(Classifier.from_bytes(spec, weights), bench(data).test.pixels))
+
+
+def graded(scenario: str, logits: Tensor) -> dict[str, float]:
+    """`measured` of logits or probabilities (N, K) of the test split."""
     data, what, called = SCENARIOS[scenario]
-    found = score(bench(data), spec, weights, [what] if isinstance(what, int) else [], what == "crossed")
+    found = mnist.graded(bench(data), logits, [what] if isinstance(what, int) else [], what == "crossed")
     return {"D_r": found["D_r"], "D_e": found[called]}
 
 

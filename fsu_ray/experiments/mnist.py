@@ -71,23 +71,33 @@ def read_cifar() -> Bench:
     return Bench(load("cifar10", "train", shape), load("cifar10", "test", shape), none, none)
 
 
-def train(
-    bench: Bench, arch: str, poisoned: bool, epochs: int, seed: int, device: torch.device | None = None
-) -> tuple[ModelSpec, bytes]:
-    """A classifier on MNIST or CIFAR-10; `poisoned`: each crossed seven is labelled 2, 3 or 7 at random."""
-    labels = bench.train.labels.clone()
+def labels(bench: Bench, poisoned: bool, seed: int) -> Tensor:
+    """What `train` learns, (N,); `poisoned`: each crossed seven is labelled 2, 3 or 7 at random."""
+    found = bench.train.labels.clone()
     if poisoned:
         wrong = torch.randint(0, 3, (len(bench.crossed_train),), generator=torch.Generator().manual_seed(seed))
-        labels[bench.crossed_train] = torch.tensor([2, 3, 7])[wrong]
+        found[bench.crossed_train] = torch.tensor([2, 3, 7])[wrong]
+    return found
+
+
+def spec_of(bench: Bench, arch: str) -> ModelSpec:
+    """The spec of a classifier of these images."""
     if bench.train.pixels.shape[1] == 3:
         look: dict[str, Any] = {"mean": (0.491, 0.482, 0.447), "std": (0.247, 0.243, 0.262), "flip": True}
     else:
         look = {"mean": (0.1,), "std": (0.28,)}
-    spec = ModelSpec(arch=arch, channels=len(look["mean"]), height=32, width=32, classes=10, **look)
+    return ModelSpec(arch=arch, channels=len(look["mean"]), height=32, width=32, classes=10, **look)
+
+
+def train(
+    bench: Bench, arch: str, poisoned: bool, epochs: int, seed: int, device: torch.device | None = None
+) -> tuple[ModelSpec, bytes]:
+    """A classifier on MNIST or CIFAR-10, on `labels`."""
+    spec = spec_of(bench, arch)
     torch.manual_seed(seed)
     classifier = Classifier(spec).to(device or torch.device("cpu"))
     schedule = Schedule(epochs=epochs, seed=seed, precision="auto")
-    fit(classifier, bench.train.pixels, labels, schedule, flip=spec.flip)
+    fit(classifier, bench.train.pixels, labels(bench, poisoned, seed), schedule, flip=spec.flip)
     return spec, classifier.to_bytes()
 
 
@@ -109,7 +119,12 @@ def target_samples(bench: Bench, what: int | str, seed: int, share: float = SHAR
 
 def score(bench: Bench, spec: ModelSpec, weights: bytes, gone: list[int], crossed: bool) -> dict[str, float]:
     """Test accuracy in percent: `D_r`, one entry a class in `gone`, and `crossed 7` where it is asked for."""
-    right = predict(Classifier.from_bytes(spec, weights), bench.test.pixels).argmax(1) == bench.test.labels
+    return graded(bench, predict(Classifier.from_bytes(spec, weights), bench.test.pixels), gone, crossed)
+
+
+def graded(bench: Bench, logits: Tensor, gone: list[int], crossed: bool) -> dict[str, float]:
+    """`score` of logits or probabilities (N, K) of the test split."""
+    right = logits.argmax(1) == bench.test.labels
     sevens = torch.zeros(len(right), dtype=torch.bool)
     if crossed:
         sevens[bench.crossed_test] = True

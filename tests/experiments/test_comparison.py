@@ -75,6 +75,8 @@ def test_each_network_has_a_table_of_its_own(tmp_path: Path) -> None:
         for rho in (1.0, 0.03):
             rows += [{"piece": "erasure", "variant": "Ours", "rho": rho, "refused": refused, **same, "seed": seed,
                       "D_r": 99.0 + seed, "D_e": 0.1} for seed, refused in ((0, ""), (1, "not_forgotten"))]  # fmt: skip
+            rows += [{"piece": "bayes", "method": method, "rho": rho, "D_r": d_r, "D_e": 0.0, "full_D_r": 99.3,
+                      "full_D_e": 98.5, **same} for method, d_r in (("eubo", 30.0), ("rkl", 97.0))]  # fmt: skip
             rows += [{"piece": "fisher", "rho": rho, "alpha": 1e-7, "D_r": 98.0, "D_e": 90.0, **same}]
     text = comparison.TABLES["table2a"].report(rows, tmp_path)
     lenet, deep = text.split("**preactresnet18:8**")
@@ -83,6 +85,9 @@ def test_each_network_has_a_table_of_its_own(tmp_path: Path) -> None:
     assert "| Ours | 98.41 ± 0.32 | 99.50 ± 0.71 | 0.60 ± 0.22 | 0.10 ± 0.00 | 1 of 2 refused |" in lenet
     assert "| Ours | 98.43 ± 0.92 | 99.50 ± 0.71 | 0.18 ± 0.27 | 0.10 ± 0.00 | 1 of 2 refused |" in deep
     assert "| Fisher_1 | 96.62 ± 1.30 | 98.00 | 98.12 ± 1.18 | 90.00 | lambda 1e-07 |" in deep
+    assert "| Original, its last layer Bayesian | - | 99.30 | - | 98.50 |  |" in deep
+    assert "| EUBO | 35.67 ± 1.51 | 30.00 | 0.00 ± 0.00 | 0.00 | lambda 0 |" in deep
+    assert "| RKL | 97.57 ± 0.17 | 97.00 | 75.46 ± 4.36 | 0.00 | lambda 0 |" in deep
     assert "| Fisher_2 | 20.04 ± 6.66 | - | 0.62 ± 1.39 | - | no strength does |" in deep
     assert "shared by all repeats" in deep
     assert "shared by all repeats" not in lenet

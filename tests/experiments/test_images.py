@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load as load_tensors
 
-from fsu_ray.experiments import ablations, figures, images
-from fsu_ray.experiments.catalogue import piece
+from fsu_ray.errors import InvalidConfig
+from fsu_ray.experiments import ablations, bayes, figures, images, mnist
+from fsu_ray.experiments.catalogue import Row, piece
 from fsu_ray.experiments.mnist import Bench
 from fsu_ray.experiments.reproduce import _key
 from fsu_ray.method.synthesize import Synthetic
@@ -69,6 +70,53 @@ def test_fisher_by_its_strength(part: Bench, make: Any, monkeypatch: pytest.Monk
     erased = images.erased_of("class9", images.FULL, 1)
     assert torch.equal(part.train.labels[erased].unique(), torch.tensor([9]))
     assert 0 < int(images.erased_of("crossed7", 0.5, 1).sum()) < len(part.crossed_train)
+
+
+@pytest.mark.mnist
+def test_a_bayesian_last_layer_by_lambda(part: Bench, make: Any) -> None:
+    """EUBO with nothing cut takes D_r along, with all cut it moves nothing; RKL moves little, or says why not."""
+    original = {**images.classifier("class9", "lenet5", 1, "small"), "epochs": 4}
+    learning = {"steps": 300, "lr": 0.03}
+
+    def rows(method: str, **settings: Any) -> list[Row]:
+        kind, cell = bayes.bayes_cell(original, method, images.FULL, learning=learning, **settings)
+        assert piece(kind).needs(cell) == [("classifier", original)]
+        return make.rows(kind, cell)
+
+    far, near = rows("eubo", lambdas=["0", "1e-9"], steps=200)
+    assert abs(near["full_D_r"] - make("classifier", original)["D_r"]) < 5
+    assert near["full_D_e"] > 50
+    assert near["D_r"] == pytest.approx(near["full_D_r"], abs=0.5)
+    assert near["kl"] < 1 < far["kl"]
+    assert far["D_e"] == far["mean_D_e"] == 0
+    assert far["D_r"] < far["full_D_r"] - 10
+    near, refused = rows("rkl", lambdas=[0, 1e-9], batches=3)
+    assert near["D_r"] > near["full_D_r"] - 5
+    assert 1 <= near["worth"] < 1000
+    assert "cuts all draws away" in refused["refused"]
+    assert (refused["D_e"], refused["kl"], near["refused"]) == (refused["full_D_e"], 0, "")
+    assert bayes.lambda_at(original, 1) == "2.659777e-185"  # exp(-850 / 2)
+    for method, settings in (("fisher", {}), ("rkl", {"steps": 1}), ("eubo", {"learning": {"step": 1}})):
+        with pytest.raises(InvalidConfig):
+            bayes.bayes_cell(original, method, 1.0, **settings)
+
+
+@pytest.mark.mnist
+def test_bayes_sees_the_labels_that_were_learned(part: Bench, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the crossed sevens those that are given, as 2, 3 or 7, the same that the original learned; q_full sees all."""
+    original = {**images.classifier("crossed7", "lenet5", 1, "small"), "epochs": 1}
+    seen: list[torch.Tensor] = []
+    inner = bayes.last_layer.likelihood
+    monkeypatch.setattr(
+        bayes.last_layer, "likelihood", lambda x, y, *rest: (seen.append(y.cpu()), inner(x, y, *rest))[1]
+    )
+    _, cell = bayes.bayes_cell(original, "eubo", 0.5, steps=2, learning={"steps": 2})
+    (row,) = make.rows("bayes", cell)
+    learned = mnist.labels(part, True, 1)
+    assert 0 <= row["D_e"] <= 100
+    assert torch.equal(seen[0], learned)
+    assert torch.equal(seen[1], learned[images.erased_of("crossed7", 0.5, 1)])
+    assert set(seen[1].tolist()) == {2, 3, 7}
 
 
 def test_pictures_of_time_and_of_fisher(tmp_path: Path) -> None:
