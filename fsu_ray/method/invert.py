@@ -186,7 +186,7 @@ def invert(
     run.generator.train()
     while run.step < (until or recipe.steps):
         for parameters in run.optimiser.param_groups:
-            parameters["lr"] = recipe.lr * _decay(run.step / recipe.steps)
+            parameters["lr"] = recipe.lr * decay(run.step / recipe.steps)
         found = losses(classifier, model, recipe, run.step, group)
         total = torch.stack([weights[name] * value for name, value in found.items()]).sum()
         run.optimiser.zero_grad(set_to_none=True)
@@ -207,6 +207,6 @@ def invert(
     return run.generator.eval()
 
 
-def _decay(done: float) -> float:
+def decay(done: float) -> float:
     """Learning rate after `done` of the run as a share of the peak: held, then half a cosine down."""
     return 1.0 if done < 0.5 else 0.5 + 0.5 * math.cos(math.pi * (2 * done - 1))
