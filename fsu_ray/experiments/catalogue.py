@@ -89,6 +89,7 @@ PIECES: dict[str, str] = {
     "oracle": "images",
     "fisher": "images",
     "generator": "images",
+    "gan": "images",
     "dataset": "images",
     "erasure": "images",
     "samples": "pictures",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from fsu_ray.experiments.mnist import Bench, read_bench, read_cifar, target_posi
 from fsu_ray.gate import refuse_generator, refuse_result
 from fsu_ray.method import evaluate, invert
 from fsu_ray.method.baselines import fisher
+from fsu_ray.method.baselines.gan import GanRecipe
+from fsu_ray.method.baselines.gan import train as train_gan
 from fsu_ray.method.context import Saved, save_samples
 from fsu_ray.method.fit import Schedule, fit, predict
 from fsu_ray.method.networks import Classifier, Generator
@@ -84,7 +87,15 @@ def dataset(inverter: Cell, changes: dict[str, Any], labeller: Cell | None = Non
     """The cell of D' drawn from `inverter`, labelled by the classifier that it inverts or by `labeller`."""
     recipe = make_recipe("default", [{"synthesize": {"seed": inverter["seed"], **changes}}])
     cell = {"generator": inverter, "synthesize": recipe.synthesize.model_dump(mode="json"), "seed": inverter["seed"]}
-    return cell if labeller is None or labeller == inverter["classifier"] else {**cell, "classifier": labeller}
+    own = labeller is None or labeller == inverter.get("classifier")
+    return cell if own else {**cell, "classifier": labeller}
+
+
+def gan(scenario: str, seed: int, scale: Scale) -> Cell:
+    """The cell of Ours+'s generator: a GAN on what the classifier of `scenario` and `seed` has learned from."""
+    width = 8 if scale == "small" else 64 if scenario == "truck" else 16
+    how = asdict(GanRecipe(steps=2000 if scale == "small" else 20_000, width=width, seed=seed))
+    return {"scenario": scenario, "gan": how, "invert": {"width": width, "latent": how["latent"]}, "seed": seed}
 
 
 def erasure(drawn: Cell, rho: float, changes: dict[str, Any], seed: int | None = None) -> Work:
@@ -177,6 +188,17 @@ def _generator(cell: Cell, place: Place) -> list[Row]:
     return [row | {"seconds": time.monotonic() - started, **{f"loss_{name}": value for name, value in heard.items()}}]
 
 
+def _gan(cell: Cell, place: Place) -> list[Row]:
+    scenario, started = cell["scenario"], time.monotonic()
+    data = bench(SCENARIOS[scenario][0])
+    labels = mnist.labels(data, scenario == "crossed7", cell["seed"])
+    spec = mnist.spec_of(data, "lenet5")  # a generator asks for its shape and classes alone
+    made = train_gan(spec, data.train.pixels, labels, GanRecipe(**cell["gan"]), place.device)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in made.state_dict().items()}
+    row = {"seed": cell["seed"], "scenario": scenario, "weights": place.store.put(save_tensors(tensors))}
+    return [row | {"seconds": time.monotonic() - started}]
+
+
 def _dataset(cell: Cell, place: Place) -> list[Row]:
     (original,), (inverter,) = place.given
     recipe, started = Recipe.model_validate({"synthesize": cell["synthesize"]}), time.monotonic()
@@ -189,7 +211,7 @@ def _dataset(cell: Cell, place: Place) -> list[Row]:
     allowed = every[:, None].expand(-1, judge.spec.classes)
     figures = evaluate.generator_figures(judge, drawn, told, allowed, every, [], starved)
     keys = ("acceptance", "coverage", "bn_distance", "agreement")
-    row = {"seed": cell["seed"], "scenario": inverter["scenario"], "generator": inverter["weights"],
+    row = {"seed": cell["seed"], "scenario": original["scenario"], "generator": inverter["weights"],
            "dataset": place.store.put(drawn.to_bytes()), "starved": starved, **{key: figures[key] for key in keys},
            "refused": "; ".join(refuse_generator(figures, recipe.gate))}  # fmt: skip
     return [row | {"seconds": time.monotonic() - started}]
@@ -241,11 +263,11 @@ def _original(cell: Cell) -> list[Work]:
 
 def labeller(drawn: Cell) -> Work:
     """The cell of the classifier that labels a D', and that an erasure on it unlearns."""
-    return "classifier", drawn.get("classifier", drawn["generator"]["classifier"])
+    return "classifier", drawn["classifier"] if "classifier" in drawn else drawn["generator"]["classifier"]
 
 
 def _drawn_from(cell: Cell) -> list[Work]:
-    return [labeller(cell), ("generator", cell["generator"])]
+    return [labeller(cell), ("gan" if "gan" in cell["generator"] else "generator", cell["generator"])]
 
 
 def _erased_on(cell: Cell) -> list[Work]:
@@ -257,6 +279,7 @@ PIECES = {
     "oracle": Piece(_oracle, _original, gpu=True),
     "fisher": Piece(_fisher, _original, gpu=True),
     "generator": Piece(_generator, _original, gpu=True),
+    "gan": Piece(_gan, gpu=True),
     "dataset": Piece(_dataset, _drawn_from, gpu=True),
     "erasure": Piece(_erasure, _erased_on, gpu=True),
 }

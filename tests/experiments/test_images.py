@@ -43,6 +43,13 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, make: Any, sce
         assert (after["weights"] == before["weights"]) is (after["refused"] == "nothing_found")
     if scenario == "class9":
         assert full["D_e"] < 10 < before["D_e"]
+    plus = images.gan(scenario, 1, "small")
+    plus["gan"] |= {"steps": 60, "width": 4}
+    plus["invert"] |= {"width": 4}
+    borrowed = images.dataset(plus, SYNTHESIZE, original)
+    after = make(*images.erasure(borrowed, images.FULL, everything))
+    assert after["before_D_r"] == before["D_r"]
+    assert make("dataset", borrowed)["generator"] == make("gan", plus)["weights"]
     for how in ("finetuned", "scratch"):
         oracle = make("oracle", {"classifier": original, "how": how, "epochs": 3, "seed": 1})
         assert oracle["D_r"] > 80
