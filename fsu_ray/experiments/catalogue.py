@@ -17,6 +17,8 @@ Scale = Literal["small", "paper"]
 Cell = dict[str, Any]
 """A piece of work, by everything that decides its result: numbers and words, with a `seed`."""
 Row = dict[str, Any]
+BLOBS = ("weights", "dataset")
+"""The columns of a row that name, by digest, what its cell has left in the store for others."""
 Work = tuple[str, Cell]
 """A kind of cells and one of them."""
 

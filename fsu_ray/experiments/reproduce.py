@@ -26,7 +26,7 @@ import torch
 
 from fsu_ray.cluster import tasks, workers
 from fsu_ray.errors import FsuError, RunFailed, StorageError, UserError
-from fsu_ray.experiments.catalogue import NAMES, Place, Row, Scale, Work, find, piece
+from fsu_ray.experiments.catalogue import BLOBS, NAMES, Place, Row, Scale, Work, find, piece
 from fsu_ray.work import BlobStore
 
 
@@ -89,7 +89,7 @@ def reproduce(
             _file(kept, wanted[key]).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"nothing can be written to {folder} ({error.strerror}); give --into another") from None
-    progress = _look(kept, list(wanted.values()))
+    progress = _look(kept, list(wanted.values()), store)
     missing = len(progress.cells) - len(progress.rows)
     if missing:
         workers.connect(cpus)
@@ -108,23 +108,35 @@ def reproduce(
     return Reproduced(name, scale, rows, len(progress.cells), missing, time.monotonic() - started, markdown, files)
 
 
-def _look(kept: Path, wanted: list[Work]) -> _Progress:
-    """Those that are wanted, and what these need as far as they are missing themselves."""
-    cells: dict[str, Work] = {}
-    rows: dict[str, list[Row]] = {}
-    waiting = list(wanted)
-    while waiting:
-        work = waiting.pop()
-        key = _key(work)
-        if key in cells:
-            continue
-        cells[key] = work
-        found = _read(_file(kept, work))
-        if found is None:
-            waiting += _needs(work)
-        else:
-            rows[key] = found
-    return _Progress(kept, cells, rows, {})
+def _look(kept: Path, wanted: list[Work], store: BlobStore) -> _Progress:
+    """Those that are wanted, and what these need as far as they are missing themselves. A cell whose blobs have left
+    the store is missing for those that need them."""
+    lost: set[str] = set()
+    while True:
+        cells: dict[str, Work] = {}
+        rows: dict[str, list[Row]] = {}
+        needed: set[str] = set()
+        waiting = list(wanted)
+        while waiting:
+            work = waiting.pop()
+            key = _key(work)
+            if key in cells:
+                continue
+            cells[key] = work
+            found = None if key in lost else _read(_file(kept, work))
+            if found is None:
+                waiting += _needs(work)
+                needed |= {_key(need) for need in _needs(work)}
+            else:
+                rows[key] = found
+        less = {key for key in needed & rows.keys() if not _whole(rows[key], store)}
+        if not less:
+            return _Progress(kept, cells, rows, {})
+        lost |= less
+
+
+def _whole(rows: list[Row], store: BlobStore) -> bool:
+    return all(store.has(row[column]) for row in rows for column in BLOBS if row.get(column))
 
 
 def _compute_all(progress: _Progress, store: BlobStore, tell: Callable[[int, int, str], None] | None) -> None:

@@ -50,11 +50,11 @@ def squares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of a number and its square, in place of Table 1; the square is a cell of its own, which leaves a blob."""
 
     def square(cell: Cell, place: Place) -> list[Row]:
-        return [{"square": cell["seed"] ** 2, "blob": place.store.put(str(cell["seed"] ** 2).encode())}]
+        return [{"square": cell["seed"] ** 2, "weights": place.store.put(str(cell["seed"] ** 2).encode())}]
 
     def add(cell: Cell, place: Place) -> list[Row]:
         ((row,),) = place.given
-        assert place.store.get(row["blob"]) == str(row["square"]).encode()
+        assert place.store.get(row["weights"]) == str(row["square"]).encode()
         return [{"n": cell["seed"], "sum": cell["seed"] + row["square"]}]
 
     def report(rows: list[Row], folder: Path) -> str:
@@ -95,6 +95,19 @@ def test_what_is_there_is_not_computed_again(here: list[Work], table1: Go, tmp_p
     assert table1("paper", 5).computed == 5
     assert table1(seeds=5).computed == 0
     assert table1(seeds=5, again=True).computed == 5
+
+
+def test_what_has_left_the_store_is_made_again_where_it_is_needed(here: list[Work], table1: Go, store: Any) -> None:
+    """A new scale needs the squares, of which one has lost its blob; what nobody needs stays lost."""
+    table1()
+    here.clear()
+    store.clear()
+    assert table1().computed == 0
+    assert table1("paper", 2).computed == 4
+    assert sorted(kind for kind, _ in here) == ["square", "square", "sum", "sum"]
+    here.clear()
+    assert table1("paper", 3, again=True).computed == 4
+    assert sorted((kind, cell["seed"]) for kind, cell in here) == [("square", 2), ("sum", 0), ("sum", 1), ("sum", 2)]
 
 
 def test_a_cell_that_breaks_costs_no_other(here: list[Work], table1: Go, tmp_path: Path) -> None:
