@@ -95,6 +95,7 @@ def gan(scenario: str, seed: int, scale: Scale) -> Cell:
     """The cell of Ours+'s generator: a GAN on what the classifier of `scenario` and `seed` has learned from."""
     width = 8 if scale == "small" else 64 if scenario == "truck" else 16
     how = asdict(GanRecipe(steps=2000 if scale == "small" else 20_000, width=width, seed=seed))
+    how["betas"] = list(how["betas"])  # as JSON has it
     return {"scenario": scenario, "gan": how, "invert": {"width": width, "latent": how["latent"]}, "seed": seed}
 
 
@@ -193,7 +194,13 @@ def _gan(cell: Cell, place: Place) -> list[Row]:
     data = bench(SCENARIOS[scenario][0])
     labels = mnist.labels(data, scenario == "crossed7", cell["seed"])
     spec = mnist.spec_of(data, "lenet5")  # a generator asks for its shape and classes alone
-    made = train_gan(spec, data.train.pixels, labels, GanRecipe(**cell["gan"]), place.device)
+    made = train_gan(
+        spec,
+        data.train.pixels,
+        labels,
+        GanRecipe(**{**cell["gan"], "betas": tuple(cell["gan"]["betas"])}),
+        place.device,
+    )
     tensors = {name: t.detach().cpu().contiguous() for name, t in made.state_dict().items()}
     row = {"seed": cell["seed"], "scenario": scenario, "weights": place.store.put(save_tensors(tensors))}
     return [row | {"seconds": time.monotonic() - started}]
