@@ -110,6 +110,13 @@ def test_what_has_left_the_store_is_made_again_where_it_is_needed(here: list[Wor
     assert sorted((kind, cell["seed"]) for kind, cell in here) == [("square", 2), ("sum", 0), ("sum", 1), ("sum", 2)]
 
 
+def test_what_others_wait_for_goes_first(squares: None, tmp_path: Path, store: Any) -> None:
+    """Whichever of the cells is named first."""
+    alone, sums = ("square", {"seed": 1}), ("sum", {"seed": 2})
+    for wanted in ([alone, sums], [sums, alone]):
+        assert reproduce._look(tmp_path, wanted, store).ready() == [("square", {"seed": 2}), alone]
+
+
 def test_a_cell_that_breaks_costs_no_other(here: list[Work], table1: Go, tmp_path: Path) -> None:
     """The ninth square is made after the eighth broke, and its sum too; there is no report that hides it."""
     with pytest.raises(RunFailed, match=r"1 of 18 pieces of table1 broke, what has ended is kept: square: seed 7: it"):
