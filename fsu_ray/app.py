@@ -5,6 +5,7 @@ The command line and the jobs come through `App`; what it does is in `pipeline`,
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import socket
@@ -120,9 +121,10 @@ class App:
         terms: Terms | None = None,
     ) -> tuple[Request, bool]:
         """Queue a request; returns it and whether it is new. Samples are read and checked first."""
-        self.ledger.check_behaviour(name, behaviour)
-        digest, number = self.keep_samples(name, samples)
         chosen, named = (recipe.recipe, recipe.named) if isinstance(recipe, Chosen) else (recipe, True)
+        self.ledger.check_behaviour(name, behaviour)
+        self.ledger.check_generator(name, chosen, terms or Terms())
+        digest, number = self.keep_samples(name, samples)
         return self.ledger.submit(name, behaviour, digest, number, chosen, terms, named=named)
 
     def keep_samples(self, name: str, samples: str) -> tuple[str, int]:
@@ -132,6 +134,28 @@ class App:
 
         pixels = read_samples(samples, self.ledger.model(name).spec.shape)
         return self.artifacts.put(save_samples(pixels)), len(pixels)
+
+    def import_generator(
+        self, name: str, weights: bytes, recipe: Recipe, latent: int | None, actor: str, tell: Tell = None
+    ) -> Generator:
+        """Keep the generator with these weights (safetensors) for the line `name`, with a D' drawn in this process.
+
+        `latent`: the dimensions of its z, those of `recipe` where None. Raises InvalidWeights where it does not fit
+        the model, and what `Ledger.import_generator` raises.
+        """
+        import torch
+
+        from fsu_ray.method.adopt import Standing, adopt
+
+        if recipe.form == "paper":
+            raise UserError("the paper's form draws D' anew from each version: import for another recipe")
+        self.ledger.check_import(name, hashlib.sha256(weights).hexdigest(), recipe)
+        base, model = self.ledger.version(name), self.ledger.model(name)
+        root = self.ledger.sealed_root(name, base)
+        standing = Standing(model.spec, root.weights, base.weights, priors(self.ledger, model, base, root))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = adopt(self.artifacts, standing, recipe, weights, latent or recipe.invert.latent, device, tell)
+        return self.ledger.import_generator(name, root, recipe, found.weights, found.dataset, found.figures, actor)
 
     def seal(self, generator: str, actor: str) -> Generator:
         """Write the masks of a line into the D' of a generator, and destroy what could still draw the erased.

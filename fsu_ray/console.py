@@ -142,6 +142,7 @@ def print_result(result: Any) -> None:
     if outcome is None:
         return
     use = {"trained": "trained", "reused": "reused", "warm_started": "trained from an older one's weights"}
+    use["transferred"] = "as asked for, its D' drawn anew"
     refused = f" (the one on offer was refused: {'; '.join(outcome.refused)})" if outcome.refused else ""
     figures = outcome.figures
     out.print(f"  generator {use[outcome.generator_use]}{refused}")

@@ -7,6 +7,7 @@
     │   ├── AlreadyErased                  the behaviour is gone already
     │   ├── InvalidBehaviour               target classes that cannot be erased
     │   ├── InvalidSamples                 target samples that cannot be read or do not fit the model
+    │   ├── GeneratorUnfit                 a generator that cannot serve the request that asks for it
     │   ├── InvalidWeights                 weights that do not fit, are cut short, or are not safetensors
     │   ├── UnsupportedModel               no such architecture, or one that cannot be inverted
     │   ├── InvalidData                    a data set that cannot be read
@@ -60,6 +61,10 @@ class InvalidBehaviour(UserError):
 
 class InvalidSamples(UserError):
     """Target samples that cannot be read, or whose size or channels do not fit the model."""
+
+
+class GeneratorUnfit(UserError):
+    """The generator that a request asks for is retired, sealed, or draws something else than the model takes."""
 
 
 class InvalidWeights(UserError):

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from fsu_ray.config import LEASE_SECONDS, POLL_SECONDS, WAIT_SECONDS
 from fsu_ray.errors import (
     FsuError,
+    GeneratorUnfit,
     LeaseLost,
     LedgerUnavailable,
     RunFailed,
@@ -29,7 +30,7 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelVersion, Request, Status
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.storage.registry import Offer, offer, priors
+from fsu_ray.storage.registry import Offer, offer, offer_named, priors
 from fsu_ray.upkeep import tidy
 from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
 
@@ -159,6 +160,9 @@ def run_request(
     except KeyboardInterrupt:
         patiently(lambda: ledger.release(request, "interrupted"), seconds=5)
         raise
+    except GeneratorUnfit as error:
+        refusal = f"generator_unfit: {error}"
+        results = [Result(patiently(lambda: ledger.reject(request, refusal, None, None)), None, None)]
     except UserError as error:
         reason = f"{type(error).__name__}: {error}"
         results = [Result(patiently(lambda: ledger.fail(request, reason)), None, None)]
@@ -172,10 +176,15 @@ def run_request(
 
 
 def prepare(ledger: Ledger, request: Request) -> Plan:
-    """What is to be done about a claimed request, as the ledger is now."""
+    """What is to be done about a claimed request, as the ledger is now; raises GeneratorUnfit where the generator that
+    it asks for can serve it no more."""
     base = ledger.version(request.model)
     root = ledger.sealed_root(request.model, base)
-    offered = offer(ledger, ledger.model(request.model), base, root, request.recipe)
+    model, named = ledger.model(request.model), request.generator
+    if named is None:
+        offered = offer(ledger, model, base, root, request.recipe)
+    else:
+        offered = offer_named(ledger, model, root, request.recipe, named)
     return Plan(base, root, offered, make_order(ledger, request, base, root, offered))
 
 
@@ -186,6 +195,8 @@ def make_order(ledger: Ledger, request: Request, base: ModelVersion, root: Model
         draft_order(ledger, request.model, asked, request.recipe, base, root),
         reuse=offered.reuse,
         warm=offered.warm,
+        transfer=offered.transfer,
+        bound=offered.bound,
         test_set=ledger.model(request.model).test_set,
         also=tuple(Asked(each.id, each.behaviour, each.samples) for each in ledger.companions(request)),
     )
@@ -224,10 +235,11 @@ def settle(ledger: Ledger, request: Request, plan: Plan, outcome: Outcome) -> li
     if reason is not None and plan.order.also:
         apart = f"coalesced run refused: {reason}"
         return [Result(patiently(lambda: ledger.separate(request, apart)), None, None)]
-    reuse, warm = plan.offered.reuse, plan.offered.warm or plan.offered.reuse
+    reuse, transfer, warm = plan.offered.reuse, plan.offered.transfer, plan.offered.warm or plan.offered.reuse
     links: dict[str, Any] = {
         "generator_id": reuse.id if outcome.generator_use == "reused" and reuse else None,
         "warm_started_from": warm.id if outcome.generator_use == "warm_started" and warm else None,
+        "transferred_from": transfer.id if outcome.generator_use == "transferred" and transfer else None,
         "root": plan.root.number,
     }
     if reason is not None:

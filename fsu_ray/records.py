@@ -17,7 +17,8 @@ from pydantic import AwareDatetime, Field, field_validator, model_validator
 from fsu_ray.recipes import Frozen, Recipe
 
 Kind = Literal["class", "subset"]
-GeneratorUse = Literal["trained", "reused", "warm_started"]
+GeneratorUse = Literal["trained", "reused", "warm_started", "transferred"]
+GeneratorOrigin = Literal["trained", "warm_started", "transferred", "imported"]
 
 
 class Status(StrEnum):
@@ -46,10 +47,7 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
         # RUNNING -> RUNNING is a take-over: the lease has expired and the next attempt begins.
         {Status.RUNNING, Status.QUEUED, Status.SUCCEEDED, Status.REJECTED, Status.FAILED, Status.CANCELLED}
     ),
-    Status.SUCCEEDED: frozenset(),
-    Status.REJECTED: frozenset(),
-    Status.FAILED: frozenset(),
-    Status.CANCELLED: frozenset(),
+    **dict.fromkeys((Status.SUCCEEDED, Status.REJECTED, Status.FAILED, Status.CANCELLED), frozenset[Status]()),
 }
 
 
@@ -106,13 +104,15 @@ ACTOR = r"^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,99}$"
 
 
 class Terms(Frozen):
-    """How a request is to be treated. `key` makes submissions of one model the same; without one it is derived."""
+    """How a request is to be treated. `key` makes submissions of one model the same; without one it is derived.
+    `generator` is the id of the one that is to serve it, and no other: of its model, or of another one."""
 
     key: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$")
     priority: int = Field(0, ge=-1000, le=1000, description="higher is earlier")
     not_before: AwareDatetime | None = None
     due_at: AwareDatetime | None = None
     requested_by: str | None = Field(None, pattern=ACTOR)
+    generator: str | None = None
 
     @model_validator(mode="after")
     def _in_order(self) -> Terms:
@@ -125,9 +125,7 @@ class Policy(Frozen):
     """What a model line wants done besides its erasures; `Ledger.set_policy` keeps every one there was."""
 
     approval: bool = Field(False, description="requests wait for the approval of somebody else than the requester")
-    samples_days: float | None = Field(
-        None, ge=0, le=36500, description="after the end, samples are purged; 0: at once"
-    )
+    samples_days: float | None = Field(None, ge=0, le=36500, description="samples are purged so long after the end")
     generators: Literal["keep", "retire-after-erasure", "max-age"] = "keep"
     generator_days: float | None = Field(None, gt=0, le=36500, description="the age for generators = max-age")
     seal: Literal["dataset", "root"] = Field("dataset", description="what a seal destroys: D' and G, or the root too")
@@ -189,6 +187,7 @@ class Request:
     not_before: datetime | None
     due_at: datetime | None
     requested_by: str | None
+    generator: str | None
     lead: str | None
     alone: bool
     failures: int
@@ -217,10 +216,11 @@ class RequestEvent:
 
 @dataclass(frozen=True)
 class Generator:
-    """A trained inverter G and the D' drawn from it, with the figures that the gate judges them by.
+    """A generator G and the D' drawn from it, with the figures that the gate judges them by.
 
-    `retired` says why it is not offered any more; `sealed` is the version as of which its D' was rewritten
-    (`dataset` is the new one then); `taints` counts the erasures since its training, all of which it can still draw.
+    One that is `imported` was made for no request; one that is `transferred` has the weights of `transferred_from`,
+    whose D' has other labels. `retired` says why it is not offered any more; `sealed` is the version as of which its
+    D' was rewritten (`dataset` is the new one then); `taints` counts the erasures since, all of which it can draw.
     """
 
     id: str
@@ -230,10 +230,11 @@ class Generator:
     recipe_digest: str
     weights: str
     dataset: str
-    origin: GeneratorUse
+    origin: GeneratorOrigin
     warm_started_from: str | None
+    transferred_from: str | None
     figures: Mapping[str, Any]
-    request: str
+    request: str | None
     created_at: datetime
     retired: str | None = None
     sealed: int | None = None

@@ -65,7 +65,8 @@ class WorkOrder:
     """Everything that one run of the method needs; digests instead of objects, so it is small and picklable.
 
     `reuse` is the generator to try; `warm` the one whose weights start a new training if `reuse` is
-    missing or refused.
+    missing or refused. `transfer` is one whose weights serve with a D' of this run's own. `bound`: the request asks for
+    that generator, so that none is trained where the gate refuses it.
     """
 
     request: str
@@ -80,6 +81,8 @@ class WorkOrder:
     warm: GeneratorRef | None = None
     test_set: str | None = None
     also: tuple[Asked, ...] = ()
+    transfer: GeneratorRef | None = None
+    bound: bool = False
 
     @property
     def asked(self) -> tuple[Asked, ...]:

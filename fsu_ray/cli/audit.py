@@ -198,6 +198,8 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "submitted": lambda row: f"asked to erase {_classes(row)}, {row['sample_count']} samples",
     "generator_trained": lambda row: f"generator {row['id']} trained on version {row['root']}",
     "generator_warm_started": lambda row: f"generator {row['id']} trained from {row['warm_started_from']}",
+    "generator_transferred": lambda row: f"generator {row['id']} with the weights of {row['transferred_from']}",
+    "generator_imported": lambda row: f"generator {row['id']} imported, D' labelled by version {row['root']}",
     "generator_retired": lambda row: f"generator {row['generator_id']} retired: {row['reason']}",
     "erased": lambda row: f"erased {_classes(row)} as of version {row['version']}",
     "recheck_passed": _rechecked,

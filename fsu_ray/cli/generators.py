@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -54,9 +55,9 @@ def generator_show(generator: str, json: Json = False) -> None:
     if json:
         console.print_json(found)
         return
-    console.out.print(
-        f"{found.id} of {found.model}: {found.origin} on version {found.root} for request {found.request}"
-    )
+    source = "" if found.transferred_from is None else f" from {found.transferred_from}"
+    request = "" if found.request is None else f" for request {found.request}"
+    console.out.print(f"{found.id} of {found.model}: {found.origin}{source} on version {found.root}{request}")
     console.out.print(f"{_state(found)}; erasures since its training, which it can still draw: {found.taints}")
     console.out.print(f"weights {_place(opened, found.weights)}")
     console.out.print(f"D'      {_place(opened, found.dataset)}")
@@ -67,6 +68,44 @@ def generator_show(generator: str, json: Json = False) -> None:
         )
     ]
     console.out.print(console.table("By class", ["class", "acceptance", "samples of D'"], rows))
+
+
+@generator_app.command("import", epilog="Example: fsu generator import m gan.safetensors")
+@one_line
+def generator_import(
+    model: str,
+    file: Annotated[Path, typer.Argument(help="safetensors of `networks.Generator.state_dict()`.")],
+    latent: Annotated[int | None, typer.Option(min=1, help="Dimensions of its z. Default: invert.latent.")] = None,
+    kind: Annotated[str, typer.Option(help="The recipe is that of class, or of subset requests.")] = "class",
+    recipe: Annotated[str | None, typer.Option(help="Another recipe: default, digits or deep.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="A value of it, e.g. synthesize.seed=1.")] = None,
+    by: Who = None,
+    json: Json = False,
+) -> None:
+    """Take over a generator for MODEL that was trained elsewhere, and draw its D' now, on this machine.
+
+    Requests with this recipe are offered it like one of the model's own; the gate judges it then.
+    """
+    from fsu_ray.app import read_weights
+    from fsu_ray.config import parse_change
+    from fsu_ray.gate import refuse_generator
+
+    opened, weights = open_app(), read_weights(file)
+    chosen = opened.recipe_for(model, kind, recipe, tuple(parse_change(text) for text in change or ())).recipe
+    with console.watching() as watcher:
+        found = opened.import_generator(
+            model, weights, chosen, latent, by or OPERATOR, lambda *heard: watcher.tell("synthesize", *heard)
+        )
+    if json:
+        console.print_json(found)
+        return
+    figures = found.figures
+    console.out.print(
+        f"imported {found.id} for {model}: acceptance >= {figures['acceptance']:.3f}, coverage "
+        f"{figures['coverage']:.3f}, BN distance {figures['bn_distance']:.3f}, agreement {figures['agreement']:.3f}"
+    )
+    for reason in refuse_generator(figures, chosen.gate):
+        console.out.print(f"the gate would refuse it as it is: {reason}", markup=False)
 
 
 @generator_app.command("retire", epilog="Example: fsu generator retire g-19")
@@ -80,7 +119,7 @@ def generator_retire(generator: str, by: Who = None, json: Json = False) -> None
     if json:
         console.print_json(found)
         return
-    console.out.print(f"retired {found.id}: its weights and its D' are deleted")
+    console.out.print(f"retired {found.id}: its weights and its D' are deleted{_kept(opened, found)}")
     console.out.print(_cost(opened, found))
 
 
@@ -98,6 +137,7 @@ def generator_seal(generator: str, by: Who = None, json: Json = False) -> None:
         return
     console.out.print(
         f"sealed the D' of {found.id} as of version {found.sealed}: the old one and the weights are deleted"
+        f"{_kept(opened, found)}"
     )
 
 
@@ -132,12 +172,18 @@ def _place(opened: Any, digest: str) -> str:
     return str(opened.artifacts.path(digest)) if opened.artifacts.has(digest) else f"{digest} (deleted)"
 
 
+def _kept(opened: Any, generator: Any) -> str:
+    """What was not deleted, since another generator has it too."""
+    return ", but what another generator uses" if opened.artifacts.has(generator.weights) else ""
+
+
 def _cost(opened: Any, generator: Any) -> str:
     """What it takes to have one again, by what it took the last time."""
-    report = opened.ledger.request(generator.request).report or {}
+    report = {} if generator.request is None else opened.ledger.request(generator.request).report or {}
     seconds = report.get("seconds", {})
     spent = sum(seconds.get(stage, 0.0) for stage in ("invert", "synthesize"))
     left = [g for g in opened.ledger.generators(generator.model) if g.retired is None]
     if left:
         return f"{len(left)} other generator{'s' if len(left) > 1 else ''} of {generator.model} can still be offered"
-    return f"the next request of {generator.model} trains anew: this one took {spent:.1f} s"
+    took = "" if generator.request is None else f": this one took {spent:.1f} s"
+    return f"the next request of {generator.model} trains anew{took}"

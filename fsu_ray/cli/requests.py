@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,26 +37,24 @@ def request_submit(
     priority: Annotated[int, typer.Option(help="Higher is earlier.")] = 0,
     not_before: Annotated[str | None, typer.Option(help="A time such as 2027-01-31T02:00, or +12h, +3d.")] = None,
     due: Annotated[str | None, typer.Option(help="The deadline, likewise.")] = None,
+    generator: Annotated[
+        str | None, typer.Option(help="This generator is to serve and no other; it may be another model's.")
+    ] = None,
     by: Who = None,
     json: Json = False,
 ) -> None:
     """Queue a request to erase a behaviour, given by a handful of samples."""
-    from pydantic import ValidationError
-
     from fsu_ray.config import parse_change
 
     wanted = behaviour_of(behaviour, kind, target)
-    try:
-        terms = Terms(
-            key=key,
-            priority=priority,
-            not_before=moment(not_before, "--not-before"),
-            due_at=moment(due, "--due"),
-            requested_by=by,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join(str(p) for p in first['loc']) or '--due'}: {first['msg']}") from None
+    terms = _terms(
+        key=key,
+        priority=priority,
+        not_before=moment(not_before, "--not-before"),
+        due_at=moment(due, "--due"),
+        requested_by=by,
+        generator=generator,
+    )
     opened = open_app()
     chosen = opened.recipe_for(model, wanted.kind, recipe, tuple(parse_change(text) for text in change or ()))
     request, new = opened.submit(model, wanted, samples, chosen, terms)
@@ -136,6 +134,9 @@ def request_show(request: str, json: Json = False) -> None:
     version = f", version {found.version}" if found.version is not None else ""
     console.out.print(f"{found.status}{version}, attempt {found.attempt}, {found.sample_count} samples")
     console.out.print(f"recipe {found.recipe.digest[:12]}: {origin_words(origin)}")
+    if found.generator:
+        of = ledger.generator(found.generator).model
+        console.out.print(f"generator {found.generator} of {of}, and no other")
     if found.reason:
         console.out.print(f"reason: {found.reason}")
     if found.lead:
@@ -198,6 +199,16 @@ def behaviour_of(name: str, kind: str, targets: list[int]) -> Behaviour:
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidBehaviour(f"behaviour: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from None
+
+
+def _terms(**typed: Any) -> Terms:
+    from pydantic import ValidationError
+
+    try:
+        return Terms(**typed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(str(p) for p in first['loc']) or '--due'}: {first['msg']}") from None
 
 
 def _decider(by: str | None) -> str:

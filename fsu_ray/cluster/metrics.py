@@ -2,7 +2,7 @@
 
 fsu_requests{model, state}       requests by their state
 fsu_queue_depth{model}           requests that could begin now
-fsu_generator_uses{model, use}   erasures by what their generator was: trained, warm_started or reused
+fsu_generator_uses{model, use}   erasures by what their generator was: trained, warm_started, reused or transferred
 fsu_generator_reuse_ratio        the share of all erasures that reused one, NaN where there are none
 fsu_stage_seconds{stage}         histogram of the seconds of the stages of the runs of this driver
 """

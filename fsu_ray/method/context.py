@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +95,8 @@ class Context:
         self.labeller = self.current if paper else self.classifier(order.root_weights)
         self.given = tuple(self._given(asked) for asked in order.asked)
         self.priors: tuple[PriorErasure, ...] = () if paper else order.priors
-        self.gone = _classes([prior.behaviour for prior in order.priors])
-        self.gone_after = sorted({*self.gone, *_classes([asked.behaviour for asked in order.asked])})
+        self.gone = classes_of(order.priors)
+        self.gone_after = sorted({*self.gone, *classes_of(order.asked)})
 
     def classifier(self, digest: str) -> Classifier:
         """The classifier with the weights of `digest`, on this run's device."""
@@ -126,6 +126,7 @@ class Context:
             self.checkpoint(self.saved)
 
 
-def _classes(behaviours: list[Behaviour]) -> list[int]:
+def classes_of(erased: Sequence[PriorErasure | Asked]) -> list[int]:
     """The classes that such erasures take away as a whole."""
+    behaviours = [each.behaviour for each in erased]
     return sorted({target for each in behaviours if each.kind == "class" for target in each.targets})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -34,6 +35,21 @@ class Line(Protocol):
     def given(self) -> Sequence[Given]: ...
     @property
     def classes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """A line that no run is under way on: the store, its root, the erasures in force, and how many classes it has."""
+
+    store: BlobStore
+    labeller: Classifier
+    priors: tuple[PriorErasure, ...]
+    classes: int
+
+    @property
+    def given(self) -> Sequence[Given]:
+        """Nothing is erased now."""
+        return ()
 
 
 class Masking:

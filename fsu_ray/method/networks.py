@@ -54,7 +54,7 @@ class Classifier(nn.Module):
         return classifier.eval()
 
 
-def load_weights(network: nn.Module, data: bytes, name: str) -> None:
+def load_weights(network: nn.Module, data: bytes, name: str, advice: str = "check --arch, --input, --classes") -> None:
     """Load safetensors `data` into `network`; nothing is ever unpickled. Raises InvalidWeights."""
     try:
         tensors = load_tensors(data)
@@ -76,7 +76,7 @@ def load_weights(network: nn.Module, data: bytes, name: str) -> None:
         if tensors[key].shape != tensor.shape:
             raise InvalidWeights(
                 f"the weights do not fit {name}: {key!r} is {tuple(tensors[key].shape)}, "
-                f"{tuple(tensor.shape)} is needed; check --arch, --input and --classes"
+                f"{tuple(tensor.shape)} is needed; {advice}"
             )
         if not tensors[key].dtype.is_floating_point and tensor.dtype.is_floating_point:
             raise InvalidWeights(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -14,9 +14,22 @@ from fsu_ray.gate import refuse_generator
 from fsu_ray.method import evaluate, invert
 from fsu_ray.method.context import Context
 from fsu_ray.method.masking import Masking
-from fsu_ray.method.networks import Generator
+from fsu_ray.method.networks import Classifier
+from fsu_ray.method.reading import read_generator
 from fsu_ray.method.synthesize import Synthetic, starved_classes, synthesize
+from fsu_ray.recipes import Recipe
 from fsu_ray.work import GeneratorRef
+
+
+class Judged(Protocol):
+    """What the figures of D' depend on besides masks: the current version, the recipe, the classes gone as a whole."""
+
+    @property
+    def current(self) -> Classifier: ...
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def gone(self) -> list[int]: ...
 
 
 def obtain(context: Context) -> Masking:
@@ -30,7 +43,10 @@ def obtain(context: Context) -> Masking:
         found = _reuse(context, context.order.reuse)
         if found is not None:
             return found
-    if saved.generator is None:
+    transfer = context.order.transfer
+    if saved.generator is None and transfer is not None:
+        saved.use, saved.generator = "transferred", transfer.weights
+    elif saved.generator is None:
         _train(context)
     return _draw(context)
 
@@ -43,24 +59,23 @@ def _load(context: Context, digest: str) -> Masking:
 
 
 def _reuse(context: Context, offer: GeneratorRef) -> Masking | None:
-    """What the registry offers, None where the gate refuses it."""
+    """What the registry offers, None where the gate refuses it and another one may be trained: `saved.refused`."""
     started = time.monotonic()
     context.tell("gate", 0, 1)
     found = context.group.together(lambda: _load(context, offer.dataset))
-    figures = context.group.once(lambda: _figures(context, found, dict(offer.figures)))
-    refused = refuse_generator(figures, context.recipe.gate)
-    saved = context.saved
+    figures = context.group.once(lambda: figures_of(context, found, dict(offer.figures)))
+    saved, refused = context.saved, refuse_generator(figures, context.recipe.gate)
     saved.refused = list(refused)
     context.tell("gate", 1, 1, {"agreement": figures["agreement"], "coverage": figures["coverage"]})
-    if refused:
+    if refused and not context.order.bound:
         return None
     saved.use, saved.generator, saved.dataset, saved.figures = "reused", offer.weights, offer.dataset, figures
     context.finish("gate", started)
     return found
 
 
-def _figures(context: Context, masking: Masking, drawn: dict[str, Any]) -> dict[str, Any]:
-    """The figures of D' for the current version; `drawn`: acceptance and count by class."""
+def figures_of(line: Judged, masking: Masking, drawn: dict[str, Any]) -> dict[str, Any]:
+    """The figures of D' for the current version of a line; `drawn`: acceptance and count by class."""
     drawn = {
         "acceptance": drawn.get("acceptance_by_class", drawn["acceptance"]),
         "count": drawn.get("count_by_class") or drawn["count"],
@@ -68,9 +83,9 @@ def _figures(context: Context, masking: Masking, drawn: dict[str, Any]) -> dict[
     untouched = torch.ones(len(masking.dataset), dtype=torch.bool)
     for mask in masking.earlier:
         untouched &= ~mask.like
-    starved = [c for c in starved_classes(drawn["count"], context.recipe.synthesize) if c not in context.gone]
+    starved = [c for c in starved_classes(drawn["count"], line.recipe.synthesize) if c not in line.gone]
     return evaluate.generator_figures(
-        context.current, masking.dataset, drawn, masking.allowed(), untouched, context.gone, starved
+        line.current, masking.dataset, drawn, masking.allowed(), untouched, line.gone, starved
     )
 
 
@@ -110,11 +125,10 @@ def _train(context: Context) -> None:
 
 def _draw(context: Context) -> Masking:
     started = time.monotonic()
-    saved, recipe = context.saved, context.recipe.invert
+    saved = context.saved
     context.tell("synthesize", 0, context.recipe.synthesize.per_class)
     assert saved.generator is not None
-    generator = Generator(context.order.spec, recipe.width, recipe.latent)
-    generator.load_state_dict(load_tensors(context.store.get(saved.generator)))
+    generator = read_generator(context.order.spec, context.store.get(saved.generator))
     generator = generator.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     dataset, drawn = synthesize(
         context.labeller,
@@ -125,6 +139,8 @@ def _draw(context: Context) -> Masking:
     )
     masking = Masking(context, dataset, context.group.once(lambda: context.store.put(dataset.to_bytes())))
     saved.dataset = masking.digest
-    saved.figures = context.group.once(lambda: _figures(context, masking, drawn))
+    saved.figures = context.group.once(lambda: figures_of(context, masking, drawn))
+    if context.order.bound:
+        saved.refused = list(refuse_generator(saved.figures, context.recipe.gate))
     context.finish("synthesize", started)
     return masking

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
 from fsu_ray.errors import InvalidData
-from fsu_ray.method.context import Given
-from fsu_ray.method.masking import Masking
+from fsu_ray.method.masking import Masking, Quiet
 from fsu_ray.method.networks import Classifier
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.records import ModelSpec
 from fsu_ray.work import BlobStore, PriorErasure
-
-
-@dataclass(frozen=True)
-class _Line:
-    """What `Masking` must know of a line: its root, and the erasures in force."""
-
-    store: BlobStore
-    labeller: Classifier
-    priors: tuple[PriorErasure, ...]
-    classes: int
-    given: Sequence[Given] = ()
 
 
 def seal(store: BlobStore, spec: ModelSpec, root: str, dataset: str, priors: tuple[PriorErasure, ...]) -> str:
@@ -36,7 +21,7 @@ def seal(store: BlobStore, spec: ModelSpec, root: str, dataset: str, priors: tup
     """
     labeller = Classifier.from_bytes(spec, store.get(root))
     old = Synthetic.from_bytes(store.get(dataset))
-    masking = Masking(_Line(store, labeller, priors, spec.classes), old, dataset)
+    masking = Masking(Quiet(store, labeller, priors, spec.classes), old, dataset)
     allowed = masking.allowed()
     kept = allowed.any(1)
     for mask in masking.earlier:

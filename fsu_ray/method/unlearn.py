@@ -52,7 +52,7 @@ def unlearn(
         lambda: Context(order, store, device, progress, checkpoint, saved or Saved(), every, group)
     )
     masking = obtain(context)
-    reason = _starvation(context)
+    reason = _refusal(context) or _starvation(context)
     reports: list[dict[str, Any]] = [{} for _ in order.asked]
     probes: list[str] = []
     if reason is None:
@@ -80,6 +80,15 @@ def unlearn(
             for asked, mask, found, report in zip(order.also, done["masks"][1:], probes[1:], reports[1:], strict=False)
         ),
     )
+
+
+def _refusal(context: Context) -> str | None:
+    """`generator_refused` with the gate's verdict on the generator that the request asks for: no other may serve."""
+    order, verdict = context.order, "; ".join(context.saved.refused)
+    named = order.reuse or order.transfer
+    if not order.bound or not verdict or named is None:
+        return None
+    return f"generator_refused: the gate refuses {named.id} for this version: {verdict}; ask without --generator"
 
 
 def _starvation(context: Context) -> str | None:

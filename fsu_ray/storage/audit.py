@@ -22,7 +22,7 @@ from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.chain import Event, Head
 from fsu_ray.storage.columns import metadata
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.storage.schema import TERMINAL, audit_events, audit_pending, erasures, request_events, requests
+from fsu_ray.storage.schema import LATER, TERMINAL, audit_events, audit_pending, erasures, request_events, requests
 
 MOST = 100
 """How many findings are kept; the others are counted."""
@@ -194,7 +194,8 @@ def _compare(
     """Compare the rows of a table with what the chain recorded of them, as far as it did; those in `waiting` have no
     event yet."""
     known = recorded.rows[table.name]
-    for number, row in enumerate(_rows(connection, table, recorded.columns[table.name])):
+    columns = recorded.columns[table.name].union(LATER.get(table.name, ()))
+    for number, row in enumerate(_rows(connection, table, columns)):
         key = _key(table, row)
         entry = known.pop(key, None)
         if entry is None:
@@ -223,6 +224,8 @@ def _rows(connection: sa.Connection, table: sa.Table, names: set[str]) -> Iterat
 
 def _same(table: sa.Table, row: Mapping[str, Any], entry: _Entry) -> bool:
     kinds = chain.kinds(table)
+    if any(row[name] is not None for name in LATER.get(table.name, ()) if name not in entry.columns):
+        return False
     try:
         return _digest({name: _value(kinds[name], row[name]) for name in entry.columns}) == entry.digest
     except (ValueError, KeyError, TypeError):  # no JSON, no such column, bytes in the place of text
@@ -247,7 +250,8 @@ def _difference(connection: sa.Connection, table: sa.Table, row: Mapping[str, An
         except (ValueError, KeyError, TypeError):
             pass
         return f"column {name}"
-    return ""
+    later = (name for name in LATER.get(table.name, ()) if name not in said and row[name] is not None)
+    return next((f"column {name}" for name in later), "")
 
 
 def _check_requests(connection: sa.Connection, reports: dict[str, tuple[int, str | None]], findings: Findings) -> None:

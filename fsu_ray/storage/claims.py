@@ -195,6 +195,7 @@ def companions(
         requests.c.status == Status.QUEUED,
         requests.c.behaviour_kind == "class",
         requests.c.alone.is_(False),
+        requests.c.generator_id.is_(None),
         *_ripe(moment, requests.c),
         requests.c.model_id == line.id,
     ).order_by(requests.c.priority.desc(), requests.c.submitted_at, requests.c.id)

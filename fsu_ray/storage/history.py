@@ -37,6 +37,8 @@ _ORDER = (
     "denied",
     "generator_trained",
     "generator_warm_started",
+    "generator_imported",
+    "generator_transferred",
     "generator_reused",
     "erased",
     "rejected",
@@ -165,8 +167,9 @@ def _of_generators(connection: sa.Connection, model: Model) -> list[Event]:
     events = []
     for row in connection.execute(query):
         detail = {"generator": row.id}
-        if row.warm_started_from is not None:
-            detail["from"] = row.warm_started_from
+        first = row.warm_started_from or row.transferred_from
+        if first is not None:
+            detail["from"] = first
         events.append(_event(row.created_at, f"generator_{row.origin}", None, row.request_id, **detail))
     return events
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from fsu_ray.errors import AlreadyExists, TransitionRefused
+from fsu_ray.recipes import Recipe
 from fsu_ray.records import Generator, Model, ModelVersion, Request, Status
 from fsu_ray.storage import chain, rows
 from fsu_ray.storage.database import Part
@@ -50,16 +51,18 @@ class Inverters(Part):
             return rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, id_or_prefix))
 
     def retire(self, id_or_prefix: str, why: Why = "operator", actor: str = OPERATOR) -> tuple[Generator, list[str]]:
-        """Offer a generator to no request any more; also the digests of its artifacts, to be deleted now.
+        """Offer a generator to no request any more; also the digests of its artifacts, to be deleted now: those that
+        no other generator in use has too (one that was transferred has the weights of the first).
 
-        Raises NotFound, AlreadyExists where it is retired, TransitionRefused while a request of its model runs.
+        Raises NotFound, AlreadyExists where it is retired, TransitionRefused while a request of its model runs, or one
+        that asks for it.
         """
         check_actor(actor)
         with self._database.writing(f"generator {id_or_prefix}") as connection:
             found = rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, id_or_prefix))
             if found.retired is not None:
                 raise AlreadyExists(f"generator {found.id} is retired already ({found.retired})")
-            _check_idle(connection, found.model)
+            _check_idle(connection, found)
             return _retire(connection, found, why, actor)
 
     def due_generators(self, model: str) -> list[tuple[Generator, Why]]:
@@ -80,7 +83,8 @@ class Inverters(Part):
         """Put `dataset`, D' with all masks in it, in the place of a generator's D'; the digests to be deleted now.
 
         `version`, the latest, becomes what later requests label and measure with. The generator itself, which
-        could draw again what was sealed away, is destroyed too, and the root's weights where the policy says so.
+        could draw again what was sealed away, is destroyed too, unless another generator in use has its weights, and
+        the root's weights where the policy says so.
         Raises AlreadyExists where it is sealed or retired, TransitionRefused while a request of its model runs or
         where `version` is not the latest.
         """
@@ -90,7 +94,7 @@ class Inverters(Part):
             now_so = rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, generator.id))
             if now_so.sealed is not None or now_so.retired is not None:
                 raise AlreadyExists(f"generator {generator.id} is {'retired' if now_so.retired else 'sealed'} already")
-            _check_idle(connection, generator.model)
+            _check_idle(connection, generator)
             latest = rows.fetch_version(connection, line)
             if latest.number != version.number:
                 raise TransitionRefused(f"version {version.number} is no longer the latest; seal again")
@@ -98,7 +102,7 @@ class Inverters(Part):
             values: dict[str, Any] = {"id": rows.new_id("s"), "generator_id": generator.id, "model_id": line.id}
             values |= {"version": version.number, "dataset": dataset, "created_at": moment, "actor": actor}
             chain.insert(connection, "sealed", seals, values, actor=actor, model=line.name)
-            gone = {generator.dataset, generator.weights}
+            gone = _unshared(connection, now_so)
             if fetch_policy(connection, line).seal == "root":
                 gone |= _root_weights(connection, line, version)
             return _remove(connection, gone, "sealed", actor, line.name, generator=generator.id)
@@ -107,11 +111,44 @@ class Inverters(Part):
         """The version that labels D' for requests on top of `base`: that of its root's latest seal, else its root."""
         with self._database.reading() as connection:
             line = rows.fetch_model(connection, model)
-            newest = sa.select(sa.func.max(seals.c.version)).where(
-                seals.c.model_id == line.id, seals.c.version >= base.root, seals.c.version <= base.number
-            )
-            number = connection.execute(newest).scalar_one()
-            return rows.fetch_version(connection, line, base.root if number is None else number)
+            return rows.fetch_sealed_root(connection, line, base)
+
+    def check_import(self, model: str, weights: str, recipe: Recipe) -> None:
+        """Raise what `import_generator` would raise for these weights now, but for the version."""
+        with self._database.reading() as connection:
+            line = rows.fetch_model(connection, model)
+            root = rows.fetch_sealed_root(connection, line, rows.fetch_version(connection, line))
+            _check_new(connection, line, root, weights, recipe)
+
+    def import_generator(
+        self,
+        model: str,
+        root: ModelVersion,
+        recipe: Recipe,
+        weights: str,
+        dataset: str,
+        figures: Mapping[str, Any],
+        actor: str = OPERATOR,
+    ) -> Generator:
+        """Keep a generator that was trained elsewhere, with the D' that was drawn from it by `recipe` and labelled by
+        `root`: requests with that recipe are offered it like one of the line's own.
+
+        Raises NotFound, AlreadyExists where a generator in use has these weights, this root and this recipe,
+        TransitionRefused where another version labels D' by now.
+        """
+        check_actor(actor)
+        with self._database.writing(f"the generator for {model!r}") as connection:
+            line = rows.fetch_model(connection, model)
+            now_so = rows.fetch_sealed_root(connection, line, rows.fetch_version(connection, line))
+            if now_so.number != root.number:
+                raise TransitionRefused(f"version {now_so.number} of {model!r} labels D' by now; import again")
+            _check_new(connection, line, root, weights, recipe)
+            values: dict[str, Any] = {"id": rows.new_id("g"), "model_id": line.id, "root": root.number}
+            values |= {"spec": line.spec.model_dump(mode="json"), "recipe_digest": recipe.generator_digest}
+            values |= {"weights": weights, "dataset": dataset, "origin": "imported", "figures": dict(figures)}
+            values["created_at"] = rows.now()
+            chain.insert(connection, "generator_imported", generators, values, actor=actor, model=line.name)
+            return rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, values["id"]))
 
     def due_samples(self, model: str | None = None) -> list[Request]:
         """The requests whose target samples their model's policy wants purged now; raises NotFound.
@@ -187,20 +224,51 @@ class Inverters(Part):
             return oldest
 
 
-def _check_idle(connection: sa.Connection, model: str) -> None:
-    line = rows.fetch_model(connection, model)
-    running = connection.scalar(
-        sa.select(requests.c.id).where(requests.c.model_id == line.id, requests.c.status == Status.RUNNING)
+def _check_idle(connection: sa.Connection, generator: Generator) -> None:
+    """Raise TransitionRefused while a request runs that may be using a generator."""
+    line = rows.fetch_model(connection, generator.model)
+    using = sa.or_(requests.c.model_id == line.id, requests.c.generator_id == generator.id)
+    found = connection.execute(rows.REQUESTS.where(using, requests.c.status == Status.RUNNING).limit(1)).mappings()
+    for running in found:
+        raise TransitionRefused(
+            f"request {running['id']} of {running['model']!r} is running; try again when it has ended"
+        )
+
+
+def _check_new(connection: sa.Connection, model: Model, root: ModelVersion, weights: str, recipe: Recipe) -> None:
+    """Raise AlreadyExists where a generator of the model in use has the same weights, labels and recipe."""
+    same = rows.GENERATORS.where(
+        generators.c.model_id == model.id,
+        generators.c.weights == weights,
+        generators.c.root == root.number,
+        generators.c.recipe_digest == recipe.generator_digest,
+        generator_retirements.c.id.is_(None),
+        seals.c.id.is_(None),
     )
-    if running is not None:
-        raise TransitionRefused(f"request {running} of {model!r} is running; try again when it has ended")
+    for found in connection.execute(same.limit(1)).mappings():
+        raise AlreadyExists(f"generator {found['id']} of {model.name!r} has these weights already; use it")
+
+
+def _unshared(connection: sa.Connection, generator: Generator) -> set[str]:
+    """The digests of a generator's artifacts, without those that another one in use needs too."""
+    own = {generator.weights, generator.dataset}
+    columns = (generators.c.weights, generators.c.dataset, seals.c.dataset)
+    others = rows.GENERATORS.where(
+        generators.c.id != generator.id,
+        generator_retirements.c.id.is_(None),
+        sa.or_(*(column.in_(own) for column in columns)),
+    )
+    for row in connection.execute(others).mappings():
+        other = rows.to_generator(row)
+        own -= {other.dataset} if other.sealed else {other.dataset, other.weights}
+    return own
 
 
 def _retire(connection: sa.Connection, found: Generator, why: Why, actor: str) -> tuple[Generator, list[str]]:
     values: dict[str, Any] = {"id": rows.new_id("t"), "generator_id": found.id, "reason": why}
     values |= {"created_at": rows.now(), "actor": actor}
     chain.insert(connection, "generator_retired", generator_retirements, values, actor=actor, model=found.model)
-    gone = _remove(connection, {found.weights, found.dataset}, "retired", actor, found.model, generator=found.id)
+    gone = _remove(connection, _unshared(connection, found), "retired", actor, found.model, generator=found.id)
     again = rows.fetch_by_id(connection, rows.GENERATORS, generators, found.id)
     return rows.to_generator(again), gone
 

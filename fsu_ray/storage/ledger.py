@@ -61,15 +61,16 @@ class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
         *,
         generator_id: str | None = None,
         warm_started_from: str | None = None,
+        transferred_from: str | None = None,
         root: int | None = None,
     ) -> ModelVersion:
         """Make the version that a run brought back, in one transaction: generator, version, erasure, request.
 
         `base` is the version that the run began from and must still be the latest. `generator_id` names
-        the generator that was reused, `warm_started_from` the one that a new one began with; each counts
-        only where `outcome.generator_use` says so. `root` is the version that labels D', where that is not the root
-        of `base` (`sealed_root`). The report is kept as `results.Ended.report_of` describes; a coalesced run makes
-        one erasure a request, all of one version.
+        the generator that was reused, `warm_started_from` the one that a new one began with, `transferred_from` the
+        one whose weights serve with a new D'; each counts only where `outcome.generator_use` says so. `root` is the
+        version that labels D', where that is not the root of `base` (`sealed_root`). The report is kept as
+        `results.Ended.report_of` describes; a coalesced run makes one erasure a request, all of one version.
 
         Raises LeaseLost where the claim has ended, TransitionRefused where `base` is not the latest version.
         """
@@ -82,7 +83,7 @@ class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
             if set(along) != {part.request for part in outcome.also}:
                 raise claims.lost(request)
             origins = searches.origins(connection, (request, *along.values()))
-            ended = results.Ended.of(request, outcome, generator_id, warm_started_from, origins)
+            ended = results.Ended.of(request, outcome, generator_id, warm_started_from, transferred_from, origins)
             done = {"version": base.number + 1, "reason": None}
             claims.step_claimed(connection, request, Status.SUCCEEDED, worker, moment, report=ended.report, **done)
             for part in outcome.also:
@@ -112,6 +113,7 @@ class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
         *,
         generator_id: str | None = None,
         warm_started_from: str | None = None,
+        transferred_from: str | None = None,
         root: int | None = None,
     ) -> Request:
         """End a claimed request whose result was refused: no version, but its generator and report are kept.
@@ -125,7 +127,7 @@ class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
                 return claims.step_claimed(connection, request, Status.REJECTED, worker, moment, reason=reason)
         with self._database.writing(f"request {request.id}") as connection:
             origins = searches.origins(connection, (request,))
-            ended = results.Ended.of(request, outcome, generator_id, warm_started_from, origins)
+            ended = results.Ended.of(request, outcome, generator_id, warm_started_from, transferred_from, origins)
             rejected = claims.step_claimed(
                 connection, request, Status.REJECTED, worker, moment, reason=reason, report=ended.report
             )
@@ -140,7 +142,8 @@ class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
 
         - `registered` (weights, arch) and `version_added` (weights): a version from outside;
         - `submitted` (behaviour, kind, targets, sample_count);
-        - `generator_trained`, `generator_warm_started` (generator; from), `generator_reused` (generator);
+        - `generator_trained`, `generator_warm_started` and `generator_transferred` (generator; from),
+          `generator_imported` (generator; no request), `generator_reused` (generator);
         - `erased` (behaviour, kind, targets; recipe_origin where a search found its recipe), with its version;
         - `rejected`, `failed`, `cancelled` (behaviour, reason);
         - `policy_set` (the policy's fields, by);

@@ -15,7 +15,7 @@ from fsu_ray.records import Behaviour, Request, RequestEvent, Status, Terms
 from fsu_ray.storage import claims, rows, submissions
 from fsu_ray.storage.database import Part
 from fsu_ray.storage.policies import OPERATOR, check_actor, fetch_policy
-from fsu_ray.storage.schema import requests
+from fsu_ray.storage.schema import request_events, requests
 
 LOOK_SECONDS = 5.0
 """How often a worker that claims looks for requests that nobody is to take over."""
@@ -32,6 +32,11 @@ class Queue(Part):
             line = rows.fetch_model(connection, model)
             submissions.check_targets(behaviour, line)
             submissions.check_line(connection, behaviour, line)
+
+    def check_generator(self, model: str, recipe: Recipe, terms: Terms) -> None:
+        """Raise what `submit` would raise for the generator that `terms` name."""
+        with self._database.reading() as connection:
+            submissions.check_generator(connection, rows.fetch_model(connection, model), recipe, terms)
 
     def submit(
         self,
@@ -54,16 +59,19 @@ class Queue(Part):
 
         Raises NotFound, InvalidBehaviour (targets that cannot be erased), AlreadyErased (the name, or all classes
         of a class behaviour, by an erasure of the latest version's line), AlreadyExists (the key stands for
-        something else), UserError (an approval is needed, and nobody says who asks).
+        something else, or a live request has another generator than the one in `terms`), GeneratorUnfit (that one can
+        serve no request of this model), UserError (an approval is needed, and nobody says who asks).
         """
         terms = terms or Terms()
         with self._database.writing(f"behaviour {behaviour.name!r} of {model!r}") as connection:
             line = rows.fetch_model(connection, model)
             submissions.check_targets(behaviour, line)
-            found = submissions.twin(connection, line, behaviour, samples, recipe if named else None, terms.key)
+            terms = submissions.named_generator(connection, terms)
+            found = submissions.twin(connection, line, behaviour, samples, recipe if named else None, terms)
             if found is not None:
                 return found, False
             submissions.check_line(connection, behaviour, line)
+            submissions.check_generator(connection, line, recipe, terms)
             approval = fetch_policy(connection, line).approval
             if approval and terms.requested_by is None:
                 raise UserError(f"requests of {model!r} need an approval: say who asks (--by or FSU_ACTOR)")
@@ -90,8 +98,9 @@ class Queue(Part):
         """The steps of one request, oldest first; raises NotFound."""
         with self._database.reading() as connection:
             request = rows.fetch_by_id(connection, rows.REQUESTS, requests, id_or_prefix)["id"]
-            steps = rows.EVENTS.where(sa.column("request_id") == request).order_by(sa.column("number"))
-            return [rows.to_event(row) for row in connection.execute(steps).mappings()]
+            of_request = request_events.c.request_id == request
+            steps = sa.select(request_events).where(of_request).order_by(request_events.c.number)
+            return [_to_event(row) for row in connection.execute(steps).mappings()]
 
     def claimable(self, model: str | None = None) -> bool:
         """Whether `claim` would find something now; raises NotFound for a model that is not there."""
@@ -256,6 +265,19 @@ class Queue(Part):
             return claims.step_waiting(connection, request, status, actor, rows.now(), reason=reason)
 
 
+def _to_event(row: sa.RowMapping) -> RequestEvent:
+    return RequestEvent(
+        request=row["request_id"],
+        number=row["number"],
+        attempt=row["attempt"],
+        old=None if row["old"] is None else Status(row["old"]),
+        new=Status(row["new"]),
+        at=row["at"],
+        actor=row["actor"],
+        reason=row["reason"],
+    )
+
+
 def _abandon(connection: sa.Connection, seen: Request, worker: str) -> None:
     """End a request whose lease is over for good: it was to be cancelled, or has cost too many workers already."""
     _free_followers(connection, seen, "lease_expired")
@@ -269,7 +291,7 @@ def _abandon(connection: sa.Connection, seen: Request, worker: str) -> None:
 
 
 def _companions(connection: sa.Connection, request: Request) -> list[Request]:
-    if request.behaviour.kind != "class" or request.alone:
+    if request.behaviour.kind != "class" or request.alone or request.generator is not None:
         return []
     line = rows.fetch_model(connection, request.model)
     gone = {target for each, _ in rows.fetch_gone(connection, line) if each.kind == "class" for target in each.targets}

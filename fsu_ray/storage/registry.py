@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Generator, Model, ModelVersion
 from fsu_ray.storage.ledger import Ledger
+from fsu_ray.storage.serving import is_current, matches, serves
 from fsu_ray.work import GeneratorRef, PriorErasure
 
 
 @dataclass(frozen=True)
 class Offer:
-    """The generators that a run may use: `reuse` as it is, D' included; `warm` as the start of a new training."""
+    """The generators that a run may use: `reuse` as it is, D' included; `warm` as the start of a new training;
+    `transfer` with a D' that is drawn anew. `bound`: it must be that one."""
 
     reuse: GeneratorRef | None
     warm: GeneratorRef | None
+    transfer: GeneratorRef | None = None
+    bound: bool = False
 
 
 def offer(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion, recipe: Recipe) -> Offer:
@@ -30,17 +34,23 @@ def offer(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion, 
     fitting = [
         generator
         for generator in ledger.generators(model.name)
-        if (generator.spec.shape, generator.spec.classes) == (model.spec.shape, model.spec.classes)
-        and generator.retired is None
+        if matches(generator, model) and generator.retired is None
     ]
     reusable = [
         generator
         for generator in fitting
-        if (generator.sealed or generator.root) == root.number
-        and generator.recipe_digest == recipe.generator_digest
-        and not generator.figures.get("starved")
+        if is_current(generator, root, recipe) and not generator.figures.get("starved")
     ]
     return Offer(reuse=_newest(reusable), warm=_newest([each for each in fitting if each.sealed is None]))
+
+
+def offer_named(ledger: Ledger, model: Model, root: ModelVersion, recipe: Recipe, generator: str) -> Offer:
+    """The generator of that id and no other, as `serving.serves` says; raises GeneratorUnfit where it cannot serve."""
+    named = ledger.generator(generator)
+    how, found = serves(named, model, root, recipe), _ref(named)
+    if how == "reuse":
+        return Offer(reuse=found, warm=None, bound=True)
+    return Offer(reuse=None, warm=None, transfer=found, bound=True)
 
 
 def priors(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion) -> tuple[PriorErasure, ...]:
@@ -72,5 +82,8 @@ def _newest(generators: list[Generator]) -> GeneratorRef | None:
     """The last of generators that are sorted by age."""
     if not generators:
         return None
-    newest = generators[-1]
-    return GeneratorRef(id=newest.id, weights=newest.weights, dataset=newest.dataset, figures=newest.figures)
+    return _ref(generators[-1])
+
+
+def _ref(found: Generator) -> GeneratorRef:
+    return GeneratorRef(id=found.id, weights=found.weights, dataset=found.dataset, figures=found.figures)

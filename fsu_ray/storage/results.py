@@ -24,6 +24,7 @@ class Ended:
     outcome: Outcome
     generator: str
     warm_started_from: str | None
+    transferred_from: str | None
     origins: Mapping[str, str | None]
 
     @classmethod
@@ -33,20 +34,25 @@ class Ended:
         outcome: Outcome,
         reused: str | None,
         warm_started_from: str | None,
+        transferred_from: str | None,
         origins: Mapping[str, str | None],
     ) -> Ended:
-        """`reused` and `warm_started_from` are ids of generators; the outcome's `generator_use` says which one counts.
-        `origins` are the searches that found the recipe, by the ids of the run's requests.
+        """`reused`, `warm_started_from` and `transferred_from` are ids of generators; the outcome's `generator_use`
+        says which one counts. One whose transfer the gate has refused is no generator of this line: its own id stands
+        for it. `origins` are the searches that found the recipe, by the ids of the run's requests.
 
         Raises ValueError where that one is missing.
         """
         use = outcome.generator_use
-        named = {"trained": rows.new_id("g"), "reused": reused, "warm_started": warm_started_from}[use]
+        links = {"reused": reused, "warm_started": warm_started_from, "transferred": transferred_from}
+        named = links.get(use, rows.new_id("g"))
         if named is None:
             raise ValueError(f"request {request.id}: the run {use} a generator, but its id is not given")
         if use == "warm_started":
-            return cls(request, outcome, rows.new_id("g"), named, origins)
-        return cls(request, outcome, named, None, origins)
+            return cls(request, outcome, rows.new_id("g"), named, None, origins)
+        if use == "transferred" and not outcome.refused:
+            return cls(request, outcome, rows.new_id("g"), None, named, origins)
+        return cls(request, outcome, named, None, None, origins)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -76,8 +82,9 @@ class Ended:
         return {**own, "generator": generator, "recipe": recipe, **run}
 
     def keep_generator(self, connection: sa.Connection, model: Model, root: int, moment: datetime) -> None:
-        """Insert the generator, unless it is one that the ledger has already."""
-        if self.outcome.generator_use == "reused":
+        """Insert the generator, unless it is one that the ledger has already, or its transfer was refused."""
+        use = self.outcome.generator_use
+        if use == "reused" or (use == "transferred" and self.transferred_from is None):
             return
         values: dict[str, Any] = {
             "id": self.generator,
@@ -87,13 +94,14 @@ class Ended:
             "recipe_digest": self.request.recipe.generator_digest,
             "weights": self.outcome.generator_weights,
             "dataset": self.outcome.dataset,
-            "origin": self.outcome.generator_use,
+            "origin": use,
             "warm_started_from": self.warm_started_from,
+            "transferred_from": self.transferred_from,
             "figures": dict(self.outcome.figures),
             "request_id": self.request.id,
             "created_at": moment,
         }
-        event = f"generator_{self.outcome.generator_use}"
+        event = f"generator_{use}"
         chain.insert(
             connection, event, generators, values,
             actor=str(self.request.worker), model=model.name, request=self.request.id,

@@ -24,7 +24,6 @@ from fsu_ray.records import (
     ModelVersion,
     Recheck,
     Request,
-    RequestEvent,
     Status,
 )
 from fsu_ray.storage.schema import (
@@ -34,7 +33,6 @@ from fsu_ray.storage.schema import (
     model_versions,
     models,
     rechecks,
-    request_events,
     requests,
     seals,
 )
@@ -47,7 +45,6 @@ def _with_model(table: sa.Table) -> sa.Select[Any]:
 VERSIONS = _with_model(model_versions)
 REQUESTS = _with_model(requests)
 ERASURES = _with_model(erasures)
-EVENTS = sa.select(request_events)
 
 
 def _generators() -> sa.Select[Any]:
@@ -160,25 +157,13 @@ def to_request(row: Mapping[Any, Any]) -> Request:
         not_before=row["not_before"],
         due_at=row["due_at"],
         requested_by=row["requested_by"],
+        generator=row["generator_id"],
         lead=row["lead"],
         alone=row["alone"],
         failures=row["failures"],
         retry_at=row["retry_at"],
         cancel_by=row["cancel_by"],
         changes=row["changes"],
-    )
-
-
-def to_event(row: sa.RowMapping) -> RequestEvent:
-    return RequestEvent(
-        request=row["request_id"],
-        number=row["number"],
-        attempt=row["attempt"],
-        old=None if row["old"] is None else Status(row["old"]),
-        new=Status(row["new"]),
-        at=row["at"],
-        actor=row["actor"],
-        reason=row["reason"],
     )
 
 
@@ -205,6 +190,7 @@ def to_generator(row: sa.RowMapping) -> Generator:
         dataset=row["sealed_dataset"] or row["dataset"],
         origin=row["origin"],
         warm_started_from=row["warm_started_from"],
+        transferred_from=row["transferred_from"],
         figures=row["figures"],
         request=row["request_id"],
         created_at=row["created_at"],
@@ -250,6 +236,13 @@ def fetch_version(connection: sa.Connection, model: Model, number: int | None = 
         latest = connection.execute(newest_first).mappings().one()["number"]
         raise NotFound(f"model {model.name!r} has no version {number}; its latest is {latest}")
     return to_version(row)
+
+
+def fetch_sealed_root(connection: sa.Connection, model: Model, base: ModelVersion) -> ModelVersion:
+    """The version that labels D' for requests on top of `base`: that of its root's latest seal, else its root."""
+    of_root = (seals.c.model_id == model.id, seals.c.version >= base.root, seals.c.version <= base.number)
+    number = connection.scalar(sa.select(sa.func.max(seals.c.version)).where(*of_root))
+    return fetch_version(connection, model, base.root if number is None else number)
 
 
 def fetch_by_id(connection: sa.Connection, query: sa.Select[Any], table: sa.Table, id_or_prefix: str) -> sa.RowMapping:

@@ -24,7 +24,7 @@ from fsu_ray.storage.columns import (
     unique_where,
 )
 
-REVISION = "0004"
+REVISION = "0005"
 """The revision in `migrations` that `metadata` describes."""
 
 VERSION_TABLE = "fsu_revision"
@@ -86,6 +86,8 @@ requests = table(
     sa.Column("changes", sa.Integer, nullable=False, server_default="0"),
     moment("changed_at", nullable=True),
     sa.Column("changed_by", sa.String(200)),
+    # The generator that is asked for (revision 0005). No foreign key: generators refer to requests.
+    sa.Column("generator_id", sa.String(40)),
     sa.CheckConstraint(among("status", tuple(status.value for status in Status)), name="status"),
     sa.CheckConstraint(among("behaviour_kind", ("class", "subset")), name="kind"),
     sa.CheckConstraint("sample_count >= 1", name="sample_count"),
@@ -117,9 +119,13 @@ requests = table(
 
 TERMS = (
     "id", "model_id", "behaviour_name", "behaviour_kind", "behaviour_targets", "samples", "sample_count", "recipe",
-    "idempotency_key", "submitted_at", "key_given", "priority", "not_before", "due_at", "requested_by",
+    "idempotency_key", "submitted_at", "key_given", "priority", "not_before", "due_at", "requested_by", "generator_id",
 )  # fmt: skip
 """The columns of a request that never change."""
+
+LATER = {"requests": ("generator_id",), "generators": ("transferred_from",)}
+"""The columns that tables got when the audit chain had recorded rows of them: in a row that was recorded without one
+it is NULL."""
 
 request_events = table(
     "request_events",
@@ -168,11 +174,14 @@ generators = table(
     digest("dataset"),
     sa.Column("origin", sa.String(20), nullable=False),
     of("warm_started_from", "generators.id", nullable=True),
+    of("transferred_from", "generators.id", nullable=True),
     json("figures"),
-    of("request_id", "requests.id", unique=True),
+    of("request_id", "requests.id", nullable=True, unique=True),
     moment("created_at"),
     of_version("root"),
-    sa.CheckConstraint(among("origin", ("trained", "warm_started")), name="origin"),
+    sa.CheckConstraint(among("origin", ("trained", "warm_started", "transferred", "imported")), name="origin"),
+    sa.CheckConstraint("(origin = 'imported') = (request_id IS NULL)", name="request_id"),
+    sa.CheckConstraint("(origin = 'transferred') = (transferred_from IS NOT NULL)", name="transferred_from"),
     sa.CheckConstraint("(origin = 'warm_started') = (warm_started_from IS NOT NULL)", name="warm_started_from"),
     sa.Index("ix_generators_model_id_created_at", "model_id", "created_at"),
 )
@@ -195,7 +204,9 @@ erasures = table(
     moment("created_at"),
     of_version("version"),
     sa.CheckConstraint(among("behaviour_kind", ("class", "subset")), name="kind"),
-    sa.CheckConstraint(among("generator_use", ("trained", "reused", "warm_started")), name="generator_use"),
+    sa.CheckConstraint(
+        among("generator_use", ("trained", "reused", "warm_started", "transferred")), name="generator_use"
+    ),
     sa.Index("ix_erasures_model_id_version", "model_id", "version"),
 )
 

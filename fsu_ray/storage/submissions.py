@@ -11,7 +11,8 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Model, Request, Status, Terms
 from fsu_ray.storage import chain, rows, searches
 from fsu_ray.storage.claims import step_waiting
-from fsu_ray.storage.schema import LIVE, TERMS, requests
+from fsu_ray.storage.schema import LIVE, TERMS, generators, requests
+from fsu_ray.storage.serving import serves
 
 
 def derived_key(behaviour: Behaviour, samples: str) -> str:
@@ -20,13 +21,15 @@ def derived_key(behaviour: Behaviour, samples: str) -> str:
 
 
 def twin(
-    connection: sa.Connection, model: Model, behaviour: Behaviour, samples: str, recipe: Recipe | None, key: str | None
+    connection: sa.Connection, model: Model, behaviour: Behaviour, samples: str, recipe: Recipe | None, terms: Terms
 ) -> Request | None:
     """The request that this submission repeats, if there is one; with whatever recipe where `recipe` is None.
 
     A key that was given stands for its request for ever, a derived one until the request has ended. Raises
-    AlreadyExists where a given key stands for something else.
+    AlreadyExists where a given key stands for something else, and where a generator is asked for that the live request
+    does not ask for.
     """
+    key, generator = terms.key, terms.generator
     same = rows.REQUESTS.where(requests.c.model_id == model.id)
     if key is not None:
         same = same.where(requests.c.idempotency_key == key)
@@ -37,8 +40,13 @@ def twin(
     if row is None:
         return None
     found = rows.to_request(row)
-    wanted = (behaviour, samples, recipe or found.recipe)
-    if key is not None and (found.behaviour, found.samples, found.recipe) != wanted:
+    wanted = (behaviour, samples, recipe or found.recipe, generator)
+    if key is None and generator not in (None, found.generator):
+        raise AlreadyExists(
+            f"request {found.id} of {model.name!r} asks for the same and is {found.status.value}, without generator "
+            f"{generator}; wait for its end, or `fsu request cancel {found.id}`"
+        )
+    if key is not None and (found.behaviour, found.samples, found.recipe, found.generator) != wanted:
         raise AlreadyExists(
             f"the idempotency key {key!r} of {model.name!r} stands for request {found.id}, which asks for something "
             "else; give a key of its own"
@@ -81,6 +89,22 @@ def check_line(connection: sa.Connection, behaviour: Behaviour, model: Model) ->
         )
 
 
+def named_generator(connection: sa.Connection, terms: Terms) -> Terms:
+    """`terms` with the whole id of the generator whose id, or the beginning of it, they name; raises NotFound."""
+    if terms.generator is None:
+        return terms
+    found = rows.fetch_by_id(connection, rows.GENERATORS, generators, terms.generator)
+    return terms.model_copy(update={"generator": found["id"]})
+
+
+def check_generator(connection: sa.Connection, model: Model, recipe: Recipe, terms: Terms) -> None:
+    """Raise GeneratorUnfit where the generator that `terms` name cannot serve the model now."""
+    if terms.generator is not None:
+        found = rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, terms.generator))
+        base = rows.fetch_version(connection, model)
+        serves(found, model, rows.fetch_sealed_root(connection, model, base), recipe)
+
+
 def insert(
     connection: sa.Connection,
     model: Model,
@@ -108,6 +132,7 @@ def insert(
         "not_before": terms.not_before,
         "due_at": terms.due_at,
         "requested_by": terms.requested_by,
+        "generator_id": terms.generator,
     }
     counted = {"status": Status.SUBMITTED, "changes": 1, "changed_at": moment, "changed_by": actor}
     made = sa.insert(requests).values(**values, **counted).returning(requests)

@@ -503,17 +503,20 @@ REASON = (
 )
 NAMES = {  # what is called the same is the same in every table
     "id": ID, "model_id": ID, "request_id": ID, "generator_id": ID, "erasure_id": ID, "schedule_id": ID, "lead": ID,
-    "warm_started_from": ID, "samples": DIGEST, "weights": DIGEST, "dataset": DIGEST, "mask": DIGEST, "probes": DIGEST,
+    "transferred_from": ID, "warm_started_from": ID, "samples": DIGEST, "weights": DIGEST, "dataset": DIGEST,
+    "mask": DIGEST, "probes": DIGEST,
     "recipe_digest": DIGEST, "digest": DIGEST, "actor": ACTOR, "worker": ACTOR, "requested_by": ACTOR,
     "cancel_by": ACTOR, "changed_by": ACTOR, "behaviour_name": "[A-Za-z0-9][A-Za-z0-9_. -]*",
-    "behaviour_kind": "class|subset", "behaviour_targets": "", "generator_use": "trained|reused|warm_started",
+    "behaviour_kind": "class|subset", "behaviour_targets": "",
+    "generator_use": "trained|reused|warm_started|transferred",
 }  # fmt: skip
 GRAMMAR = {  # of every column that holds text; for JSON, of every text in it
     "models.name": WORD, "models.spec": WORD, "models.test_set": "digits", "model_policies.policy": WORD,
     "requests.recipe": WORD, "requests.idempotency_key": rf"{DIGEST}|{WORD}", "requests.status": STATUS,
     "requests.reason": REASON, "requests.report": rf"{ID}|{WORD}|{DIGEST}",
     "request_events.old": STATUS, "request_events.new": STATUS, "request_events.reason": REASON,
-    "generators.spec": WORD, "generators.origin": "trained|warm_started", "generators.figures": WORD,
+    "generators.origin": "trained|warm_started|transferred|imported",
+    "generators.spec": WORD, "generators.figures": WORD,
     "erasures.report": rf"{ID}|{WORD}|{DIGEST}", "aliases_history.alias": WORD, "aliases_history.reason": r"OPS-\d+",
     "generator_retirements.reason": "operator|erasure|age|seal",
     "removals.reason": "purged|retired|sealed|unreferenced",

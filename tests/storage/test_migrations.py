@@ -15,6 +15,7 @@ from fsu_ray.records import Behaviour, ModelSpec, Policy, Status
 from fsu_ray.storage import audit, engines
 from fsu_ray.storage.database import Database, migrations
 from fsu_ray.storage.ledger import Ledger, open_ledger
+from fsu_ray.storage.schema import LATER
 from fsu_ray.work import Outcome
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
@@ -167,20 +168,31 @@ def third(first: str) -> str:
         config = migrations()
         config.attributes["connection"] = connection
         command.upgrade(config, "0003")
+        connection.exec_driver_sql(
+            "ALTER TABLE requests ADD COLUMN generator_id VARCHAR(40)"
+        )  # today's code asks for it
     with Ledger(Database(connected)) as ledger:  # which nothing has brought up to date
         ledger.set_policy("digits", Policy(samples_days=30.0))
         taken = ledger.claim("w1", 60.0)
         assert taken is not None
         ledger.fail(taken, "RuntimeError: broke")
         assert ledger.claim("w1", -1.0) is not None
+    engine = sa.create_engine(first)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE requests DROP COLUMN generator_id")
+    engine.dispose()
     return first
 
 
-def every_row(url: str) -> dict[str, Any]:
-    """The rows of every table that revision 0003 had."""
-    engine = sa.create_engine(url)
+def every_row(url: str, tables: tuple[str, ...] = THEN) -> dict[str, Any]:
+    """The rows of every table that revision 0003 had, without the columns that have come since."""
+    engine, found = sa.create_engine(url), {}
     with engine.connect() as connection:
-        found = {name: connection.exec_driver_sql(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall() for name in THEN}
+        for name in tables:
+            columns = (column["name"] for column in sa.inspect(connection).get_columns(name))
+            kept = ", ".join(sorted(column for column in columns if column not in LATER.get(name, ())))
+            rows = connection.exec_driver_sql(f"SELECT {kept} FROM {name}").fetchall()
+            found[name] = sorted(rows, key=str)
     engine.dispose()
     return found
 
@@ -218,6 +230,75 @@ def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) 
         assert gone == [("class 1", None), ("class 5", None), ("seven", kept.id)]
         found = audit.verify(ledger)
         assert (found.findings, found.waiting) == ((), 0)
+
+
+@pytest.fixture
+def fourth(first: str) -> str:
+    """That ledger as revision 0004 had it, with rows that refer to its generators and its erasure."""
+    connected = engines.connect(first)
+    with connected.writer.begin() as connection:
+        config = migrations()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0004")
+        made, old = First(connection), {"created_at": AT.format(9), "actor": "operator"}
+        rejected = connection.scalar(sa.text("SELECT id FROM requests WHERE status = 'rejected'"))
+        made.insert(
+            "generators", id="g-2", model_id="m-1", root=1, spec=SPEC.model_dump(mode="json"),
+            recipe_digest=Recipe().generator_digest, weights=digest("g2"), dataset=digest("d2"), origin="warm_started",
+            warm_started_from="g-1", figures={"starved": []}, request_id=rejected, created_at=AT.format(9),
+        )  # fmt: skip
+        made.insert("generator_retirements", id="t-1", generator_id="g-2", reason="operator", **old)
+        made.insert(
+            "rechecks", id="k-1", erasure_id="e-1", model_id="m-1", version=2, probes=9, share=0.0, passed=True, **old
+        )
+    connected.dispose()
+    return first
+
+
+def test_tables_that_are_made_again_keep_rows_references_and_guards(fourth: str, raw: Any) -> None:
+    """Generators and erasures of the fourth revision, and what refers to them."""
+    tables = (*THEN, "generator_retirements", "rechecks")
+    before = every_row(fourth, tables)
+    with open_ledger(fourth) as ledger:
+        assert every_row(fourth, tables) == before
+        kept, retired = ledger.generators("digits")
+        assert (kept.origin, kept.transferred_from, kept.retired) == ("trained", None, None)
+        assert (retired.warm_started_from, retired.retired) == ("g-1", "operator")
+        assert {request.generator for request in ledger.requests()} == {None}
+    if raw.engine == "sqlite":
+        assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert not [name for (name,) in raw.execute("SELECT name FROM sqlite_master") if name.endswith("_before")]
+        raw.execute("PRAGMA foreign_keys = ON")
+    for table in ("generators", "erasures"):
+        for broken in (f"UPDATE {table} SET root = 2" if table == "generators" else "UPDATE erasures SET version = 1",
+                       f"DELETE FROM {table}"):  # fmt: skip
+            with pytest.raises(sa.exc.DatabaseError, match=f"{table} is insert-only"):
+                raw.execute(broken)
+    orphan = "INSERT INTO generator_retirements VALUES ('t-2', 'g-none', 'operator', :at, 'operator')"
+    with pytest.raises(sa.exc.IntegrityError):
+        raw.execute(orphan, {"at": AT.format(9)})
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("requests", "generator_id"), ("generators", "transferred_from")],
+    ids=["asked", "transferred"],
+)
+def test_what_the_chain_has_not_recorded_stays_empty(fourth: str, raw: Any, table: str, column: str) -> None:
+    """A column that came later says nothing of rows that were there before: the audit sees who fills it in."""
+    with open_ledger(fourth) as ledger:
+        trigger = {"requests": "requests_terms", "generators": "generators_update"}[table]
+        raw.execute(f"DROP TRIGGER {trigger}" + ("" if raw.engine == "sqlite" else f" ON {table}"))
+        if table == "generators" and raw.engine == "sqlite":
+            raw.execute("PRAGMA ignore_check_constraints = ON")
+        elif table == "generators":
+            raw.execute("ALTER TABLE generators DROP CONSTRAINT ck_generators_transferred_from")
+        known = set(audit.verify(ledger).findings)  # g-2, which no ledger of that time wrote
+        where = "id = 'g-1'" if table == "generators" else "behaviour_name = 'class 5'"
+        raw.execute(f"UPDATE {table} SET {column} = 'g-2' WHERE {where}")
+        (said,) = set(audit.verify(ledger).findings) - known
+        assert said.startswith(f"{table} ")
+        assert f"column {column} is not what event " in said
 
 
 def test_an_empty_ledger_of_the_first_revision_has_an_empty_chain(url: str) -> None:

@@ -1,0 +1,80 @@
+"""A generator from elsewhere becomes one of a line: D' is drawn from it and labelled, outside of any request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fsu_ray.errors import InvalidWeights
+from fsu_ray.method.context import classes_of
+from fsu_ray.method.masking import Masking, Quiet
+from fsu_ray.method.networks import Classifier
+from fsu_ray.method.obtain import figures_of
+from fsu_ray.method.reading import read_generator
+from fsu_ray.method.synthesize import synthesize
+from fsu_ray.recipes import Recipe
+from fsu_ray.records import ModelSpec
+from fsu_ray.work import BlobStore, PriorErasure
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """The digests of a generator's weights and of its D', and the figures that the gate judges them by."""
+
+    weights: str
+    dataset: str
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Line(Quiet):
+    """A line with its current version, which the figures of D' are about."""
+
+    current: Classifier
+    recipe: Recipe
+    gone: list[int]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a line stands: the weights of the version that labels D' and of the latest one, and what is erased."""
+
+    spec: ModelSpec
+    root: str
+    current: str
+    priors: tuple[PriorErasure, ...]
+
+
+def adopt(
+    store: BlobStore,
+    standing: Standing,
+    recipe: Recipe,
+    weights: bytes,
+    latent: int | None,
+    device: torch.device,
+    tell: Any = None,
+) -> Adopted:
+    """Draw D' from the generator with these `weights` by `recipe`, have the root label it, and measure what a gate
+    would see under the masks in force. `tell(done, total, figures)` hears of the drawing.
+
+    Raises InvalidWeights where the weights do not fit the model (see `read_generator`), or where the root trusts
+    nothing that the generator draws: nothing is written then.
+    """
+    spec = standing.spec
+    generator = read_generator(spec, weights, latent).to(device)
+    labeller, current = (
+        Classifier.from_bytes(spec, store.get(digest)).to(device) for digest in (standing.root, standing.current)
+    )
+    dataset, drawn = synthesize(labeller, generator, recipe.synthesize, tell)
+    if not len(dataset):
+        raise InvalidWeights(
+            "nothing that the generator draws passes the tests of eq. 8: the model does not know what it sees; "
+            "import a generator of data like those that it was trained on"
+        )
+    gone = classes_of(standing.priors)
+    line = _Line(store, labeller, standing.priors, spec.classes, current, recipe, gone)
+    digest = store.put(dataset.to_bytes())
+    figures = figures_of(line, Masking(line, dataset, digest), drawn)
+    return Adopted(store.put(weights), digest, figures)
