@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fsu_ray.config import PRESETS, make_recipe
@@ -30,6 +28,7 @@ from fsu_ray.method.baselines.gan import train as train_gan
 from fsu_ray.method.context import Saved, save_samples
 from fsu_ray.method.fit import Schedule, fit, predict
 from fsu_ray.method.networks import Classifier, Generator
+from fsu_ray.method.reading import read_generator
 from fsu_ray.method.synthesize import starved_classes, synthesize
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
@@ -96,7 +95,7 @@ def gan(scenario: str, seed: int, scale: Scale) -> Cell:
     width = 8 if scale == "small" else 64 if scenario == "truck" else 16
     how = asdict(GanRecipe(steps=2000 if scale == "small" else 20_000, width=width, seed=seed))
     how["betas"] = list(how["betas"])  # as JSON has it
-    return {"scenario": scenario, "gan": how, "invert": {"width": width, "latent": how["latent"]}, "seed": seed}
+    return {"scenario": scenario, "gan": how, "seed": seed}
 
 
 def erasure(drawn: Cell, rho: float, changes: dict[str, Any], seed: int | None = None) -> Work:
@@ -150,10 +149,9 @@ def load(row: Row, place: Place) -> Classifier:
     return found.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def load_generator(row: Row, spec: ModelSpec, width: int, latent: int, place: Place) -> Generator:
+def load_generator(row: Row, spec: ModelSpec, place: Place) -> Generator:
     """The generator of a row with `weights`, on the cell's device."""
-    made = Generator(spec, width, latent)
-    made.load_state_dict(load_tensors(place.store.get(row["weights"])))
+    made = read_generator(spec, place.store.get(row["weights"]))
     return made.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
@@ -184,8 +182,7 @@ def _generator(cell: Cell, place: Place) -> list[Row]:
     heard: dict[str, float] = {}
     judge = load(original, place)
     made = invert.invert(judge, recipe, invert.begin(judge, recipe), lambda step, steps, losses: heard.update(losses))
-    tensors = {name: t.detach().cpu().contiguous() for name, t in made.state_dict().items()}
-    row = {"seed": cell["seed"], "scenario": original["scenario"], "weights": place.store.put(save_tensors(tensors))}
+    row = {"seed": cell["seed"], "scenario": original["scenario"], "weights": place.store.put(made.to_bytes())}
     return [row | {"seconds": time.monotonic() - started, **{f"loss_{name}": value for name, value in heard.items()}}]
 
 
@@ -201,17 +198,15 @@ def _gan(cell: Cell, place: Place) -> list[Row]:
         GanRecipe(**{**cell["gan"], "betas": tuple(cell["gan"]["betas"])}),
         place.device,
     )
-    tensors = {name: t.detach().cpu().contiguous() for name, t in made.state_dict().items()}
-    row = {"seed": cell["seed"], "scenario": scenario, "weights": place.store.put(save_tensors(tensors))}
+    row = {"seed": cell["seed"], "scenario": scenario, "weights": place.store.put(made.to_bytes())}
     return [row | {"seconds": time.monotonic() - started}]
 
 
 def _dataset(cell: Cell, place: Place) -> list[Row]:
     (original,), (inverter,) = place.given
     recipe, started = Recipe.model_validate({"synthesize": cell["synthesize"]}), time.monotonic()
-    shape = Recipe.model_validate({"invert": cell["generator"]["invert"]}).invert
     judge = load(original, place)
-    made = load_generator(inverter, judge.spec, shape.width, shape.latent, place)
+    made = load_generator(inverter, judge.spec, place)
     drawn, told = synthesize(judge, made, recipe.synthesize)
     every = torch.ones(len(drawn), dtype=torch.bool)
     starved = starved_classes(told["count"], recipe.synthesize)

@@ -51,8 +51,8 @@ def sheet(pixels: Tensor, scale: int = 2, boxes: dict[tuple[int, int], tuple[int
 def _samples(cell: Cell, place: Place) -> list[Row]:
     """A column a class, as the generator draws them: none is left out."""
     (original,), (inverter,) = place.given
-    shape, judge = cell["generator"]["invert"], images.load(original, place)
-    made = images.load_generator(inverter, judge.spec, shape["width"], shape["latent"], place)
+    judge = images.load(original, place)
+    made = images.load_generator(inverter, judge.spec, place)
     classes = judge.spec.classes
     y = torch.arange(classes).repeat(EACH)
     z = torch.randn((len(y), made.latent), generator=seeded(cell["seed"], 77))

@@ -41,7 +41,7 @@ class Classifier(nn.Module):
 
     def to_bytes(self) -> bytes:
         """The network's weights as safetensors; the same weights give the same bytes."""
-        return save_tensors({k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()})
+        return _as_bytes(self.network)
 
     @classmethod
     def from_bytes(cls, spec: ModelSpec, data: bytes) -> Classifier:
@@ -52,6 +52,10 @@ class Classifier(nn.Module):
         classifier = cls(spec)
         load_weights(classifier.network, data, spec.arch)
         return classifier.eval()
+
+
+def _as_bytes(network: nn.Module) -> bytes:
+    return save_tensors({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()})
 
 
 def load_weights(network: nn.Module, data: bytes, name: str, advice: str = "check --arch, --input, --classes") -> None:
@@ -135,6 +139,10 @@ class Generator(nn.Module):
         x = F.leaky_relu(self.bn1(self.conv1(self.bn0(x))), 0.2)
         x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
         return torch.sigmoid(self.conv3(x))
+
+    def to_bytes(self) -> bytes:
+        """The weights as safetensors, which `reading.read_generator` reads; the same weights give the same bytes."""
+        return _as_bytes(self)
 
 
 @dataclass

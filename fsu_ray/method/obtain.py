@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from fsu_ray.errors import StorageError
 from fsu_ray.gate import refuse_generator
@@ -117,8 +116,7 @@ def _train(context: Context) -> None:
         context.group,
     )
     saved.use = "warm_started" if weights else "trained"
-    tensors = {name: t.detach().cpu().contiguous() for name, t in generator.state_dict().items()}
-    saved.generator = context.group.once(lambda: store.put(save_tensors(tensors)))
+    saved.generator = context.group.once(lambda: store.put(generator.to_bytes()))
     saved.seconds["invert"] = before
     context.finish("invert", started)
 

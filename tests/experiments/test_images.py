@@ -45,7 +45,6 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, make: Any, sce
         assert full["D_e"] < 10 < before["D_e"]
     plus = images.gan(scenario, 1, "small")
     plus["gan"] |= {"steps": 60, "width": 4}
-    plus["invert"] |= {"width": 4}
     borrowed = images.dataset(plus, SYNTHESIZE, original)
     after = make(*images.erasure(borrowed, images.FULL, everything))
     assert after["before_D_r"] == before["D_r"]
