@@ -58,7 +58,7 @@ def _as_bytes(network: nn.Module) -> bytes:
     return save_tensors({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()})
 
 
-def load_weights(network: nn.Module, data: bytes, name: str, advice: str = "check --arch, --input, --classes") -> None:
+def load_weights(network: nn.Module, data: bytes, name: str, check: str = "--arch, --input and --classes") -> None:
     """Load safetensors `data` into `network`; nothing is ever unpickled. Raises InvalidWeights."""
     try:
         tensors = load_tensors(data)
@@ -80,7 +80,7 @@ def load_weights(network: nn.Module, data: bytes, name: str, advice: str = "chec
         if tensors[key].shape != tensor.shape:
             raise InvalidWeights(
                 f"the weights do not fit {name}: {key!r} is {tuple(tensors[key].shape)}, "
-                f"{tuple(tensor.shape)} is needed; {advice}"
+                f"{tuple(tensor.shape)} is needed; check {check}"
             )
         if not tensors[key].dtype.is_floating_point and tensor.dtype.is_floating_point:
             raise InvalidWeights(

@@ -19,7 +19,7 @@ def read_generator(spec: ModelSpec, data: bytes, latent: int | None = None) -> G
     """
     generator = Generator(spec, *_sizes(spec, data, latent))
     shape = f"{spec.channels}x{spec.height}x{spec.width}"
-    load_weights(generator, data, f"a generator of {shape}", "it must draw what the model takes")
+    load_weights(generator, data, f"a generator of {shape}", "what the model takes")
     return generator.eval()
 
 
