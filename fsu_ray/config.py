@@ -49,12 +49,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "synthesize": {"per_class": 200},
         "relearn": {"epochs": 20, "lr": 0.003},
     },
-    # Networks with many BatchNorm layers, whose statistics would drown the other losses.
+    # Networks with many BatchNorm layers, whose statistics would drown the other losses. By that entropy weight D' is
+    # surer of its classes, also where a sample looks like two of them.
     "deep": {
         "invert": {
             "steps": 1000,
             "weights": {"bn": 3.0, "entropy": 3.0, "augmentation": 1.0, "diversity": 1.0, "tv": 0.06},
-        }
+        },
+        "filter": {"runner_up": 0.05},
     },
     # Section 4 and appendix C.4: squared losses, its weights, labels of the current version, its filter.
     "paper": {

@@ -70,10 +70,14 @@ def generator(original: Cell, changes: dict[str, Any]) -> Cell:
     return {"classifier": original, "invert": recipe.invert.model_dump(mode="json"), "seed": original["seed"]}
 
 
+def _preset(original: Cell) -> str:
+    return "default" if original["arch"] == "lenet5" else "deep"
+
+
 def inverter(original: Cell, scale: Scale, changes: dict[str, Any] | None = None) -> Cell:
     """The cell of the inverter that tables take for `original`, but for `changes`: a deep network's losses, more
     channels for colours, at the paper's scale its length and width."""
-    usual = dict(PRESETS["default" if original["arch"] == "lenet5" else "deep"].get("invert", {}))
+    usual = dict(PRESETS[_preset(original)].get("invert", {}))
     colours = original["scenario"] == "truck"
     if scale == "paper":
         usual |= {"steps": 7000, "width": 64 if colours else 16}
@@ -99,11 +103,12 @@ def gan(scenario: str, seed: int, scale: Scale) -> Cell:
 
 
 def erasure(drawn: Cell, rho: float, changes: dict[str, Any], seed: int | None = None) -> Work:
-    """An erasure of the scenario's D_e, of which a share `rho` is given, on D'; by the rest of the recipe.
+    """An erasure of the scenario's D_e, of which a share `rho` is given, on D'; by the rest of the recipe that the
+    network has.
 
     `seed` draws the share, that of D' where there is none.
     """
-    recipe = make_recipe("default", [changes]).model_dump(mode="json")
+    recipe = make_recipe(_preset(labeller(drawn)[1]), [changes]).model_dump(mode="json")
     rest = {part: recipe[part] for part in ("form", "filter", "relearn", "gate")}
     return "erasure", {"dataset": drawn, "rho": rho, "recipe": rest, "seed": drawn["seed"] if seed is None else seed}
 

@@ -8,6 +8,7 @@ import pytest
 
 from fsu_ray.experiments import comparison
 from fsu_ray.experiments.catalogue import Row, Work, piece
+from fsu_ray.experiments.images import labeller
 from fsu_ray.experiments.reproduce import _key
 
 
@@ -33,6 +34,13 @@ def test_a_deep_network_has_one_inverter_for_all_repeats() -> None:
     large = kinds(comparison.TABLES["table2a"].cells("paper", 3))
     assert {arch for arch, _ in large} == {"preactresnet18", "none"}
     assert large["preactresnet18", "generator"] == 3
+
+
+def test_a_network_is_unlearned_by_its_own_recipe() -> None:
+    """A deep network's D' is surer of its classes: what is left of a sample's own class is less there."""
+    cells = [cell for kind, cell in comparison.TABLES["table2b"].cells("small", 1) if kind == "erasure"]
+    least = {labeller(cell["dataset"])[1]["arch"]: cell["recipe"]["filter"]["runner_up"] for cell in cells}
+    assert least == {"lenet5": 0.2, "preactresnet18:8": 0.05}
 
 
 def test_tables_share_what_they_have_in_common() -> None:
