@@ -105,7 +105,9 @@ PIECES: dict[str, str] = {
 def find(name: str) -> Table:
     """The table or figure of that name; raises NotFound."""
     if name not in NAMES:
-        raise NotFound(f"no table or figure {name!r}: `fsu reproduce list` prints their names")
+        parts = [each for each in NAMES if name and each.startswith(name)]
+        advice = f"take {', '.join(parts)}" if parts else "`fsu reproduce list` prints their names"
+        raise NotFound(f"no table or figure {name!r}: {advice}")
     found: Table = importlib.import_module(f"fsu_ray.experiments.{NAMES[name][0]}").TABLES[name]
     return found
 
