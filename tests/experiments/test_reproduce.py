@@ -158,7 +158,7 @@ def test_names_and_folders_that_are_none(
     """One line that says what to do."""
     with pytest.raises(NotFound, match="`fsu reproduce list`"):
         reproduce.reproduce("table99", "small", 1, tmp_path, store)
-    with pytest.raises(NotFound, match="take table5a, table5b$"):
+    with pytest.raises(NotFound, match=r"take table5a, table5b$"):
         reproduce.reproduce("table5", "small", 1, tmp_path, store)
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
