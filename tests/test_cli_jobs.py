@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from fsu_ray.app import App
 from fsu_ray.cli import app as commands
+from fsu_ray.cli.jobs import _goes_on
 from fsu_ray.cluster import jobs as ray_jobs
 from fsu_ray.cluster.jobs import current_job
 from fsu_ray.errors import RunFailed
@@ -186,3 +188,17 @@ def test_ray_need_not_be_asked_where_no_job_runs(fsu: Fsu, nowhere: str, monkeyp
     result = fsu("run")
     assert result.exit_code == 0, result.output
     assert "nothing is queued" in result.stdout
+
+
+def test_an_interrupt_in_the_midst_of_what_is_awaited_is_one_line(
+    recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the interrupt comes before aiohttp awaits what it has begun, nobody hears of that."""
+
+    async def read() -> None: ...
+
+    with pytest.raises(typer.Exit), _goes_on("fsu-1"):
+        read()
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.startswith("interrupted: job fsu-1 goes on")
+    assert not recwarn.list

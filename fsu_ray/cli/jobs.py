@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json as json_
 import re
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -210,6 +212,10 @@ def _broke(job: Any) -> str:
     return f"job {job.id} {'broke' if job.begun else 'could not begin'}: {_message(job)}"
 
 
-def _goes_on(job: str) -> AbstractContextManager[None]:
-    """An interrupt ends the watching, not the job."""
-    return interrupted(f"job {job} goes on; `fsu jobs stop {job}` ends it")
+@contextmanager
+def _goes_on(job: str) -> Iterator[None]:
+    """An interrupt ends the watching, not the job, in one line, whatever aiohttp was about to await."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        with interrupted(f"job {job} goes on; `fsu jobs stop {job}` ends it"):
+            yield

@@ -85,13 +85,13 @@ class Place:
     def until(self, model: str, checkpoints: int) -> None:
         """Wait until the run of the model's last request would go on from one of so many checkpoints."""
         request = self.app.ledger.requests(model)[-1]
-        for _ in range(1800):
+        for _ in range(3600):
             time.sleep(0.1)
             with suppress(ValueError):  # torn: Ray is writing it
                 if any(len(kept(run)) >= checkpoints for run in self.home.glob(f"fsu/runs/{request.id}-*")):
                     return
             assert not self.app.ledger.request(request.id).status.is_terminal, self.app.ledger.request(request.id)
-        pytest.fail("no checkpoint in three minutes")
+        pytest.fail("no checkpoint in six minutes")
 
 
 @pytest.fixture(scope="module")
