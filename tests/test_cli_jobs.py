@@ -197,8 +197,12 @@ def test_an_interrupt_in_the_midst_of_what_is_awaited_is_one_line(
 
     async def read() -> None: ...
 
-    with pytest.raises(typer.Exit), _goes_on("fsu-1"):
-        read()
-        raise KeyboardInterrupt
+    def watch() -> None:
+        with _goes_on("fsu-1"):
+            read()
+            raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit):
+        watch()
     assert capsys.readouterr().err.startswith("interrupted: job fsu-1 goes on")
     assert not recwarn.list
