@@ -25,9 +25,12 @@ from fsu_ray.work import WorkOrder
 def cluster(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A Ray of its own with two CPUs, with the credentials of this process and as many threads as CPUs."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # what a test process among others has
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # digests depend on it
     workers.connect(2)
     yield
     workers.disconnect()
+    torch.set_num_threads(before)
 
 
 def workers_of_this_process() -> list[int]:
