@@ -72,7 +72,7 @@ def _bayes(cell: Cell, place: Place) -> list[Row]:
     data = images.bench(images.SCENARIOS[scenario][0])
     judge = images.load(original, place)
     x, tests = (last_layer.features(judge, each.pixels) for each in (data.train, data.test))
-    y = mnist.labels(data, scenario == "crossed7", original["seed"]).to(x.device)
+    y = mnist.labels(data, images.poisoned(scenario), original["seed"]).to(x.device)
     full = last_layer.posterior(x, y, last_layer.weights(judge), Learning(**cell["learning"]), seed)
     erased = images.erased_of(scenario, cell["rho"], seed).to(x.device)
     row: Row = {"seed": seed, "scenario": scenario, "arch": original["arch"]}

@@ -131,18 +131,21 @@ def _report(scenario: str, nets: tuple[Net, ...], title: str) -> Callable[[list[
         for arch in dict.fromkeys(row["arch"] for row in rows):
             net, mine = theirs.get(arch), [row for row in rows if row["arch"] == arch]
             papers = (net.theirs if net else next(n.theirs for n in nets if n.theirs)) or {}
-            shared = ("One classifier and one inverter, shared by all repeats, which differ in the draw of D_e,rho and "
-                      "in relearning; each baseline once.") if net and net.shared else (
-                      "Each seed has a classifier, an inverter and a draw of D_e,rho of its own.")  # fmt: skip
+            about = SHARED if net and net.shared else OWN
             seeds = sorted({row["seed"] for row in mine})
-            parts.append(f"**{arch}**, seeds {seeds}. {shared}")
-            columns = [f"{arch}", "paper: D_r", "D_r", "paper: D_e", "D_e", ""]
+            parts.append(f"**{arch}**, seeds {seeds}. {about}")
+            columns = [arch, "paper: D_r", "D_r", "paper: D_e", "D_e", ""]
             parts.append(table(columns, _lines(mine, scenario, papers)))
         return "\n\n".join(parts) + NOTE
 
     return report
 
 
+SHARED = (
+    "One classifier and one inverter, shared by all repeats, which differ in the draw of D_e,rho and in relearning; "
+    "each baseline once."
+)
+OWN = "Each seed has a classifier, an inverter and a draw of D_e,rho of its own."
 NOTE = (
     "\nAccuracy on the test split in percent. The paper's oracle is fine-tuned from the original for epochs that it "
     "does not number. `refused` counts results that the system would not have made a version of: they are measured "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsu_ray.config import PRESETS, make_recipe
+from fsu_ray.config import make_recipe
 from fsu_ray.experiments import mnist
 from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Work
 from fsu_ray.experiments.mnist import Bench, read_bench, read_cifar, target_positions, target_samples, train
@@ -56,6 +56,11 @@ def bench(data: str = "mnist") -> Bench:
     return read_cifar() if data == "cifar10" else read_bench(folder)
 
 
+def poisoned(scenario: str) -> bool:
+    """Whether the original has learned the crossed sevens with wrong labels."""
+    return SCENARIOS[scenario][1] == "crossed"
+
+
 def classifier(scenario: str, arch: str, seed: int, scale: Scale) -> Cell:
     """The cell of a scenario's original."""
     data = SCENARIOS[scenario][0]
@@ -64,26 +69,24 @@ def classifier(scenario: str, arch: str, seed: int, scale: Scale) -> Cell:
     return {"scenario": scenario, "arch": arch, "epochs": epochs, "seed": seed}
 
 
-def generator(original: Cell, changes: dict[str, Any]) -> Cell:
-    """The cell of an inverter of `original`, by the default `invert` under `changes`."""
-    recipe = make_recipe("default", [{"invert": {"seed": original["seed"], **changes}}])
+def generator(original: Cell, *changes: dict[str, Any]) -> Cell:
+    """The cell of an inverter of `original`, by the recipe that its network has under `changes` of `invert`."""
+    seeded = {"seed": original["seed"]}
+    recipe = make_recipe(_preset(original), [{"invert": change} for change in (seeded, *changes)])
     return {"classifier": original, "invert": recipe.invert.model_dump(mode="json"), "seed": original["seed"]}
+
+
+def inverter(original: Cell, scale: Scale, changes: dict[str, Any] | None = None) -> Cell:
+    """The cell of the inverter that tables take for `original`, but for `changes`: more channels for colours, and at
+    the paper's scale its length and width."""
+    colours = original["scenario"] == "truck"
+    small = {"width": 16} if colours else {}
+    size = {"steps": 7000, "width": 64 if colours else 16} if scale == "paper" else small
+    return generator(original, size, changes or {})
 
 
 def _preset(original: Cell) -> str:
     return "default" if original["arch"] == "lenet5" else "deep"
-
-
-def inverter(original: Cell, scale: Scale, changes: dict[str, Any] | None = None) -> Cell:
-    """The cell of the inverter that tables take for `original`, but for `changes`: a deep network's losses, more
-    channels for colours, at the paper's scale its length and width."""
-    usual = dict(PRESETS[_preset(original)].get("invert", {}))
-    colours = original["scenario"] == "truck"
-    if scale == "paper":
-        usual |= {"steps": 7000, "width": 64 if colours else 16}
-    elif colours:
-        usual |= {"width": 16}
-    return generator(original, usual | (changes or {}))
 
 
 def dataset(inverter: Cell, changes: dict[str, Any], labeller: Cell | None = None) -> Cell:
@@ -116,7 +119,7 @@ def erasure(drawn: Cell, rho: float, changes: dict[str, Any], seed: int | None =
 def _classifier(cell: Cell, place: Place) -> list[Row]:
     scenario, started = cell["scenario"], time.monotonic()
     data = bench(SCENARIOS[scenario][0])
-    spec, weights = train(data, cell["arch"], scenario == "crossed7", cell["epochs"], cell["seed"], place.device)
+    spec, weights = train(data, cell["arch"], poisoned(scenario), cell["epochs"], cell["seed"], place.device)
     row = {
         "seed": cell["seed"],
         "scenario": scenario,
@@ -136,7 +139,7 @@ def measured(scenario: str, spec: ModelSpec, weights: bytes) -> dict[str, float]
 def graded(scenario: str, logits: Tensor) -> dict[str, float]:
     """`measured` of logits or probabilities (N, K) of the test split."""
     data, what, called = SCENARIOS[scenario]
-    found = mnist.graded(bench(data), logits, [what] if isinstance(what, int) else [], what == "crossed")
+    found = mnist.graded(bench(data), logits, [what] if isinstance(what, int) else [], poisoned(scenario))
     return {"D_r": found["D_r"], "D_e": found[called]}
 
 
@@ -194,15 +197,10 @@ def _generator(cell: Cell, place: Place) -> list[Row]:
 def _gan(cell: Cell, place: Place) -> list[Row]:
     scenario, started = cell["scenario"], time.monotonic()
     data = bench(SCENARIOS[scenario][0])
-    labels = mnist.labels(data, scenario == "crossed7", cell["seed"])
+    labels = mnist.labels(data, poisoned(scenario), cell["seed"])
     spec = mnist.spec_of(data, "lenet5")  # a generator asks for its shape and classes alone
-    made = train_gan(
-        spec,
-        data.train.pixels,
-        labels,
-        GanRecipe(**{**cell["gan"], "betas": tuple(cell["gan"]["betas"])}),
-        place.device,
-    )
+    recipe = GanRecipe(**{**cell["gan"], "betas": tuple(cell["gan"]["betas"])})
+    made = train_gan(spec, data.train.pixels, labels, recipe, place.device)
     row = {"seed": cell["seed"], "scenario": scenario, "weights": place.store.put(made.to_bytes())}
     return [row | {"seconds": time.monotonic() - started}]
 
