@@ -146,8 +146,9 @@ def test_pictures_of_time_and_of_fisher(tmp_path: Path) -> None:
 
 
 def test_variants_share_all_that_they_do_not_change() -> None:
-    """A seed of Table 3 has one classifier, one generator and four D'; of Table 6, five generators; of Table 7, one."""
-    for name, numbers in (("table3", (1, 1, 4, 8)), ("table6", (1, 5, 5, 10)), ("table7", (1, 1, 1, 8))):
+    """A seed of Table 3 has one classifier, one generator and four D'; of Table 6, five generators and two of the deep
+    network, that other seeds share; of Table 7, one."""
+    for name, numbers in (("table3", (1, 1, 4, 8)), ("table6", (2, 7, 7, 22)), ("table7", (1, 1, 1, 8))):
         seen: dict[str, set[str]] = {}
         waiting = ablations.TABLES[name].cells("small", 1)
         while waiting:
@@ -155,6 +156,10 @@ def test_variants_share_all_that_they_do_not_change() -> None:
             seen.setdefault(work[0], set()).add(_key(work))
             waiting += piece(work[0]).needs(work[1])
         assert tuple(len(seen[kind]) for kind in ("classifier", "generator", "dataset", "erasure")) == numbers
+    cells = [cell for _, cell in ablations.TABLES["table6"].cells("small", 2)]
+    deep = [cell for cell in cells if cell["variant"] == "deep: without BN"]
+    assert {cell["seed"] for cell in deep} == {0, 1}
+    assert len({repr(cell["dataset"]) for cell in deep}) == 1
 
 
 def test_a_variant_changes_what_it_says(tmp_path: Path) -> None:
@@ -166,6 +171,10 @@ def test_a_variant_changes_what_it_says(tmp_path: Path) -> None:
     assert all_five["bn"] > 0
     assert cells["all five", 1.0]["recipe"]["relearn"]["repeats"] == 1
     assert cells["all five", 0.03]["recipe"]["relearn"]["repeats"] == 5
+    papers = cells["deep: without BN; the paper's filter, relearning", 1.0]
+    assert papers["dataset"] == cells["deep: without BN", 1.0]["dataset"]
+    assert papers["dataset"]["generator"]["classifier"]["arch"] == "preactresnet18:8"
+    assert (papers["recipe"]["filter"]["policy"], papers["recipe"]["relearn"]["repeats"]) == ("knee", 0)
     _, large = ablations.TABLES["table6"].cells("paper", 1)[0]
     invert = large["dataset"]["generator"]["invert"]
     assert (invert["steps"], invert["width"], large["dataset"]["generator"]["classifier"]["epochs"]) == (7000, 16, 20)
@@ -175,11 +184,15 @@ def test_the_report_sets_ours_beside_the_papers(tmp_path: Path) -> None:
     """Full-shot and few-shot, each with the original; mean and deviation; what was refused is counted."""
     rows = [
         {"variant": name, "rho": rho, "seed": seed, "D_r": 99 + seed, "D_e": rho, "refused": "not_forgotten" * seed,
-         "before_D_r": 99.0, "before_D_e": 98.0}
+         "before_D_r": 99.0, "before_D_e": 98.0, "arch": "lenet5"}
         for name in ablations.METRICS for rho in (1.0, 0.03) for seed in (0, 1)
     ]  # fmt: skip
     text = ablations.TABLES["table7"].report(rows, tmp_path)
     assert text.count("| Original | 99.47 | 99.00 ± 0.00 | 99.31 | 98.00 ± 0.00 |  |") == 2
     assert "| cosine | 98.81 ± 0.15 | 99.50 ± 0.71 | 0.00 ± 0.00 | 1.00 ± 0.00 | 1 of 2 |" in text
     assert "| cosine | 98.85 ± 0.27 | 99.50 ± 0.71 | 0.00 ± 0.00 | 0.03 ± 0.00 | 1 of 2 |" in text
-    assert "few-shot (3 %)" in text
+    assert "lenet5, few-shot (3 %)" in text
+    rows += [row | {"arch": "preactresnet18:8", "D_e": 77.0} for row in rows if row["variant"] == "cosine"]
+    first, deep = ablations.TABLES["table7"].report(rows, tmp_path).split("| preactresnet18:8, full-shot |")
+    assert "77.00" not in first
+    assert "| cosine | 98.81 ± 0.15 | 99.50 ± 0.71 | 0.00 ± 0.00 | 77.00 ± 0.00 | 1 of 2 |" in deep
