@@ -57,7 +57,8 @@ def reproduce(
         found = runner.reproduce(name, cast(Scale, scale), seeds, folder, store, tell, cpus, again)
     files = [str(file) for file in found.files]
     if json:
-        console.print_json({**vars(found), "files": files})
+        rows = [{key: value for key, value in row.items() if not isinstance(value, bytes | list)} for row in found.rows]
+        console.print_json({**vars(found), "rows": rows, "files": files})  # pictures and maps are for Parquet
         return
     console.out.print(found.markdown, markup=False, highlight=False, soft_wrap=True)
     kept = found.cells - found.computed

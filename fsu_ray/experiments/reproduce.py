@@ -235,7 +235,8 @@ def _head(name: str, scale: Scale, seeds: int, rows: list[Row]) -> str:
 
 @functools.cache
 def code() -> str:
-    """What made a row: the commit of a checkout, `+` where it was changed since, else the version of the package."""
+    """What made a row: the commit of a checkout, `+` where it was changed since; without one, as in a Ray job, the
+    version of the package and a digest of its modules."""
     here = Path(__file__).parent
     asked = [["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--", str(here.parent)]]
     said = []
@@ -243,11 +244,19 @@ def code() -> str:
         try:
             done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
-            return metadata.version("fsu_ray")
+            return _packaged(here.parent)
         if done.returncode:
-            return metadata.version("fsu_ray")
+            return _packaged(here.parent)
         said.append(done.stdout.strip())
     return said[0] + ("+" if said[1] else "")
+
+
+def _packaged(folder: Path) -> str:
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
+        whole = file.read_bytes()
+        found.update(f"{file.relative_to(folder).as_posix()} {len(whole)}\n".encode() + whole)
+    return f"{metadata.version('fsu_ray')}, sources {found.hexdigest()[:10]}"
 
 
 def _processor() -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from fsu_ray.cluster import tasks
 from fsu_ray.errors import NotFound, RunFailed, StorageError, UserError
 from fsu_ray.experiments import catalogue, moons, reproduce, sheets
 from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Table, Work
-from fsu_ray.experiments.reproduce import Reproduced
+from fsu_ray.experiments.reproduce import Reproduced, _file, _write
 
 FSU = str(Path(sys.executable).parent / "fsu")
 
@@ -208,6 +210,39 @@ def test_the_job_is_the_command() -> None:
     }
     done = subprocess.run([*words, "table99"], cwd=root, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_what_is_printed_as_json_leaves_out_pictures(home: Path) -> None:
+    """A row's picture or map is in the Parquet file alone, which has all of it."""
+    kept = home / ".fsu" / "reproduce" / "cells"
+    kept.mkdir(parents=True)
+    for work in catalogue.find("figure6").cells("small", 1):
+        row = {"piece": work[0], "seed": 0, "arch": "preactresnet18:16", "date": "2026", "machine": "m", "code": "c",
+               "D_r": 1.0, "D_e": 2.0, "epochs": 1, "full_D_r": 1.0, "full_D_e": 2.0, "alpha": 1.0, "refused": "",
+               "png": b"\x89PNG", "map": [1.0, 2.0], **{key: value for key, value in work[1].items() if key in
+               ("how", "rho", "method", "variant")}}  # fmt: skip
+        _write(_file(kept, work), [row])
+    done = subprocess.run([FSU, "reproduce", "figure6", "--seeds", "1", "--json"], capture_output=True, text=True,
+                          timeout=100, check=True)  # fmt: skip
+    told = json.loads(done.stdout)
+    assert told["computed"] == 0
+    assert {row["D_e"] for row in told["rows"]} == {2.0}
+    assert not {"png", "map"} & set().union(*told["rows"])
+    assert (home / ".fsu" / "reproduce" / "small" / "figure6.png").read_bytes() == b"\x89PNG"
+
+
+def test_code_without_a_checkout(tmp_path: Path) -> None:
+    """As a Ray job has it: a version and a digest of the modules, the same for the same and another for others."""
+    here, said = Path(reproduce.__file__).parent.parent, []
+    for name, more in (("a", ""), ("b", ""), ("c", "# changed")):
+        shutil.copytree(here, tmp_path / name / "fsu_ray", ignore=shutil.ignore_patterns("__pycache__", "results"))
+        with (tmp_path / name / "fsu_ray" / "errors.py").open("a") as file:
+            file.write(more)
+        words = [sys.executable, "-c", "from fsu_ray.experiments.reproduce import code; print(code())"]
+        done = subprocess.run(words, cwd=tmp_path / name, capture_output=True, text=True, timeout=100, check=True)
+        said.append(done.stdout.strip())
+    assert re.fullmatch(r"[0-9.]+, sources [0-9a-f]{10}", said[0])
+    assert said[0] == said[1] != said[2]
 
 
 def slow_square(number: int) -> int:
