@@ -24,7 +24,6 @@ NOTE = (
     "samples of its own; PreActResNet-18: one classifier and one inverter a variant, shared by all draws. `refused` "
     "counts results that the system would not have made a version of: they are measured here all the same.\n"
 )
-DEEP: dict[Scale, str] = {"small": "preactresnet18:8", "paper": "preactresnet18"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def _cells(variants: dict[str, Variant]) -> Callable[[Scale, int], list[Work]]:
         for seed in range(seeds):
             for name, variant in variants.items():
                 change = dict(variant.change)
-                net = (DEEP[scale], 0) if variant.deep else ("lenet5", seed)
+                net = (images.DEEP[scale], 0) if variant.deep else ("lenet5", seed)
                 inverter = images.inverter(images.classifier("class9", *net, scale), scale, change.pop("invert", {}))
                 drawn = images.dataset(inverter, change.pop("synthesize", {}))
                 for rho in (FULL, FEW):

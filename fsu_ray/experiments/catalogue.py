@@ -62,7 +62,10 @@ NAMES: dict[str, tuple[str, str]] = {
     "figure4c": ("pictures", "samples of an inverter that was trained without the BN loss (LeNet5)"),
     "figure5": ("tuning", "D_r and D_e by rho, Ours and a tuned EUBO (LeNet5)"),
     "figure6": ("comparison", "CIFAR-10's trucks by every method, and samples (PreActResNet-18 of width 16)"),
-    "figure7": ("figures", "time of training, generator and unlearning, first and later requests (LeNet5)"),
+    "figure7": (
+        "figures",
+        "time of training, generator and unlearning, first and later requests (LeNet5, PreActResNet-18)",
+    ),
     "figure8": ("figures", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
     "figure9": ("pictures", "samples of the inverters of LeNet5 and ResNet-50"),
     "figure10": ("pictures", "samples of inverters without augmentation, diversity, total variation (LeNet5)"),

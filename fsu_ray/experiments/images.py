@@ -49,6 +49,10 @@ EPOCHS = {"lenet5": 6, "mnist": 3, "cifar10": 10}
 """Of a classifier at small scale: LeNet5's, a deep network's by its data. At the paper's scale these are 20 and 200."""
 
 
+DEEP: dict[Scale, str] = {"small": "preactresnet18:8", "paper": "preactresnet18"}
+"""The paper's network for MNIST."""
+
+
 @functools.cache
 def bench(data: str = "mnist") -> Bench:
     """`mnist` or `cifar10` from FSU_DATA, read once a process."""
@@ -190,7 +194,8 @@ def _generator(cell: Cell, place: Place) -> list[Row]:
     heard: dict[str, float] = {}
     judge = load(original, place)
     made = invert.invert(judge, recipe, invert.begin(judge, recipe), lambda step, steps, losses: heard.update(losses))
-    row = {"seed": cell["seed"], "scenario": original["scenario"], "weights": place.store.put(made.to_bytes())}
+    row = {"seed": cell["seed"], "scenario": original["scenario"], "arch": original["arch"],
+           "weights": place.store.put(made.to_bytes())}  # fmt: skip
     return [row | {"seconds": time.monotonic() - started, **{f"loss_{name}": value for name, value in heard.items()}}]
 
 
@@ -216,7 +221,8 @@ def _dataset(cell: Cell, place: Place) -> list[Row]:
     allowed = every[:, None].expand(-1, judge.spec.classes)
     figures = evaluate.generator_figures(judge, drawn, told, allowed, every, [], starved)
     keys = ("acceptance", "coverage", "bn_distance", "agreement")
-    row = {"seed": cell["seed"], "scenario": original["scenario"], "generator": inverter["weights"],
+    row = {"seed": cell["seed"], "scenario": original["scenario"], "arch": original["arch"],
+           "generator": inverter["weights"],
            "dataset": place.store.put(drawn.to_bytes()), "starved": starved, **{key: figures[key] for key in keys},
            "refused": "; ".join(refuse_generator(figures, recipe.gate))}  # fmt: skip
     return [row | {"seconds": time.monotonic() - started}]

@@ -128,11 +128,13 @@ def test_bayes_sees_the_labels_that_were_learned(part: Bench, make: Any, monkeyp
 def test_pictures_of_time_and_of_fisher(tmp_path: Path) -> None:
     """From rows of two seeds: the tables, and a picture each."""
     kinds = ("classifier", "generator", "dataset", "erasure")
-    rows = [{"piece": kind, "seed": seed, "seconds": 10.0 * n, "D_r": 99.0 - seed, "D_e": float(n)}
+    rows = [{"piece": kind, "seed": seed, "seconds": 10.0 * n, "D_r": 99.0 - seed, "D_e": float(n), "arch": "lenet5"}
             for seed in (0, 1) for n, kind in enumerate(kinds, 1)]  # fmt: skip
-    text = figures.TABLES["figure7"].report(rows, tmp_path)
-    assert "| generator | 20.0 ± 0.0 |" in text
-    assert "| first request | 90.0 |\n| later request | 40.0 |" in text
+    deep = [row | {"arch": "preactresnet18:8", "seconds": 2 * row["seconds"]} for row in rows[:4]]
+    text = figures.TABLES["figure7"].report(rows + deep, tmp_path)
+    assert "| lenet5 | 10.0 ± 0.0 | 20.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 90.0 | 40.0 |" in text
+    assert "| preactresnet18:8 | 20.0 | 40.0 | 60.0 | 80.0 | 180.0 | 80.0 |" in text
+    assert [work[0] for work in figures.TABLES["figure7"].cells("small", 2)] == list(kinds) * 3
     for seed in (0, 1):
         rows += [{"piece": "oracle", "how": how, "epochs": 6, "seed": seed, "D_r": 99.0, "D_e": 1.0}
                  for how in ("finetuned", "scratch")]  # fmt: skip
