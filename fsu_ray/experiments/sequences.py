@@ -1,7 +1,8 @@
 """Five requests one after another, through a ledger, the registry and the gate: one generator against one a request.
 
 `shared` is what the system does by default. `each` has a policy by which a generator is retired and the given samples
-are purged after each erasure: every request trains its own, and the masks of earlier erasures are rebuilt from their
+are purged after each erasure: every request trains its own, from other weights and noise than the one before (by the
+same seed it would be the same generator, of the same root), and the masks of earlier erasures are rebuilt from their
 probes. `each, no probes` is the paper's form, which inverts the current version and knows nothing of earlier erasures.
 """
 
@@ -33,12 +34,13 @@ CLASSES = (9, 4, 1, 7, 2)
 """What the requests erase, in their order."""
 OPEN = {"forgotten_max": 1.0, "agreement_min": 0.0, "returned_max": 1.0, "returned_margin": 1.0}
 """A gate that refuses no result: what comes back is to be seen, not refused."""
-VARIANTS: dict[str, tuple[dict[str, Any], Policy]] = {
-    "shared": ({}, Policy()),
-    "each": ({}, Policy(generators="retire-after-erasure", samples_days=0)),
-    "each, no probes": ({"form": "paper"}, Policy(generators="retire-after-erasure", samples_days=0)),
+VARIANTS: dict[str, tuple[dict[str, Any], Policy, dict[str, Any]]] = {
+    "shared": ({}, Policy(), {}),
+    "each": ({}, Policy(generators="retire-after-erasure", samples_days=0), {"reseed": True}),
+    "each, no probes": ({"form": "paper"}, Policy(generators="retire-after-erasure", samples_days=0), {}),
 }
-"""The changes in the recipe, and the model's policy."""
+"""The changes in the recipe, the model's policy, and what else is in the cell: `reseed` gives each request's inversion
+a seed of its own."""
 
 
 def _sequence(cell: Cell, place: Place) -> list[Row]:
@@ -60,7 +62,7 @@ def _requests(
         return unlearn(order, store, place.device)
 
     spec = ModelSpec.model_validate_json(original["spec"])
-    recipe = make_recipe("default", [cell["changes"], {"gate": OPEN, "relearn": {"seed": cell["seed"]}}])
+    same_changes = [cell["changes"], {"gate": OPEN, "relearn": {"seed": cell["seed"]}}]
     ledger.register_model("m", spec, store.put(weights))
     ledger.set_policy("m", Policy.model_validate(cell["policy"]))
     gone: list[int] = []
@@ -68,6 +70,9 @@ def _requests(
     yield {**same, "request": 0, "erased": "-", **_measured(spec, weights, list(cell["classes"]))}
     for number, label in enumerate(cell["classes"], 1):
         behaviour, pixels = target_samples(images.bench(), label, cell["seed"], FEW)
+        seeded = {"seed": 1000 * number + cell["seed"]}
+        own = {"invert": seeded, "synthesize": seeded} if cell.get("reseed") else {}
+        recipe = make_recipe("default", [*same_changes, own])
         ledger.submit("m", behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
         started = time.monotonic()
         (result,) = drain(ledger, "sequence", Drain(most=1, model="m"), partial(run_request, ledger, store, execute))
@@ -91,8 +96,8 @@ def _cells(scale: Scale, seeds: int) -> list[Work]:
     for seed in range(seeds):
         original = images.classifier("class9", "lenet5", seed, scale)
         invert = images.inverter(original, scale)["invert"]
-        for variant, (changes, policy) in VARIANTS.items():
-            cell = {"classifier": original, "variant": variant, "classes": list(CLASSES), "seed": seed}
+        for variant, (changes, policy, more) in VARIANTS.items():
+            cell = {"classifier": original, "variant": variant, "classes": list(CLASSES), "seed": seed, **more}
             cell |= {"changes": {"invert": invert, **changes}, "policy": policy.model_dump(mode="json")}
             works.append(("sequence", cell))
     return works

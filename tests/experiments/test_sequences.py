@@ -27,9 +27,9 @@ def test_one_generator_or_one_a_request(part: Bench, make: Any, monkeypatch: pyt
     monkeypatch.setattr(sequences, "unlearn", lambda order, *rest: (orders.append(order), inner(order, *rest))[1])
     original = {**images.classifier("class9", "lenet5", 1, "small"), "epochs": 4}
     for variant, uses in (("shared", "reused"), ("each", "trained"), ("each, no probes", "trained")):
-        changes, policy = sequences.VARIANTS[variant]
+        changes, policy, more = sequences.VARIANTS[variant]
         cell = {"classifier": original, "variant": variant, "changes": {**QUICK, **changes},
-                "policy": policy.model_dump(mode="json"), "classes": [9, 4], "seed": 1}  # fmt: skip
+                "policy": policy.model_dump(mode="json"), "classes": [9, 4], "seed": 1, **more}  # fmt: skip
         rows = make.rows("sequence", cell)
         assert [(row["request"], row["erased"]) for row in rows] == [(0, "-"), (1, "9"), (2, "4")], rows
         assert [row["use"] for row in rows[1:]] == ["trained", uses]
@@ -40,6 +40,8 @@ def test_one_generator_or_one_a_request(part: Bench, make: Any, monkeypatch: pyt
         assert [prior.behaviour.name for prior in second.priors] == ["class-9"]
         assert second.recipe.form == ("paper" if variant == "each, no probes" else "continual")
         assert second.recipe.gate.returned_max == 1
+        differ = orders[-2].recipe.invert.seed != second.recipe.invert.seed
+        assert differ == (variant == "each"), "by one seed a root has one generator, however often it is trained"
 
 
 def test_the_report_names_the_worst(tmp_path: Path) -> None:
