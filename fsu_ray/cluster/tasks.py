@@ -14,14 +14,15 @@ Result = TypeVar("Result")
 
 def side_by_side(
     function: Callable[[Item], Result],
-    more: Callable[[], Iterable[Item]],
+    more: Callable[[int], Iterable[Item]],
     resources: Callable[[Item], dict[str, float]],
 ) -> Iterator[tuple[Item, Result | FsuError]]:
     """Each item with what `function` made of it, in the order in which they end; its task takes `resources`.
 
-    `more` gives the items that can begin: at first, and again after each that has ended. One that raises yields
-    RunFailed with the cause; the others go on. Whoever stops listening ends what is under way. A task whose process
-    died is tried again, three times.
+    `more(room)` gives at most `room` of the items that can begin, the most urgent first: at first, and again after each
+    that has ended. Ray takes tasks in the order in which they came, so that it is given few that wait; some do, for a
+    cluster that grows by what waits. One that raises yields RunFailed with the cause; the others go on. Whoever stops
+    listening ends what is under way. A task whose process died is tried again, three times.
     """
     import ray
     from ray.exceptions import RayError
@@ -30,7 +31,8 @@ def side_by_side(
     waiting: dict[Any, Item] = {}
     try:
         while True:
-            for item in more():
+            slots = int(ray.cluster_resources().get("CPU", 1))
+            for item in more(max(0, slots + max(1, slots // 2) - len(waiting))):
                 takes = resources(item)
                 options = {"num_cpus": takes["CPU"], "num_gpus": takes.get("GPU", 0), "max_retries": 3}
                 waiting[task.options(**options).remote(item)] = item

@@ -60,9 +60,6 @@ def _of(original: Cell, seed: int, scale: Scale, baselines: bool) -> list[Work]:
     gan = images.gan(original["scenario"], original["seed"], scale)
     drawn = {"Ours": images.dataset(images.inverter(original, scale), {}), "Ours+": images.dataset(gan, {}, original)}
     works: list[Work] = [("classifier", original)]
-    for how in ("finetuned", "scratch"):
-        works.append(("oracle", {"classifier": original, "how": how, "epochs": original["epochs"],
-                                 "seed": original["seed"]}))  # fmt: skip
     for rho in (FULL, FEW):
         for name, one in drawn.items():
             kind, cell = images.erasure(one, rho, FULL_SHOT if rho == FULL else {}, seed)
@@ -71,6 +68,9 @@ def _of(original: Cell, seed: int, scale: Scale, baselines: bool) -> list[Work]:
             works.append(("fisher", {"classifier": original, "rho": rho, "samples": SAMPLES[scale],
                                      "alphas": list(ALPHAS), "seed": seed}))  # fmt: skip
             works += [bayes_cell(original, method, rho, seed) for method in ("eubo", "rkl")]
+    for how in ("finetuned", "scratch"):
+        works.append(("oracle", {"classifier": original, "how": how, "epochs": original["epochs"],
+                                 "seed": original["seed"]}))  # fmt: skip
     return works
 
 

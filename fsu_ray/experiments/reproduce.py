@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,7 +55,8 @@ class _Progress:
     broken: dict[str, FsuError]
 
     def ready(self) -> list[Work]:
-        """The cells that are missing and whose needs are there: first those that others wait for."""
+        """The cells that are missing and whose needs are there: first those that others wait for, else in the table's
+        order."""
         missing = [work for key, work in self.cells.items() if key not in self.rows and key not in self.broken]
         needed = {_key(need) for work in missing for need in _needs(work)}
         ready = [work for work in missing if all(_key(need) in self.rows for need in _needs(work))]
@@ -116,9 +118,9 @@ def _look(kept: Path, wanted: list[Work], store: BlobStore) -> _Progress:
         cells: dict[str, Work] = {}
         rows: dict[str, list[Row]] = {}
         needed: set[str] = set()
-        waiting = list(wanted)
+        waiting = deque(wanted)
         while waiting:
-            work = waiting.pop()
+            work = waiting.popleft()
             key = _key(work)
             if key in cells:
                 continue
@@ -148,11 +150,10 @@ def _compute_all(progress: _Progress, store: BlobStore, tell: Callable[[int, int
         made = piece(todo[0][0])
         return each if made.gpu and use_gpu else {"CPU": made.cpus}
 
-    def more() -> Iterator[Todo]:
-        for work in progress.ready():
-            if _key(work) not in begun:
-                begun.add(_key(work))
-                yield work, store, [progress.rows[_key(need)] for need in _needs(work)]
+    def more(room: int) -> Iterator[Todo]:
+        for work in [work for work in progress.ready() if _key(work) not in begun][:room]:
+            begun.add(_key(work))
+            yield work, store, [progress.rows[_key(need)] for need in _needs(work)]
 
     for (work, *_), found in tasks.side_by_side(_compute, more, resources):
         key = _key(work)

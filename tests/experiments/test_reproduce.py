@@ -33,13 +33,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
     seen: list[Work] = []
 
     def side_by_side(function: Callable, more: Callable, resources: Callable) -> object:
-        waiting = list(more())
-        while waiting:
-            item = waiting.pop(0)
+        while waiting := list(more(1)):
+            (item,) = waiting
             assert resources(item) == {"CPU": 1}
             seen.append(item[0])
             yield item, RunFailed("it broke") if item[0][1]["seed"] == 7 else function(item)
-            waiting += more()
 
     monkeypatch.setattr(tasks, "side_by_side", side_by_side)
     monkeypatch.setattr(reproduce.workers, "connect", lambda cpus: None)
@@ -258,11 +256,17 @@ def slow_square(number: int) -> int:
 @pytest.mark.ray
 def test_tasks_side_by_side_and_what_comes_of_each() -> None:
     """On a Ray of two CPUs: all results, an error of ours for what raised and for a process that died. What can begin
-    only then does so at once, whatever else is still running."""
+    only then does so at once, whatever else is still running or could: little is handed over before there is room."""
     found: dict[int, object] = {}
+    ready, given = [50, 0, 10, 11, 12, 13], []
 
-    def more() -> list[int]:
-        return [50, 0] if not found else [1, 2, 3, 5, 4] if list(found) == [0] else []
+    def more(room: int) -> list[int]:
+        if list(found) == [0]:
+            ready[:0] = [1, 2, 3, 5, 4]
+        now, ready[:] = ready[:room], ready[room:]
+        given.extend(now)
+        assert len(given) - len(found) <= 3
+        return now
 
     reproduce.workers.connect(2)
     try:
@@ -271,7 +275,8 @@ def test_tasks_side_by_side_and_what_comes_of_each() -> None:
     finally:
         reproduce.workers.disconnect()
     assert list(found).index(1) < list(found).index(50), "what can begin did not wait for the slow one"
-    assert {number: found[number] for number in (0, 1, 2, 5)} == {0: 0, 1: 1, 2: 4, 5: 25}
+    assert given[:4] == [50, 0, 10, 1]
+    assert {number: found[number] for number in (0, 1, 2, 5, 13)} == {0: 0, 1: 1, 2: 4, 5: 25, 13: 169}
     assert isinstance(found[3], RunFailed)
     assert "no 3" in str(found[3])
     assert isinstance(found[4], RunFailed)
