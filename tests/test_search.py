@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import tune
 
+from fsu_ray import search as search_module
 from fsu_ray.app import App
 from fsu_ray.cluster import workers
 from fsu_ray.errors import FsuError, InvalidSamples, TransitionRefused, UserError
@@ -77,6 +79,30 @@ def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked) -
     assert found.recipe == apply(order.recipe, evidence["values"])
     assert found.recipe.relearn.lr >= 1e-3
     assert {"reference", "rungs"} <= set(told)
+
+
+def worse_and_worse(config: dict[str, Any]) -> None:
+    """A trial: each is worse than the one before."""
+    for share in search_module.RUNGS:
+        tune.report({"score": 1 / (1 + config["values"]["n"]), "steps": int(80 * share)})
+
+
+@pytest.mark.ray
+def test_what_is_worse_than_most_is_stopped_early(
+    cluster: None, app: App, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ASHA, by inversion steps: the best trial goes to the end; those that begin when it has reported, and are worse
+    than all before them, end at the first rung."""
+    monkeypatch.setattr(
+        search_module, "_draws", lambda wanted: {"values": tune.grid_search([{"n": n} for n in range(6)])}
+    )
+    order = app.search_order("m", asked, apply(Recipe(), TINY))
+    wanted = Wanted(narrowed(SPACE["class"], RANGES), trials=6)
+    results = search_module._tuner(worse_and_worse, order, (None, app.settings.runs), "search-asha", wanted).fit()
+    steps = {result.config["values"]["n"]: result.metrics["steps"] for result in results}
+    assert steps.pop(0) == 80
+    assert steps.pop(1) in (20, 40, 80)  # runs beside the best one
+    assert set(steps.values()) == {20}
 
 
 @pytest.mark.ray
