@@ -7,7 +7,7 @@ in place of ours, which take the given samples' class whole and show the samples
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +112,13 @@ LOSSES = {
         {"invert": {"weights": {"tv": 0}}}, (("99.07 ± 0.09", "0.00 ± 0.00"), ("98.74 ± 0.27", "0.00 ± 0.00"))
     ),
 }
-BN = {
+_SHALLOW = {
     "all five": Variant({}, _ALL),
     "without BN": Variant(NO_BN, _NO_BN),
     "all five; the paper's filter, relearning": Variant(PAPERS, _ALL),
     "without BN; the paper's filter, relearning": Variant({**NO_BN, **PAPERS}, _NO_BN),
-    "deep: all five": Variant({}, _ALL, deep=True),
-    "deep: without BN": Variant(NO_BN, _NO_BN, deep=True),
-    "deep: all five; the paper's filter, relearning": Variant(PAPERS, _ALL, deep=True),
-    "deep: without BN; the paper's filter, relearning": Variant({**NO_BN, **PAPERS}, _NO_BN, deep=True),
 }
+BN = _SHALLOW | {f"deep: {name}": replace(variant, deep=True) for name, variant in _SHALLOW.items()}
 
 
 def _metric(name: str) -> dict[str, Any]:

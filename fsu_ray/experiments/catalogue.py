@@ -81,7 +81,7 @@ NAMES: dict[str, tuple[str, str]] = {
     "table5a": ("transfer", "MNIST class 9: the generators of four classifiers, each for each"),
     "table5b": ("transfer", "MNIST's crossed sevens: the generators of four classifiers, each for each"),
     "table6": ("ablations", "MNIST class 9 without each loss of the inversion (LeNet5)"),
-    "table6bn": ("ablations", "the same without the BN loss, by our filter and the paper's (LeNet5, PreActResNet-18)"),
+    "table6bn": ("ablations", "MNIST class 9 without the BN loss, by our filter and the paper's (LeNet5, deep)"),
     "table7": ("ablations", "MNIST class 9 by the distance metric of the filter (LeNet5)"),
 }
 """Name: the module that has it among its TABLES, and what it is."""
