@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fsu_ray.records import Status
+from fsu_ray.records import Behaviour, Status
 
 WIDTH = 160  # of tables where no terminal says how wide it is
 
@@ -187,15 +187,16 @@ def _auc(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def accuracy_table(results: Sequence[Any], classes: int) -> Table | None:
-    """Test accuracy by class before the first request and after each; None without a test set."""
+def accuracy_table(results: Sequence[Any], classes: int, earlier: Iterable[Behaviour] = ()) -> Table | None:
+    """Test accuracy by class before the first request and after each; None without a test set. `earlier` was gone
+    before."""
     reports = [(r.request.behaviour, r.outcome.report) for r in results if r.outcome and r.outcome.report]
     reports = [(b, report) for b, report in reports if report.get("test")]
     if not reports:
         return None
     steps = [("before", reports[0][1]["test"]["before"])]
     steps += [(f"after {behaviour.name}", report["test"]["after"]) for behaviour, report in reports]
-    gone: list[set[int]] = [set()]
+    gone = [{target for behaviour in earlier if behaviour.kind == "class" for target in behaviour.targets}]
     for behaviour, _ in reports:
         gone.append(gone[-1] | (set(behaviour.targets) if behaviour.kind == "class" else set()))
     rows = []

@@ -17,6 +17,7 @@ import torch
 
 from fsu_ray import pipeline
 from fsu_ray.app import App
+from fsu_ray.cli import _accuracy
 from fsu_ray.errors import AlreadyErased, InvalidSamples, LeaseLost, LedgerUnavailable, RunFailed, Stopped, StorageError
 from fsu_ray.method.context import load_samples
 from fsu_ray.method.datasets import draw, write_samples
@@ -76,7 +77,13 @@ def test_two_requests_in_sequence(app: App, ask: Callable[..., Request]) -> None
     assert "generator_reused" in events
     for erasure in erasures:
         assert all(app.artifacts.has(digest) for digest in (erasure.samples, erasure.mask, erasure.probes))
-    assert second.outcome.report["test"]["after"]["by_class"][8] is not None
+    by_class = second.outcome.report["test"]["after"]["by_class"]
+    assert by_class[8] is not None
+    shown = _accuracy(app.ledger, [second])
+    lines = dict(zip(*(column.cells for column in shown.columns[::2]), strict=True))
+    assert {"class 8 (erased)", "class 3 (erased)", "class 5"} <= set(lines)
+    kept = [value for k, value in enumerate(by_class) if k not in (8, 3)]
+    assert lines["mean of what is kept"] == f"{100 * sum(kept) / len(kept):.2f}"
     with pytest.raises(AlreadyErased, match="class 8 of 'm' is already erased in version 2"):
         app.submit("m", Behaviour(name="again", kind="class", targets=(8,)), "samples", Recipe())
 

@@ -103,11 +103,19 @@ def run(
         console.out.print(idle(opened.ledger, model))
     for result in [] if json else results:
         console.print_result(result)
-    if not json and results:
-        table = console.accuracy_table(results, opened.ledger.model(results[0].request.model).spec.classes)
-        if table is not None and len({r.request.model for r in results}) == 1:
+    if not json and len({r.request.model for r in results}) == 1:
+        table = _accuracy(opened.ledger, results)
+        if table is not None:
             console.out.print(table)
     raise typer.Exit(console.exit_code(results))
+
+
+def _accuracy(ledger: Any, results: list[Any]) -> Any:
+    """Of one model's results; what was gone before the first of them is not counted as kept."""
+    name = results[0].request.model
+    version = next((r.version for r in results if r.version), None)
+    earlier = [each.behaviour for each in ledger.gone(name, version and version.parent)]
+    return console.accuracy_table(results, ledger.model(name).spec.classes, earlier)
 
 
 @app.command(epilog="Example: fsu history digits-demo")
