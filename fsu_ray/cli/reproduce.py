@@ -25,6 +25,7 @@ def reproduce(
         bool, typer.Option("--again", help="Compute its cells anew; what they share with others stays.")
     ] = False,
     cpus: Cpus = None,
+    per_gpu: Annotated[int, typer.Option(min=1, max=16, help="How many cells share a GPU at a time.")] = 1,
     json: Json = False,
 ) -> None:
     """Compute a table or figure of the paper, on the system's own parts, and write it as Parquet, Markdown and PNG.
@@ -54,7 +55,7 @@ def reproduce(
         console.err.print(f"{done} of {of}: {cell}", markup=False, highlight=False)
 
     with interrupted("what has ended is kept; the same command again goes on from there"):
-        found = runner.reproduce(name, cast(Scale, scale), seeds, folder, store, tell, cpus, again)
+        found = runner.reproduce(name, cast(Scale, scale), seeds, folder, store, tell, cpus, again, per_gpu)
     files = [str(file) for file in found.files]
     if json:
         rows = [{key: value for key, value in row.items() if not isinstance(value, bytes | list)} for row in found.rows]

@@ -267,6 +267,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 
     from fsu_ray.method.context import Saved
     from fsu_ray.method.group import Group
+    from fsu_ray.method.precision import repeatable
     from fsu_ray.method.unlearn import unlearn
 
     group = Group.current()
@@ -288,7 +289,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
             torch.save(asdict(saved), Path(folder) / "state.pt")
             ray.train.report({"seconds": sum(saved.seconds.values())}, checkpoint=ray.train.Checkpoint(folder))
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    repeatable()
     order, store, every = config["order"], config["store"], config["every"]
     try:
         device = ray.train.torch.get_device()

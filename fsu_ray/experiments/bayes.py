@@ -83,7 +83,7 @@ def _bayes(cell: Cell, place: Place) -> list[Row]:
         started = time.monotonic()
         found = _without(cell, full, x[erased], y[erased], Decimal(str(cut)))
         q, took = found.pop("q"), time.monotonic() - started
-        mean = images.measured(scenario, judge.spec, last_layer.install(judge, q).to_bytes())
+        mean = images.measured(scenario, last_layer.install(judge, q))
         row |= {"lambda": str(cut), "kl": float(q.kl(full)), "seconds": took, **_named("mean_", mean), **found}
         rows.append(row | _accuracy(scenario, q, tests))
     return rows

@@ -131,13 +131,12 @@ def _classifier(cell: Cell, place: Place) -> list[Row]:
         "spec": spec.model_dump_json(),
         "weights": place.store.put(weights),
     }
-    return [row | {"seconds": time.monotonic() - started, **measured(scenario, spec, weights)}]
+    return [row | {"seconds": time.monotonic() - started, **measured(scenario, load(row, place))}]
 
 
-def measured(scenario: str, spec: ModelSpec, weights: bytes) -> dict[str, float]:
-    """Test accuracy in percent on `D_r` and `D_e`."""
-    data = SCENARIOS[scenario][0]
-    return graded(scenario, predict(Classifier.from_bytes(spec, weights), bench(data).test.pixels))
+def measured(scenario: str, classifier: Classifier) -> dict[str, float]:
+    """Test accuracy in percent on `D_r` and `D_e`, computed where `classifier` is."""
+    return graded(scenario, predict(classifier, bench(SCENARIOS[scenario][0]).test.pixels))
 
 
 def graded(scenario: str, logits: Tensor) -> dict[str, float]:
@@ -185,7 +184,7 @@ def _oracle(cell: Cell, place: Place) -> list[Row]:
     fit(child, rest.pixels, rest.labels, how, flip=child.spec.flip)
     row = {"seed": cell["seed"], "scenario": scenario, "arch": original["arch"], "how": cell["how"],
            "epochs": cell["epochs"]}  # fmt: skip
-    return [row | {"seconds": time.monotonic() - started, **measured(scenario, child.spec, child.to_bytes())}]
+    return [row | {"seconds": time.monotonic() - started, **measured(scenario, child)}]
 
 
 def _generator(cell: Cell, place: Place) -> list[Row]:
@@ -243,11 +242,12 @@ def _erasure(cell: Cell, place: Place) -> list[Row]:
     outcome = unlearn(order, place.store, place.device, saved=saved)
     refused = outcome.reason or refuse_result(outcome.report, recipe.gate) or ""
     weights = outcome.weights or original["weights"]
+    child = load({"spec": original["spec"], "weights": weights}, place)
     row = {"seed": cell["seed"], "scenario": scenario, "arch": original["arch"], "variant": cell.get("variant"),
            "rho": cell["rho"], "generator": drawn["refused"], "coverage": drawn["coverage"],
            "acceptance": drawn["acceptance"], "refused": refused.partition(":")[0], "weights": weights,
            "before_D_r": original["D_r"], "before_D_e": original["D_e"]}  # fmt: skip
-    return [row | {"seconds": time.monotonic() - started, **measured(scenario, spec, place.store.get(weights))}]
+    return [row | {"seconds": time.monotonic() - started, **measured(scenario, child)}]
 
 
 def _fisher(cell: Cell, place: Place) -> list[Row]:
@@ -264,7 +264,7 @@ def _fisher(cell: Cell, place: Place) -> list[Row]:
         made = fisher.scrub(judge, known, alpha, cell["seed"])
         row = {"seed": cell["seed"], "scenario": scenario, "arch": original["arch"], "rho": cell["rho"]}
         row |= {"alpha": alpha, "seconds": took}
-        rows.append(row | measured(scenario, judge.spec, made.to_bytes()))
+        rows.append(row | measured(scenario, made))
     return rows
 
 

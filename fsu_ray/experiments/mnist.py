@@ -151,7 +151,8 @@ def scenario(
     """Run a scenario and yield a row of figures before it and after each request."""
     poisoned, runs = SCENARIOS[name]
     say(f"{name}, seed {seed}: training {arch}")
-    spec, weights = train(bench, arch, poisoned, epochs, seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec, weights = train(bench, arch, poisoned, epochs, seed, device)
     line = f"{name}-{arch.replace(':', '-')}-{seed}-{hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:6]}"
     ledger.register_model(line, spec, store.put(weights))
     gone = [step for step in runs[0] if isinstance(step, int)]

@@ -28,6 +28,7 @@ import torch
 from fsu_ray.cluster import tasks, workers
 from fsu_ray.errors import FsuError, RunFailed, StorageError, UserError
 from fsu_ray.experiments.catalogue import BLOBS, NAMES, Place, Row, Scale, Work, find, piece
+from fsu_ray.method.precision import repeatable
 from fsu_ray.work import BlobStore
 
 
@@ -72,12 +73,13 @@ def reproduce(
     tell: Callable[[int, int, str], None] | None = None,
     cpus: int | None = None,
     again: bool = False,
+    per_gpu: int = 1,
 ) -> Reproduced:
     """Compute the cells of `name` that `folder` does not hold, or all but what they need if `again`, and the report.
 
-    `store` takes what cells leave to others; `tell(done, of, cell)` hears of each. Raises NotFound for a name that is
-    none, UserError without matplotlib, RunFailed where cells broke, after the others have ended: the same call goes on
-    with those that are missing.
+    `store` takes what cells leave to others; `tell(done, of, cell)` hears of each. `per_gpu` cells share a GPU.
+    Raises NotFound for a name that is none, UserError without matplotlib, RunFailed where cells broke, after the others
+    have ended: the same call goes on with those that are missing.
     """
     table, started = find(name), time.monotonic()
     if importlib.util.find_spec("matplotlib") is None:
@@ -95,7 +97,7 @@ def reproduce(
     missing = len(progress.cells) - len(progress.rows)
     if missing:
         workers.connect(cpus)
-        _compute_all(progress, store, tell)
+        _compute_all(progress, store, tell, per_gpu)
     if progress.broken:
         key, first = next(iter(progress.broken.items()))
         raise RunFailed(
@@ -141,9 +143,12 @@ def _whole(rows: list[Row], store: BlobStore) -> bool:
     return all(store.has(row[column]) for row in rows for column in BLOBS if row.get(column))
 
 
-def _compute_all(progress: _Progress, store: BlobStore, tell: Callable[[int, int, str], None] | None) -> None:
+def _compute_all(
+    progress: _Progress, store: BlobStore, tell: Callable[[int, int, str], None] | None, per_gpu: int
+) -> None:
     """Each cell as soon as what it needs is there and the cluster has room."""
     use_gpu, each = workers.resources()
+    each = {kind: amount / per_gpu if kind == "GPU" else amount for kind, amount in each.items()}
     begun: set[str] = set()
 
     def resources(todo: Todo) -> dict[str, float]:
@@ -177,7 +182,7 @@ def _compute(todo: Todo) -> list[Row]:
     (kind, cell), store, given = todo
     made, started = piece(kind), time.monotonic()
     torch.set_num_threads(made.cpus)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    repeatable()
     device = torch.device("cuda" if made.gpu and ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
     found = made.run(cell, Place(device, store, given))
     worker = torch.cuda.get_device_name() if device.type == "cuda" else f"{_processor()}, {made.cpus} CPU"

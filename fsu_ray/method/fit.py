@@ -16,6 +16,7 @@ from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.augment import draw_moves, moved, seeded
 from fsu_ray.method.group import Group
 from fsu_ray.method.precision import mixed, settled
+from fsu_ray.method.replay import Replayed
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -72,26 +73,30 @@ def fit(
     if n // batches < group.size:
         raise InvalidConfig(f"a batch of {schedule.batch} does not go round {group.size} workers; take a larger one")
     model = group.parallel(classifier)
+
+    def descend(index: Tensor, moves: Tensor, weight: Tensor) -> Tensor:
+        plain = pixels[index].float() / 255
+        view = moved(plain, moves, flip)
+        if as_they_are is not None:
+            view = torch.where(as_they_are[index].view(-1, 1, 1, 1), plain, view)
+        with mixed(precision, device):
+            logits = model(view)
+        loss = F.cross_entropy(logits.float(), targets[index]) * weight
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    gradients = Replayed(descend, classifier.parameters(), device, plain=group.size > 1)
     step = 0
     for epoch in range(schedule.epochs):
         rng = seeded(schedule.seed, epoch)
-        order = torch.randperm(n, generator=rng).to(device)
+        order = torch.randperm(n, generator=rng)
         loss_sum = torch.zeros((), device=device)
         for batch in torch.tensor_split(order, batches):  # even parts: BatchNorm cannot train on a batch of one
             moves = draw_moves(len(batch), rng)[group.share(len(batch))]
             index = batch[group.share(len(batch))]
             optimiser.param_groups[0]["lr"] = schedule.lr * _shape(step / total, schedule.one_cycle)
-            plain = pixels[index].float() / 255
-            view = moved(plain, moves, flip)
-            if as_they_are is not None:
-                view = torch.where(as_they_are[index].view(-1, 1, 1, 1), plain, view)
-            with mixed(precision, device):
-                logits = model(view)
-            loss = F.cross_entropy(logits.float(), targets[index]) * group.weight(len(index), len(batch))
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss_sum += gradients(index, moves, torch.tensor(group.weight(len(index), len(batch))))
             optimiser.step()
-            loss_sum += loss.detach()
             step += 1
         if progress:
             progress(epoch + 1, schedule.epochs, {"loss": float(group.total(loss_sum)) / group.size / batches})
@@ -105,6 +110,7 @@ def _optimiser(classifier: nn.Module, schedule: Schedule) -> torch.optim.SGD:
         momentum=schedule.momentum,
         weight_decay=schedule.weight_decay,
         nesterov=schedule.momentum > 0,
+        fused=next(classifier.parameters()).is_cuda or None,
     )
 
 

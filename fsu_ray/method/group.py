@@ -107,7 +107,7 @@ class Group:
         on, which keeps the difference of squares from cancelling.
         """
         if self.size == 1:
-            return moments[0][0].new_tensor(own), [(mean, variance) for mean, variance, _ in moments]
+            return moments[0][0].new_full((), own), [(mean, variance) for mean, variance, _ in moments]
         parts = [moments[0][0].new_tensor([float(own)])]
         for mean, variance, near in moments:
             parts += [own * (mean - near), own * (variance + (mean - near).square())]

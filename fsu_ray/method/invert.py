@@ -23,6 +23,7 @@ from fsu_ray.method.augment import draw_moves, moved, seeded
 from fsu_ray.method.group import Group
 from fsu_ray.method.networks import Classifier, Generator, affine_batch_norms, observe
 from fsu_ray.method.precision import mixed, settled
+from fsu_ray.method.replay import Replayed
 from fsu_ray.recipes import InvertRecipe
 
 Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -113,15 +114,40 @@ def begin(classifier: Classifier, recipe: InvertRecipe, warm: dict[str, Tensor] 
         generator.load_state_dict(own)
     generator = generator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.Adam(
-        generator.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        generator.parameters(),
+        lr=recipe.lr,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        fused=device.type == "cuda" or None,
     )
     return Inversion(generator, optimiser)
+
+
+def draws(classes: int, recipe: InvertRecipe, step: int) -> tuple[Tensor, Tensor]:
+    """What is drawn for `step`, on the CPU: z (N, L), the same number of samples of every class, and the moves of their
+    views (V, N, 4)."""
+    n = recipe.each(classes) * classes
+    rng = seeded(recipe.seed, step)
+    z = torch.randn((n, recipe.latent), generator=rng)
+    return z, torch.stack([draw_moves(n, rng) for _ in range(recipe.views)]) if recipe.views else torch.zeros(0, n, 4)
 
 
 def losses(
     classifier: Classifier, generator: nn.Module, recipe: InvertRecipe, step: int, group: Group | None = None
 ) -> dict[str, Tensor]:
-    """The five losses, unweighted, at `step`: one batch with the same number of samples of every class.
+    """`losses_of` the `draws` for `step`."""
+    return losses_of(classifier, generator, recipe, *draws(classifier.spec.classes, recipe, step), group)
+
+
+def losses_of(
+    classifier: Classifier,
+    generator: nn.Module,
+    recipe: InvertRecipe,
+    z: Tensor,
+    moves: Tensor,
+    group: Group | None = None,
+) -> dict[str, Tensor]:
+    """The five losses, unweighted, of one batch, by its `draws`.
 
     The plain samples and all their views go through the classifier in one pass; the BatchNorm
     statistics are those of the plain ones alone.
@@ -131,22 +157,19 @@ def losses(
     """
     group = group or Group()
     device = next(generator.parameters()).device
-    k = classifier.spec.classes
-    each = recipe.each(k)
-    n = each * k
-    rng = seeded(recipe.seed, step)
-    z = torch.randn((n, recipe.latent), generator=rng).to(device)
-    y = torch.arange(k, device=device).repeat_interleave(each)
+    k, n = classifier.spec.classes, len(z)
+    z, moves = z.to(device), moves.to(device)
+    y = torch.arange(k, device=device)[:, None].expand(k, n // k).flatten()
     squared = recipe.form == "squared"
     part = group.share(n)
     with mixed(settled(recipe.precision, device, group), device):
         pixels = generator(z[part], y[part]).float()
         own = len(pixels)
-        views = [moved(pixels, draw_moves(n, rng)[part], classifier.spec.flip) for _ in range(recipe.views)]
+        views = [moved(pixels, each[part], classifier.spec.flip) for each in moves]
         with observe(classifier, first=own) as seen, affine_batch_norms(classifier):
             logits = classifier(torch.cat([pixels, *views])).float()
     assert seen.features is not None
-    probabilities = logits.softmax(1).view(1 + recipe.views, own, k)
+    probabilities = logits.softmax(1).view(1 + len(moves), own, k)
     _, moments = group.pool([(mean, variance, kept) for mean, variance, kept, _ in seen.statistics], own)
     statistics = [(*pooled, *kept[2:]) for pooled, kept in zip(moments, seen.statistics, strict=True)]
     weight = group.weight(own, n)
@@ -177,26 +200,32 @@ def invert(
     the same weights.
     """
     group = group or Group()
-    precision = settled(recipe.precision, next(run.generator.parameters()).device, group)
+    device = next(run.generator.parameters()).device
+    precision = settled(recipe.precision, device, group)
     recipe = recipe.model_copy(update={"precision": precision})  # once, not at every step
     group.synchronise(run.generator)
     model = group.parallel(run.generator)
     weights = recipe.weights.model_dump()
     classifier.eval().requires_grad_(False)
     run.generator.train()
+
+    def descend(z: Tensor, moves: Tensor) -> Tensor:
+        found = losses_of(classifier, model, recipe, z, moves, group)
+        total = torch.stack([weights[name] * value for name, value in found.items()]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return torch.stack([found[name].detach() for name in weights])
+
+    gradients = Replayed(descend, run.generator.parameters(), device, plain=group.size > 1)
     while run.step < (until or recipe.steps):
         for parameters in run.optimiser.param_groups:
             parameters["lr"] = recipe.lr * decay(run.step / recipe.steps)
-        found = losses(classifier, model, recipe, run.step, group)
-        total = torch.stack([weights[name] * value for name, value in found.items()]).sum()
-        run.optimiser.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        found = gradients(*draws(classifier.spec.classes, recipe, run.step))
         run.optimiser.step()
         run.step += 1
         if progress and (run.step % 10 == 0 or run.step == recipe.steps):
-            means = group.total(torch.stack([value.detach() for value in found.values()])) / group.size
+            means = group.total(found) / group.size
             try:
-                progress(run.step, recipe.steps, dict(zip(found, means.tolist(), strict=True)))
+                progress(run.step, recipe.steps, dict(zip(weights, means.tolist(), strict=True)))
             except Stopped:
                 if checkpoint and run.step < recipe.steps:
                     checkpoint(run)

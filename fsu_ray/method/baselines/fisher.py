@@ -12,7 +12,7 @@ import copy
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, vjp, vmap
 
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.networks import Classifier
@@ -24,25 +24,32 @@ def information(classifier: Classifier, pixels: Tensor, chunk: int = 32) -> dict
     """The diagonal of the Fisher information at `classifier` on pixels (N, C, H, W) uint8: a tensor a parameter.
 
     E_x sum_k p_k(x) (d log p_k(x) / dw)^2: the labels are the classifier's own, over all of which the sum goes, so
-    that nothing is drawn. In eval mode; memory grows with chunk x classes x parameters.
+    that nothing is drawn. In eval mode; memory grows with chunk x parameters.
     """
     classifier.eval()
     device = next(classifier.parameters()).device
     parameters = {name: p.detach() for name, p in classifier.named_parameters()}
     buffers = {name: b.detach() for name, b in classifier.named_buffers()}
 
-    def log_p(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        found: Tensor = functional_call(classifier, (weights, buffers), (x[None],))
-        return found.float().log_softmax(1)[0]
+    def squares(x: Tensor) -> dict[str, Tensor]:
+        """The sum over k of one image."""
+
+        def log_p(weights: dict[str, Tensor]) -> Tensor:
+            found: Tensor = functional_call(classifier, (weights, buffers), (x[None],))
+            return found.float().log_softmax(1)[0]
+
+        found, pull = vjp(log_p, parameters)  # type: ignore[misc]
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for one, p in zip(torch.eye(len(found), device=device), found.detach().exp(), strict=True):
+            (slopes,) = pull(one)
+            total = {name: total[name] + p * slope.square() for name, slope in slopes.items()}
+        return total
 
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for part in torch.split(pixels, chunk):
         x = part.to(device).float() / 255
-        with torch.no_grad():
-            p = classifier(x).float().softmax(1)  # (n, K)
-        slopes = vmap(jacrev(log_p), in_dims=(None, 0))(parameters, x)  # (n, K, ...) a parameter
-        for name, slope in slopes.items():
-            total[name] += torch.einsum("nk,nk...->...", p, slope.square())
+        for name, each in vmap(squares)(x).items():
+            total[name] += each.sum(0)
     return {name: sum_ / len(pixels) for name, sum_ in total.items()}
 
 
