@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +158,32 @@ class Observation:
     features: Tensor | None = None
 
 
+class _Moments(torch.autograd.Function):
+    """Mean and biased variance by channel, (C,) float32 each, of the first samples of x (N, C, ...).
+
+    torch.var_mean takes several times as long where channels come last, and its gradient finds the mean once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: int | None) -> tuple[Tensor, Tensor]:
+        part = x[:first]
+        mean, variance = torch.batch_norm_update_stats(part if x.is_cuda else part.float(), None, None, 0.0)
+        ctx.save_for_backward(x, mean)
+        ctx.first = first
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_variance: Tensor) -> tuple[Tensor, None]:
+        x, mean = ctx.saved_tensors
+        part, shape = x[: ctx.first], (1, -1, *[1] * (x.dim() - 2))
+        number = part.numel() // part.shape[1]
+        slope = 2 / number * of_variance
+        gradient = torch.zeros_like(x)
+        level = of_mean / number - slope * mean
+        gradient[: ctx.first] = torch.addcmul(level.view(shape), part.float(), slope.view(shape))
+        return gradient, None
+
+
 @contextmanager
 def observe(network: nn.Module, first: int | None = None, statistics: bool = True) -> Iterator[Observation]:
     """Watch `network` inside the block; the hooks are gone afterwards, also after an error.
@@ -168,9 +195,7 @@ def observe(network: nn.Module, first: int | None = None, statistics: bool = Tru
     seen = Observation()
 
     def on_batch_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0][:first].float()  # (N, C, ...)
-        axes = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(x, dim=axes, correction=0)
+        mean, variance = _Moments.apply(inputs[0], first)
         seen.statistics.append((mean, variance, module.running_mean, module.running_var))  # type: ignore[arg-type]
 
     def on_linear(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from fsu_ray.method import fit as fitting
 from fsu_ray.method import invert as inversion
 from fsu_ray.method.fit import Schedule, fit
 from fsu_ray.method.networks import Classifier
+from fsu_ray.method.precision import repeatable
 from fsu_ray.method.replay import WARM_UP, Replayed
 from fsu_ray.recipes import InvertRecipe
 from fsu_ray.records import ModelSpec
@@ -64,6 +65,13 @@ def test_a_step_that_cannot_be_recorded_is_called() -> None:
     assert replayed.recorded == 0
 
 
+@pytest.fixture
+def repeats() -> Iterator[None]:
+    repeatable()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 class Plain(Replayed):
     """Never recorded."""
 
@@ -95,6 +103,7 @@ def agree(one: nn.Module, other: nn.Module, most: float) -> None:
 
 
 @gpu
+@pytest.mark.usefixtures("repeats")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_classifier_learns_the_same(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
     pixels = torch.randint(0, 256, (330, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -111,6 +120,7 @@ def test_a_classifier_learns_the_same(monkeypatch: pytest.MonkeyPatch, frozen: b
 
 
 @gpu
+@pytest.mark.usefixtures("repeats")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_an_inversion_ends_the_same(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ from fsu_ray.method.group import Group
 from fsu_ray.method.invert import decay
 from fsu_ray.method.networks import Generator
 from fsu_ray.method.precision import mixed, settled
+from fsu_ray.method.replay import Replayed
 from fsu_ray.recipes import Precision
 from fsu_ray.records import ModelSpec
 
@@ -92,19 +93,19 @@ def train(
         discriminator = Discriminator(spec, recipe.critic_width)
     generator = generator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     discriminator = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    of_generator = torch.optim.Adam(generator.parameters(), lr=recipe.lr, betas=recipe.betas)
-    of_discriminator = torch.optim.Adam(discriminator.parameters(), lr=recipe.critic_lr, betas=recipe.betas)
     precision = settled(recipe.precision, device, Group())
-    generator.train()
-    for step in range(recipe.steps):
+    of_generator, of_discriminator = (
+        torch.optim.Adam(
+            network.parameters(), torch.tensor(lr, device=device), recipe.betas, capturable=device.type == "cuda"
+        )
+        for network, lr in ((generator, recipe.lr), (discriminator, recipe.critic_lr))
+    )
+
+    def update(real: Tensor, y: Tensor, other: Tensor, z: Tensor, share: Tensor) -> Tensor:
+        """Descend both losses, at a `share` of the learning rates; they are returned."""
         for optimiser, peak in ((of_generator, recipe.lr), (of_discriminator, recipe.critic_lr)):
-            optimiser.param_groups[0]["lr"] = peak * decay(step / recipe.steps)
-        rng = seeded(recipe.seed, step)
-        chosen = torch.randint(len(pixels), (recipe.batch,), generator=rng)
-        real = (pixels[chosen].to(device).float() / 255).contiguous(memory_format=torch.channels_last)
-        y = labels[chosen].to(device)
-        other = (y + torch.randint(1, spec.classes, (recipe.batch,), generator=rng).to(device)) % spec.classes
-        z = torch.randn((recipe.batch, recipe.latent), generator=rng).to(device)
+            optimiser.param_groups[0]["lr"].copy_(peak * share)
+        real = (real.float() / 255).contiguous(memory_format=torch.channels_last)
         with mixed(precision, device):
             drawn = generator(z, y)
             found = discriminator(torch.cat([real, drawn.detach().to(real.dtype)])).float()
@@ -116,6 +117,17 @@ def train(
             fooled = _bce(_of(discriminator(drawn).float(), y), 1)
         _descend(of_generator, fooled)
         discriminator.requires_grad_(True)
+        return torch.stack([told, fooled]).detach()
+
+    replayed = Replayed(update, [], device)
+    generator.train()
+    for step in range(recipe.steps):
+        rng = seeded(recipe.seed, step)
+        chosen = torch.randint(len(pixels), (recipe.batch,), generator=rng)
+        y = labels[chosen]
+        other = (y + torch.randint(1, spec.classes, (recipe.batch,), generator=rng)) % spec.classes
+        z = torch.randn((recipe.batch, recipe.latent), generator=rng)
+        told, fooled = replayed(pixels[chosen], y, other, z, torch.tensor(decay(step / recipe.steps)))
         if tell and ((step + 1) % 10 == 0 or step + 1 == recipe.steps):
             tell(step + 1, recipe.steps, {"discriminator": told.item(), "generator": fooled.item()})
     made: Generator = generator.eval()
