@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from fsu_ray.cluster.growth import growth
 from fsu_ray.cluster.workers import cause
 from fsu_ray.errors import FsuError, RunFailed
 
@@ -16,8 +17,10 @@ def side_by_side(
     function: Callable[[Item], Result],
     more: Callable[[int], Iterable[Item]],
     resources: Callable[[Item], dict[str, float]],
+    most: dict[str, float],
 ) -> Iterator[tuple[Item, Result | FsuError]]:
-    """Each item with what `function` made of it, in the order in which they end; its task takes `resources`.
+    """Each item with what `function` made of it, in the order in which they end; its task takes `resources`,
+    none more than `most`.
 
     `more(room)` gives at most `room` of the items that can begin, the most urgent first: at first, and again after each
     that has ended. Ray takes tasks in the order in which they came, so that it is given few that wait; some do, for a
@@ -31,7 +34,7 @@ def side_by_side(
     waiting: dict[Any, Item] = {}
     try:
         while True:
-            slots = int(ray.cluster_resources().get("CPU", 1))
+            slots = _slots(most)
             for item in more(max(0, slots + max(1, slots // 2) - len(waiting))):
                 takes = resources(item)
                 options = {"num_cpus": takes["CPU"], "num_gpus": takes.get("GPU", 0), "max_retries": 3}
@@ -47,3 +50,11 @@ def side_by_side(
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)
+
+
+def _slots(takes: dict[str, float]) -> int:
+    """How many tasks that take as much can run at a time here, and on what the cluster can grow to."""
+    import ray
+
+    now, later = ray.cluster_resources(), growth()
+    return int(min(max(now.get(kind, 0), later.get(kind, 0)) / amount + 1e-6 for kind, amount in takes.items()))

@@ -153,14 +153,17 @@ def _compute_all(
 
     def resources(todo: Todo) -> dict[str, float]:
         made = piece(todo[0][0])
-        return each if made.gpu and use_gpu else {"CPU": made.cpus}
+        return each if use_gpu and made.gpu else {"CPU": made.cpus}
 
     def more(room: int) -> Iterator[Todo]:
         for work in [work for work in progress.ready() if _key(work) not in begun][:room]:
             begun.add(_key(work))
             yield work, store, [progress.rows[_key(need)] for need in _needs(work)]
 
-    for (work, *_), found in tasks.side_by_side(_compute, more, resources):
+    most: dict[str, float] = (
+        each if use_gpu and any(piece(kind).gpu for kind, _ in progress.cells.values()) else {"CPU": 1}
+    )
+    for (work, *_), found in tasks.side_by_side(_compute, more, resources, most):
         key = _key(work)
         if isinstance(found, FsuError):
             progress.broken[key] = found

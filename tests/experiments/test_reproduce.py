@@ -32,7 +32,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
     """No Ray: cells run in this process, one after another, and are listed. `seed` 7 breaks."""
     seen: list[Work] = []
 
-    def side_by_side(function: Callable, more: Callable, resources: Callable) -> object:
+    def side_by_side(function: Callable, more: Callable, resources: Callable, most: dict[str, float]) -> object:
         while waiting := list(more(1)):
             (item,) = waiting
             assert resources(item) == {"CPU": 1}
@@ -255,8 +255,8 @@ def slow_square(number: int) -> int:
 
 @pytest.mark.ray
 def test_tasks_side_by_side_and_what_comes_of_each() -> None:
-    """On a Ray of two CPUs: all results, an error of ours for what raised and for a process that died. What can begin
-    only then does so at once, whatever else is still running or could: little is handed over before there is room."""
+    """On a Ray with room for two: all results, an error of ours for what raised and for a process that died. What can
+    begin only then does so at once, whatever else is running or could: little is handed over before there is room."""
     found: dict[int, object] = {}
     ready, given = [50, 0, 10, 11, 12, 13], []
 
@@ -268,9 +268,10 @@ def test_tasks_side_by_side_and_what_comes_of_each() -> None:
         assert len(given) - len(found) <= 3
         return now
 
-    reproduce.workers.connect(2)
+    each: dict[str, float] = {"CPU": 2}
+    reproduce.workers.connect(4)
     try:
-        for number, result in tasks.side_by_side(slow_square, more, lambda number: {"CPU": 1}):
+        for number, result in tasks.side_by_side(slow_square, more, lambda number: each, each):
             found[number] = result
     finally:
         reproduce.workers.disconnect()

@@ -120,7 +120,6 @@ def test_a_classifier_learns_the_same(monkeypatch: pytest.MonkeyPatch, frozen: b
 
 
 @gpu
-@pytest.mark.usefixtures("repeats")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_an_inversion_ends_the_same(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     torch.manual_seed(0)
