@@ -130,7 +130,7 @@ def _report(scenario: str, nets: tuple[Net, ...], title: str) -> Callable[[list[
         parts = [title]
         for arch in dict.fromkeys(row["arch"] for row in rows):
             net, mine = theirs.get(arch), [row for row in rows if row["arch"] == arch]
-            papers = (net.theirs if net else next(n.theirs for n in nets if n.theirs)) or {}
+            papers = (net or nets[-1]).theirs or {}  # the last one is the large one, made small
             about = SHARED if net and net.shared else OWN
             seeds = sorted({row["seed"] for row in mine})
             parts.append(f"**{arch}**, seeds {seeds}. {about}")

@@ -100,3 +100,7 @@ def test_each_network_has_a_table_of_its_own(tmp_path: Path) -> None:
     assert "| Fisher_2 | 20.04 ± 6.66 | - | 0.62 ± 1.39 | - | no strength does |" in deep
     assert "shared by all repeats" in deep
     assert "shared by all repeats" not in lenet
+    large = [{**row, "arch": "preactresnet18"} for row in rows if row["arch"] == "preactresnet18:8"]
+    text = comparison.TABLES["table2a"].report(large, tmp_path)
+    assert "| Ours | 98.43 ± 0.92 | 99.50 ± 0.71 | 0.18 ± 0.27 |" in text, "the paper's of this network"
+    assert "shared by all repeats" not in text
