@@ -1,9 +1,10 @@
 """Benchmark: the inversion step as built against the plain form of the same step.
 
-    python -m fsu_ray.method.bench [--arch lenet5] [--steps 20]
+    python -m fsu_ray.method.bench [--arch lenet5] [--steps 20] [--device cuda]
 
 Plain: float32, contiguous, an enlarged copy before each convolution, one classifier pass a view. Both
-are timed in turn, step by step, in this run, so that a busy machine slows both.
+are timed in turn, step by step, in this run, so that a busy machine slows both. With --device it times a step of
+training and one of inversion there instead, as `fit` and `invert` take them: on a GPU, replayed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from fsu_ray.method import invert
 from fsu_ray.method.augment import random_view, seeded
+from fsu_ray.method.fit import Schedule, fit
 from fsu_ray.method.networks import Classifier, Generator, UpsampledConv, observe
+from fsu_ray.method.precision import repeatable
 from fsu_ray.recipes import InvertRecipe
 from fsu_ray.records import ModelSpec
 
@@ -92,19 +96,49 @@ def compare(spec: ModelSpec, recipe: InvertRecipe, steps: int) -> tuple[float, f
     return statistics.median(times[0][2:]), statistics.median(times[1][2:])
 
 
+def pace(spec: ModelSpec, recipe: InvertRecipe, device: torch.device) -> tuple[float, float]:
+    """Seconds of a step of training (128 samples) and of inversion on `device`: of `recipe.steps`, the second time."""
+    repeatable()
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (128 * recipe.steps, *spec.shape), dtype=torch.uint8, generator=rng)
+    labels = torch.randint(0, spec.classes, (len(pixels),), generator=rng)
+    classifier = Classifier(spec).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def seconds(run: Callable[[], object]) -> float:
+        for _ in range(2):
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return (time.perf_counter() - started) / recipe.steps
+
+    trained = seconds(lambda: fit(classifier, pixels, labels, Schedule(epochs=1, precision=recipe.precision)))
+    return trained, seconds(lambda: invert.invert(classifier, recipe, invert.begin(classifier, recipe)))
+
+
 def main() -> None:
-    """Print the two times and their ratio."""
+    """Print the two times and their ratio, or those of a device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="lenet5")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="of the built one")
+    parser.add_argument("--width", type=int, default=8, help="n, of the generator")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no GPU here")
     spec = ModelSpec(arch=options.arch, channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.3,))
-    plain, built = compare(spec, InvertRecipe(batch=options.batch, precision=options.precision), options.steps)
+    recipe = InvertRecipe(batch=options.batch, precision=options.precision, width=options.width, steps=options.steps)
     print(
-        f"{options.arch}, batch {options.batch}, n = 8, 2 views, {torch.get_num_threads()} threads, {options.precision}"
+        f"{options.arch}, batch {options.batch}, n = {options.width}, 2 views, {torch.get_num_threads()} threads, "
+        f"{options.precision}"
     )
+    if options.device:
+        trained, inverted = pace(spec, recipe, torch.device(options.device))
+        print(f"{options.device}: a step of training {1000 * trained:.2f} ms, of inversion {1000 * inverted:.2f} ms")
+        return
+    plain, built = compare(spec, recipe, options.steps)
     print(f"plain {1000 * plain:.0f} ms, as built {1000 * built:.0f} ms: {plain / built:.2f} times faster")
 
 
