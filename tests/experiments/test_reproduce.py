@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -95,6 +96,30 @@ def test_what_is_there_is_not_computed_again(here: list[Work], table1: Go, tmp_p
     assert table1("paper", 5).computed == 5
     assert table1(seeds=5).computed == 0
     assert table1(seeds=5, again=True).computed == 5
+
+
+def test_cells_that_gain_by_a_gpu_share_it(
+    squares: None, here: list[Work], table1: Go, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four a GPU, each with its CPUs, and as many are handed to Ray as GPUs have room for; the others take a CPU."""
+    taken: list[tuple[str, dict[str, float], dict[str, float]]] = []
+
+    def side_by_side(function: Callable, more: Callable, resources: Callable, most: dict[str, float]) -> object:
+        while waiting := list(more(1)):
+            taken.append((waiting[0][0][0], resources(waiting[0]), most))
+            yield waiting[0], function(waiting[0])
+
+    monkeypatch.setattr(tasks, "side_by_side", side_by_side)
+    monkeypatch.setattr(reproduce.workers, "resources", lambda: (True, {"GPU": 1, "CPU": 2}))
+    table1(seeds=1)
+    assert {most["CPU"] for *_, most in taken} == {1}, "none of these does"
+    del taken[:]
+    monkeypatch.setitem(moons.PIECES, "sum", dataclasses.replace(moons.PIECES["sum"], gpu=True))
+    monkeypatch.setattr("ray.get_gpu_ids", list)
+    table1("paper", seeds=2, per_gpu=4)
+    shared = {"GPU": 0.25, "CPU": 2}
+    assert [each for each in taken if each[0] == "sum"] == [("sum", shared, shared)] * 2
+    assert [each for each in taken if each[0] == "square"] == [("square", {"CPU": 1}, shared)]
 
 
 def test_what_has_left_the_store_is_made_again_where_it_is_needed(here: list[Work], table1: Go, store: Any) -> None:

@@ -128,6 +128,30 @@ def test_first_limits_the_statistics_and_not_the_features(classifier):
         torch.testing.assert_close(some[1], reference[1])
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), nn.BatchNorm1d(3)])
+def test_the_gradient_of_the_statistics_is_that_of_their_definition(layer, dtype, most):
+    """Of the first samples alone, in both memory formats; the others have none."""
+    torch.manual_seed(0)
+    network = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(2)).eval()
+    for memory in (torch.contiguous_format, torch.channels_last):
+        x = 2 * torch.randn((7, 3, 4, 5) if isinstance(layer, nn.BatchNorm2d) else (7, 3)) + 1
+        x = x.to(dtype).to(memory_format=memory) if x.dim() == 4 else x.to(dtype)
+        one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), observe(network, first=4) as seen:
+            network(one)
+        mean, variance, *_ = seen.statistics[0]
+        part = other[:4].float()
+        axes = [0, *range(2, x.dim())]
+        expected = torch.var_mean(part, dim=axes, correction=0)
+        torch.testing.assert_close((variance, mean), expected, rtol=1e-4, atol=1e-4)
+        wanted = (mean - 0.3).square().sum() + variance.sqrt().sum(), (expected[1] - 0.3).square().sum()
+        (gradient,) = torch.autograd.grad(wanted[0], one)
+        (reference,) = torch.autograd.grad(wanted[1] + expected[0].sqrt().sum(), other)
+        torch.testing.assert_close(gradient, reference, rtol=most, atol=most)
+        assert not gradient[4:].any()
+
+
 def test_statistics_can_be_left_out(classifier):
     """`statistics=False` watches the features alone."""
     network = classifier()

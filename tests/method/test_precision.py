@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -44,3 +45,17 @@ def test_mixed_runs_in_bf16_only_where_it_says_so() -> None:
         with mixed(name, CPU):
             kinds.append(layer(x).dtype)
     assert kinds == [torch.bfloat16, torch.float32]
+
+
+def test_what_can_repeat_itself_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU: cuBLAS wants a word in the environment. New tensors are not filled for it."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        precision.repeatable()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
