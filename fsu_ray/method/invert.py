@@ -166,7 +166,7 @@ def losses_of(
         pixels = generator(z[part], y[part]).float()
         own = len(pixels)
         views = [moved(pixels, each[part], classifier.spec.flip) for each in moves]
-        with observe(classifier, first=own) as seen, affine_batch_norms(classifier):
+        with observe(classifier, statistics=False) as seen, affine_batch_norms(classifier, seen, own):
             logits = classifier(torch.cat([pixels, *views])).float()
     assert seen.features is not None
     probabilities = logits.softmax(1).view(1 + len(moves), own, k)

@@ -138,7 +138,11 @@ def test_the_gradient_of_the_statistics_is_that_of_their_definition(layer, dtype
         x = 2 * torch.randn((7, 3, 4, 5) if isinstance(layer, nn.BatchNorm2d) else (7, 3)) + 1
         x = x.to(dtype).to(memory_format=memory) if x.dim() == 4 else x.to(dtype)
         one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), observe(network, first=4) as seen:
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            observe(network, statistics=False) as seen,
+            affine_batch_norms(network, seen, 4),
+        ):
             network(one)
         mean, variance, *_ = seen.statistics[0]
         part = other[:4].float()
@@ -337,14 +341,18 @@ def test_affine_batch_norms_are_the_same_function(name):
         layer.running_var.uniform_(0.5, 2)
     network.eval().requires_grad_(False)
     found = []
-    for affine in (False, True):
+    for how in ("plain", "affine", "watching"):
         pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        with observe(network) as seen, affine_batch_norms(network) if affine else nullcontext():
-            logits = network(pixels)
-        logits.square().sum().backward()
-        found.append((logits, pixels.grad, *(part for layer in seen.statistics for part in layer[:2])))
-    for plain, other in zip(*found, strict=True):
-        torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-3 * float(plain.detach().abs().max()))
+        with observe(network, first=3, statistics=how != "watching") as seen:
+            affine = affine_batch_norms(network, *[seen, 3] * (how == "watching"))
+            with affine if how != "plain" else nullcontext():
+                logits = network(pixels)
+        far = torch.stack([(layer[0] - layer[2]).norm() + (layer[1] - layer[3]).norm() for layer in seen.statistics])
+        (logits.square().sum() + far.sum()).backward()
+        found.append((logits, pixels.grad, *(part for layer in seen.statistics for part in layer)))
+    for each in found[1:]:
+        for plain, other in zip(found[0], each, strict=True):
+            torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-3 * float(plain.detach().abs().max()))
     with pytest.raises(RuntimeError), affine_batch_norms(network):
         network(torch.rand(4, 1, 32, 32))
     assert not any("forward" in layer.__dict__ for layer in batch_norms(network))
