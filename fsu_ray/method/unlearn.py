@@ -126,8 +126,8 @@ def _nothing_found(context: Context, masks: list[Mask]) -> str | None:
         return None
     return (
         f"nothing_found: no sample of D' resembles the target samples of {empty[0].behaviour.name}; give more samples, "
-        "set filter.policy to class (whole classes) or manual (with filter.threshold), or lower filter.runner_up "
-        "(subsets)"
+        "set filter.policy to class (whole classes) or manual (with filter.threshold), or, for a subset, lower "
+        "filter.runner_up or take fewer invert.steps: a long inversion draws little that the classifier is unsure of"
     )
 
 
