@@ -85,13 +85,17 @@ def _report(scenario: str) -> Callable[[list[Row], Path], str]:
             papers.append([source, *THEIRS[scenario][source]])
         told = [[name, f"{each[0]['acceptance']:.3f}", f"{each[0]['coverage']:.2f}", each[0]["generator"] or "lets it",
                  _both(each), f"{sum(map(failed, each))} of {len(each)}"] for name, each in by.items()]  # fmt: skip
-        right = sum(bool(each[0]["generator"]) == (sum(map(failed, each)) * 2 > len(each)) for each in by.values())
+        fails = {name: sum(map(failed, each)) * 2 > len(each) for name, each in by.items()}
+        refused = {name: bool(each[0]["generator"]) for name, each in by.items()}
+        right = sum(refused[name] == fails[name] for name in by)
+        caught, idle = (sum(refused[name] for name in by if fails[name] is bad) for bad in (True, False))
         columns = ["generator of, by row; unlearned, by column", *names]
         return "\n\n".join([
             "D_r / D_e, 3 % of D_e given.", table(columns, lines), "The paper:", table(columns, papers),
             "The gate that judges a generator before it is reused, beside what came of it:",
             table(["generator > classifier", "acceptance", "coverage", "the gate", "D_r / D_e", "failed"], told),
-            f"The gate says of {right} of {len(by)} what most seeds came to. Failed: D_e is not erased (5 % or less "
+            f"The gate says of {right} of {len(by)} what most seeds came to: it refuses {caught} of the "
+            f"{sum(fails.values())} that failed, and {idle} of the others. Failed: D_e is not erased (5 % or less "
             "of a class, 90 % or more of the crossed sevens right) or D_r has lost more than a point. What the gate "
             "refuses is measured here all the same; the system would have trained a generator instead.\n",
         ])  # fmt: skip
