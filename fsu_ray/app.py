@@ -143,9 +143,8 @@ class App:
         `latent`: the dimensions of its z, those of `recipe` where None. Raises InvalidWeights where it does not fit
         the model, and what `Ledger.import_generator` raises.
         """
-        import torch
-
         from fsu_ray.method.adopt import Standing, adopt
+        from fsu_ray.method.precision import default_device
 
         if recipe.form == "paper":
             raise UserError("the paper's form draws D' anew from each version: import for another recipe")
@@ -153,8 +152,8 @@ class App:
         base, model = self.ledger.version(name), self.ledger.model(name)
         root = self.ledger.sealed_root(name, base)
         standing = Standing(model.spec, root.weights, base.weights, priors(self.ledger, model, base, root))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        found = adopt(self.artifacts, standing, recipe, weights, latent or recipe.invert.latent, device, tell)
+        size, device = latent or recipe.invert.latent, default_device()
+        found = adopt(self.artifacts, standing, recipe, weights, size, device, tell)
         return self.ledger.import_generator(name, root, recipe, found.weights, found.dataset, found.figures, actor)
 
     def seal(self, generator: str, actor: str) -> Generator:
@@ -192,6 +191,7 @@ class App:
         from fsu_ray.method.datasets import load
         from fsu_ray.method.fit import Schedule, fit
         from fsu_ray.method.networks import Classifier
+        from fsu_ray.method.precision import default_device
 
         shape = shape or ((3, 32, 32) if data == "cifar10" else (1, 32, 32))
         images = load(data, "train", shape)
@@ -206,9 +206,8 @@ class App:
             std=tuple(max(round(float(v), 4), 0.01) for v in unit.std((0, 2, 3))),
             flip=data == "cifar10",
         )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(seed)
-        classifier = Classifier(spec).to(device)
+        classifier = Classifier(spec).to(default_device())
         schedule = Schedule(epochs=epochs, batch=min(128, max(16, len(images) // 20)), seed=seed)
         fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, progress=tell)
         return spec, classifier.to_bytes()

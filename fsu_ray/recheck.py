@@ -59,12 +59,10 @@ def recheck(
 
 
 def _classifier(artifacts: Artifacts, model: Model, version: ModelVersion) -> Classifier:
-    import torch
-
     from fsu_ray.method.networks import Classifier
+    from fsu_ray.method.precision import default_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Classifier.from_bytes(model.spec, artifacts.get(version.weights)).to(device)
+    return Classifier.from_bytes(model.spec, artifacts.get(version.weights)).to(default_device())
 
 
 def _measure(artifacts: Artifacts, classifier: Classifier, erasure: Erasure, gate: GateRecipe) -> Rechecked:

@@ -276,5 +276,7 @@ def _device() -> Any:
     """Where this task or trial works, with its threads: a worker still has those of what it did before."""
     import torch
 
+    from fsu_ray.method.precision import default_device
+
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return default_device()

@@ -30,6 +30,14 @@ def growth() -> dict[str, float]:
     return {kind: float(amount) for kind, amount in (known or {}).items()}
 
 
+def reach() -> dict[str, float]:
+    """How much of each resource the cluster has or can grow to, whichever is more. Ray must be connected."""
+    import ray
+
+    now, later = ray.cluster_resources(), growth()
+    return {kind: max(now.get(kind, 0.0), later.get(kind, 0.0)) for kind in {*now, *later}}
+
+
 def most(cluster: Mapping[str, Any]) -> dict[str, float]:
     """What all workers of a cluster file, defaults filled in, have in all, its bounds kept."""
     types = [kind for name, kind in cluster["available_node_types"].items() if name != cluster["head_node_type"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from fsu_ray.cluster.growth import growth
+from fsu_ray.cluster.growth import reach
 from fsu_ray.cluster.workers import cause
 from fsu_ray.errors import FsuError, RunFailed
 
@@ -54,7 +54,5 @@ def side_by_side(
 
 def _slots(takes: dict[str, float]) -> int:
     """How many tasks that take as much can run at a time here, and on what the cluster can grow to."""
-    import ray
-
-    now, later = ray.cluster_resources(), growth()
-    return int(min(max(now.get(kind, 0), later.get(kind, 0)) / amount + 1e-6 for kind, amount in takes.items()))
+    most = reach()
+    return int(min(most.get(kind, 0) / amount + 1e-6 for kind, amount in takes.items()))

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fsu_ray.cluster.growth import growth
+from fsu_ray.cluster.growth import growth, reach
 from fsu_ray.cluster.line import Listener, Tell, new_line
 from fsu_ray.errors import ClusterUnavailable, FsuError, RunFailed, Stopped, UserError
 from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
@@ -116,9 +116,8 @@ def resources(workers: int = 1, parallel: int = 1) -> tuple[bool, dict[str, floa
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    limit = growth()
-    most = {kind: max(ray.cluster_resources().get(kind, 0), limit.get(kind, 0)) for kind in ("CPU", "GPU")}
-    if most["GPU"] >= 1:
+    limit, most = growth(), reach()
+    if most.get("GPU", 0) >= 1:
         roomy = limit.get("GPU", 0) >= 1 or any(node.get("GPU", 0) >= 1 and node.get("CPU", 0) >= 2 for node in nodes)
         each: dict[str, float] = {"GPU": 1, "CPU": 2 if roomy else 1}
     else:
@@ -128,9 +127,10 @@ def resources(workers: int = 1, parallel: int = 1) -> tuple[bool, dict[str, floa
         )
         each = {"CPU": next(fits, 1)}
     for kind, amount in each.items():
-        if amount * workers > most[kind]:
+        if amount * workers > most.get(kind, 0):
             raise UserError(
-                f"{workers} workers take {amount * workers:g} {kind}s, and this cluster has at most {most[kind]:g}: "
+                f"{workers} workers take {amount * workers:g} {kind}s, and this cluster has at most "
+                f"{most.get(kind, 0):g}: "
                 "ask for fewer (--workers), or let the cluster grow"
             )
     return "GPU" in each, each

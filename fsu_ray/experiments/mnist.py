@@ -23,6 +23,7 @@ from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import Images, draw, load
 from fsu_ray.method.fit import Schedule, fit, predict
 from fsu_ray.method.networks import Classifier
+from fsu_ray.method.precision import default_device
 from fsu_ray.pipeline import Drain, Execute, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
@@ -151,8 +152,7 @@ def scenario(
     """Run a scenario and yield a row of figures before it and after each request."""
     poisoned, runs = SCENARIOS[name]
     say(f"{name}, seed {seed}: training {arch}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    spec, weights = train(bench, arch, poisoned, epochs, seed, device)
+    spec, weights = train(bench, arch, poisoned, epochs, seed, default_device())
     line = f"{name}-{arch.replace(':', '-')}-{seed}-{hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:6]}"
     ledger.register_model(line, spec, store.put(weights))
     gone = [step for step in runs[0] if isinstance(step, int)]

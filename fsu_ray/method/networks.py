@@ -159,17 +159,16 @@ class Observation:
 
 
 @contextmanager
-def observe(network: nn.Module, first: int | None = None, statistics: bool = True) -> Iterator[Observation]:
+def observe(network: nn.Module, statistics: bool = True) -> Iterator[Observation]:
     """Watch `network` inside the block; the hooks are gone afterwards, also after an error.
 
-    `first` limits the BatchNorm statistics to the first samples of the batch (the plain ones, where
-    augmented views follow). f_e is the input of the layer named by the network's `feature_layer`,
-    else of the Linear layer that ran last (method sheet, "f_e").
+    f_e is the input of the layer named by the network's `feature_layer`, else of the Linear layer that ran last (method
+    sheet, "f_e").
     """
     seen = Observation()
 
     def on_batch_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0][:first].float()  # (N, C, ...)
+        x = inputs[0].float()  # (N, C, ...)
         axes = [0, *range(2, x.dim())]
         variance, mean = torch.var_mean(x, dim=axes, correction=0)
         seen.statistics.append((mean, variance, module.running_mean, module.running_var))  # type: ignore[arg-type]
@@ -224,12 +223,12 @@ def _by_channel(x: Tensor) -> tuple[int, ...]:
 
 
 @contextmanager
-def affine_batch_norms(network: nn.Module, seen: Observation | None = None, first: int = 0) -> Iterator[None]:
+def affine_batch_norms(network: nn.Module, seen: Observation, first: int) -> Iterator[None]:
     """Inside the block every BatchNorm layer in eval mode is what it then amounts to, one scale and shift a channel.
 
     The same function without a BatchNorm's backward pass, and without a gradient for the layer's own weights. Hooks run
-    as ever. With `seen`, the statistics of each layer's `first` samples go there, as `observe` takes them: half of an
-    inversion step on a ResNet-50.
+    as ever. Into `seen` go the statistics of the first samples of the batch alone (the plain ones, where augmented
+    views follow), otherwise as `observe` takes them, which costs as much as the rest of a step on a ResNet-50.
     """
     layers = [layer for layer in batch_norms(network) if not layer.training]
     for layer in layers:
@@ -243,9 +242,6 @@ def affine_batch_norms(network: nn.Module, seen: Observation | None = None, firs
         def forward(
             x: Tensor, scale: Tensor = scale, shift: Tensor = shift, kept: tuple[Tensor, Tensor] = kept
         ) -> Tensor:
-            if seen is None:
-                shape = _by_channel(x)
-                return torch.addcmul(shift.view(shape).to(x.dtype), x, scale.view(shape).to(x.dtype))
             y, *moments = _Affine.apply(x, scale, shift, first)
             seen.statistics.append((*moments, *kept))
             return y  # type: ignore[no-any-return]

@@ -14,6 +14,11 @@ import torch
 from fsu_ray.method.group import Group
 
 
+def default_device() -> torch.device:
+    """Where a process works that was not told where: on a GPU where it sees one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def repeatable() -> None:
     """Have this process take algorithms that give the same result each time; call it before CUDA is first used.
 

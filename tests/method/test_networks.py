@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -116,9 +115,9 @@ def test_statistics_are_mean_and_biased_variance_of_the_input(spec):
 
 def test_first_limits_the_statistics_and_not_the_features(classifier):
     """With `first` = 4 the statistics are those of the first four samples alone, in every layer."""
-    network, pixels = classifier(), torch.rand(10, 1, 16, 16)
+    network, pixels = classifier().eval(), torch.rand(10, 1, 16, 16)
     with torch.no_grad():
-        with observe(network, first=4) as limited:
+        with observe(network, statistics=False) as limited, affine_batch_norms(network, limited, 4):
             network(pixels)
         with observe(network) as alone:
             network(pixels[:4])
@@ -341,20 +340,22 @@ def test_affine_batch_norms_are_the_same_function(name):
         layer.running_var.uniform_(0.5, 2)
     network.eval().requires_grad_(False)
     found = []
-    for how in ("plain", "affine", "watching"):
+    for affine in (False, True):
         pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        with observe(network, first=3, statistics=how != "watching") as seen:
-            affine = affine_batch_norms(network, *[seen, 3] * (how == "watching"))
-            with affine if how != "plain" else nullcontext():
+        if affine:
+            with observe(network, statistics=False) as seen, affine_batch_norms(network, seen, 3):
                 logits = network(pixels)
+        else:
+            logits = network(pixels)
+            with observe(network) as seen:
+                network(pixels[:3])
         far = torch.stack([(layer[0] - layer[2]).norm() + (layer[1] - layer[3]).norm() for layer in seen.statistics])
         (logits.square().sum() + far.sum()).backward()
         found.append((logits, pixels.grad, *(part for layer in seen.statistics for part in layer)))
-    for each in found[1:]:
-        for plain, other in zip(found[0], each, strict=True):
-            torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-3 * float(plain.detach().abs().max()))
-    with pytest.raises(RuntimeError), affine_batch_norms(network):
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-3 * float(plain.detach().abs().max()))
+    with pytest.raises(RuntimeError), affine_batch_norms(network, seen, 3):
         network(torch.rand(4, 1, 32, 32))
     assert not any("forward" in layer.__dict__ for layer in batch_norms(network))
-    with affine_batch_norms(network.train()):
+    with affine_batch_norms(network.train(), seen, 3):
         assert not any("forward" in layer.__dict__ for layer in batch_norms(network))
