@@ -66,12 +66,13 @@ class Killer:
     def __init__(self, at: dict[str, int]) -> None:
         self.at, self.killed = at, list[str]()
         self.heard: list[tuple[str, int, dict[str, float]]] = []
-        self._process = 0
+        self._process = self.niceness = 0
 
     def __call__(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:
         self.heard.append((stage, done, figures))
         if stage == "start":
             self._process = int(figures["pid"])
+            self.niceness = os.getpriority(os.PRIO_PROCESS, self._process)
         if stage in self.at and done >= self.at[stage] and stage not in self.killed:
             self.killed.append(stage)
             os.kill(self._process, signal.SIGKILL)
@@ -109,6 +110,7 @@ def test_two_workers_come_to_what_one_does_whoever_is_killed(
         assert getattr(disturbed, name) == getattr(undisturbed, name), name
     starts = [(done, figures["threads"]) for stage, done, figures in calm.heard if stage == "start"]
     assert starts == [(1, 1), (2, 1)]
+    assert calm.niceness == os.nice(0)  # the work does not wait for Ray's own processes
 
     offered = GeneratorRef("g-1", undisturbed.generator_weights, undisturbed.dataset, undisturbed.figures)
     alone = unlearn(replace(order, reuse=offered), artifacts, torch.device("cpu"))
