@@ -128,10 +128,9 @@ def resources(workers: int = 1, parallel: int = 1) -> tuple[bool, dict[str, floa
         )
         each = {"CPU": next(fits, 1)}
     for kind, amount in each.items():
-        if amount * workers > most.get(kind, 0):
+        if amount * workers > (there := most.get(kind, 0)):
             raise UserError(
-                f"{workers} workers take {amount * workers:g} {kind}s, and this cluster has at most "
-                f"{most.get(kind, 0):g}: "
+                f"{workers} workers take {amount * workers:g} {kind}s, and this cluster has at most {there:g}: "
                 "ask for fewer (--workers), or let the cluster grow"
             )
     return "GPU" in each, each

@@ -59,7 +59,7 @@ def test_a_second_request_reuses_generator_and_data_set(trained: Any, store: Any
     assert (one.reason, one.generator_use) == (None, "trained")
     assert one.report["forgetting"]["samples_held_out"] == 0
     second = order_for(
-        trained, store, quick, 9, current_weights=one.weights, priors=(prior(first, one),), reuse=ref(one)
+        trained, store, quick, 3, current_weights=one.weights, priors=(prior(first, one),), reuse=ref(one)
     )
     two = unlearn(second, store, CPU)
     assert (two.generator_use, two.dataset, two.generator_weights) == ("reused", one.dataset, one.generator_weights)
