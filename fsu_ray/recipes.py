@@ -37,6 +37,9 @@ class LossWeights(Frozen):
     tv: float = Field(0.1, ge=0)
 
 
+Form = Literal["norm", "squared", "relative"]
+"""Of the losses of eq. 4, 6 and 7."""
+
 Precision = Literal["auto", "bf16", "float32"]
 """bf16 is mixed: weights and sums stay in float32. `auto`: bf16 where the device multiplies it, else float32."""
 
@@ -44,8 +47,8 @@ Precision = Literal["auto", "bf16", "float32"]
 class InvertRecipe(Frozen):
     """How a generator is trained (section 3.1, Algorithm 1).
 
-    `form` is `norm` (norms, as measured in the method sheet) or `squared` (the literal squares of
-    eq. 4, 6 and 7). `batch` is rounded down to whole samples a class, at least two.
+    `form` is `norm` (norms, as measured in the method sheet), `squared` (the literal squares of eq. 4, 6 and 7) or
+    `relative` (norms, that of eq. 6 as a share of the running statistics, mean over layers). `batch` is rounded down to whole samples a class, at least two.
     """
 
     steps: int = Field(400, ge=1)
@@ -56,7 +59,7 @@ class InvertRecipe(Frozen):
     width: int = Field(8, ge=1, description="n: the generator has 8n, 4n and 2n channels")
     latent: int = Field(100, ge=1, description="dimensions of z")
     weights: LossWeights = LossWeights()
-    form: Literal["norm", "squared"] = "norm"
+    form: Form = "norm"
     views: int = Field(2, ge=0, description="augmented views a sample in eq. 4")
     precision: Precision = "auto"
     seed: int = 0

@@ -67,7 +67,7 @@ def plain_losses(classifier: Classifier, generator: Generator, recipe: InvertRec
     probabilities = torch.stack([view.softmax(1) for view in views]) if views else logits.new_zeros((0, n, k))
     squared = recipe.form == "squared"
     return {
-        "bn": invert.bn_loss(seen.statistics, squared),
+        "bn": invert.bn_loss(seen.statistics, recipe.form),
         "entropy": invert.entropy_loss(logits, y),
         "augmentation": invert.augmentation_loss(logits.softmax(1), probabilities, squared),
         "diversity": invert.diversity_loss(z, seen.features, k),

@@ -4,6 +4,8 @@ It gets a classifier and no data. The five losses are those of the paper with th
 over the batch instead of sums, means inside the exponent of eq. 5 (over pairs, dimensions of z and of
 f_e), sums over classes, views and layers. With `form = "norm"` the norms of eq. 4, 6 and 7 are not
 squared, which keeps one layer or one bad sample from drowning the rest; `"squared"` is the paper's.
+`"relative"` is `"norm"` but for eq. 6, which it takes layer by layer as a share of the running statistics,
+so that one weight does for networks of any depth.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fsu_ray.method.group import Group
 from fsu_ray.method.networks import Classifier, Generator, affine_batch_norms, observe
 from fsu_ray.method.precision import mixed, settled
 from fsu_ray.method.replay import Replayed
-from fsu_ray.recipes import InvertRecipe
+from fsu_ray.recipes import Form, InvertRecipe
 
 Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 
@@ -58,16 +60,22 @@ def diversity_loss(latent: Tensor, features: Tensor, classes: int) -> Tensor:
     return torch.exp(-(far_z * far_f).sum((1, 2)) / (m * (m - 1))).sum()
 
 
-def bn_loss(statistics: Statistics, squared: bool = False) -> Tensor:
+def bn_loss(statistics: Statistics, form: Form = "norm") -> Tensor:
     """Eq. 6: distance of the batch's mean and variance from the running ones, summed over BatchNorm layers.
 
-    statistics: a tuple of four (channels,) tensors a layer, as `networks.observe` gives them.
+    statistics: a tuple of four (channels,) tensors a layer, as `networks.observe` gives them. The sum grows with depth
+    and with what a layer's statistics happen to be; `relative` is the mean over layers of the mean's distance over the
+    norm of the running deviation plus the variance's over that of the running variance.
     """
     total = statistics[0][0].new_zeros(())
     for mean, variance, running_mean, running_variance in statistics:
-        for seen, kept in ((mean, running_mean), (variance, running_variance)):
+        spread = running_variance + 1e-5  # as BatchNorm itself has it: a layer may be dead
+        for seen, kept, scale in ((mean, running_mean, spread.sum().sqrt()), (variance, running_variance, spread.norm())):
             difference = (seen - kept).square().sum()
-            total = total + (difference if squared else _root(difference))
+            if form == "relative":
+                total = total + _root(difference) / (scale * len(statistics))
+            else:
+                total = total + (difference if form == "squared" else _root(difference))
     return total
 
 
@@ -174,7 +182,7 @@ def losses_of(
     statistics = [(*pooled, *kept[2:]) for pooled, kept in zip(moments, seen.statistics, strict=True)]
     weight = group.weight(own, n)
     return {
-        "bn": bn_loss(statistics, squared),
+        "bn": bn_loss(statistics, recipe.form),
         "entropy": entropy_loss(logits[:own], y[part]) * weight,
         "augmentation": augmentation_loss(probabilities[0], probabilities[1:], squared) * weight,
         "diversity": diversity_loss(z, group.gather(seen.features[:own].float(), n), k),

@@ -94,22 +94,22 @@ def test_diversity_loss_lies_between_collapse_and_spread():
     assert float(diversity_loss(z, half, 10)) == pytest.approx(5)
 
 
-@pytest.mark.parametrize(("squared", "expected"), [(False, 5 + 2 + 13 + 0), (True, 25 + 4 + 169 + 0)])
-def test_bn_loss_sums_norms_over_layers(squared, expected):
+@pytest.mark.parametrize(("form", "expected"), [("norm", 5 + 2 + 13 + 0), ("squared", 25 + 4 + 169 + 0)])
+def test_bn_loss_sums_norms_over_layers(form, expected):
     """Eq. 6: mean and variance of two layers, differences (3, 4), (0, 2), (5, 12), 0."""
     zero = torch.zeros(2)
     layers = [
         (torch.tensor([3.0, 4.0]), torch.tensor([1.0, 3.0]), zero, torch.ones(2)),
         (torch.tensor([5.0, 13.0]), torch.ones(2), torch.tensor([0.0, 1.0]), torch.ones(2)),
     ]
-    assert float(bn_loss(layers, squared)) == pytest.approx(expected, abs=1e-4)
+    assert float(bn_loss(layers, form)) == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("squared", [False, True])
-def test_bn_loss_is_zero_at_equality_with_a_finite_gradient(squared):
+@pytest.mark.parametrize("form", ["norm", "squared", "relative"])
+def test_bn_loss_is_zero_at_equality_with_a_finite_gradient(form):
     """The norm form has its kink at equality; the gradient there is 0, not nan."""
     mean, variance = torch.rand(3).requires_grad_(), torch.rand(3).requires_grad_()
-    loss = bn_loss([(mean, variance, mean.detach().clone(), variance.detach().clone())], squared)
+    loss = bn_loss([(mean, variance, mean.detach().clone(), variance.detach().clone())], form)
     assert float(loss.detach()) < 1e-5
     for gradient in torch.autograd.grad(loss, (mean, variance)):
         assert torch.equal(gradient, torch.zeros(3))
@@ -141,7 +141,11 @@ def plain_losses(classifier, generator, made: InvertRecipe, step: int) -> dict[s
     for _ in range(made.views):
         view = random_view(pixels, rng, classifier.spec.flip)
         moved = moved + ((classifier(view).softmax(1) - p).norm(dim=1) ** power).mean()
-    bn = sum((m - rm).norm() ** power + (v - rv).norm() ** power for m, v, rm, rv in seen.statistics)
+    if made.form == "relative":
+        shares = [(m - rm).norm() / rv.sum().sqrt() + (v - rv).norm() / rv.norm() for m, v, rm, rv in seen.statistics]
+        bn = sum(shares) / len(shares)
+    else:
+        bn = sum((m - rm).norm() ** power + (v - rv).norm() ** power for m, v, rm, rv in seen.statistics)
     rows, columns = pixels.diff(dim=2).flatten(1), pixels.diff(dim=3).flatten(1)
     return {
         "bn": bn,
@@ -152,7 +156,7 @@ def plain_losses(classifier, generator, made: InvertRecipe, step: int) -> dict[s
     }
 
 
-@pytest.mark.parametrize("form", ["norm", "squared"])
+@pytest.mark.parametrize("form", ["norm", "squared", "relative"])
 @pytest.mark.parametrize(
     ("arch", "views", "flip"), [("lenet5", 2, True), ("lenet5", 0, False), ("preactresnet18:2", 1, False)]
 )
