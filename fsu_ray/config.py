@@ -58,6 +58,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "filter": {"runner_up": 0.05},
     },
+    # Networks with dozens of BatchNorm layers, e.g. ResNet-50's 53: a BN loss that does not grow with them.
+    "very-deep": {
+        "invert": {
+            "steps": 400,
+            "form": "relative",
+            "weights": {"bn": 120.0, "entropy": 3.0, "augmentation": 1.0, "diversity": 1.0, "tv": 0.06},
+        },
+        "filter": {"runner_up": 0.05},
+    },
     # Section 4 and appendix C.4: squared losses, its weights, labels of the current version, its filter.
     "paper": {
         "form": "paper",

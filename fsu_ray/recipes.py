@@ -48,7 +48,8 @@ class InvertRecipe(Frozen):
     """How a generator is trained (section 3.1, Algorithm 1).
 
     `form` is `norm` (norms, as measured in the method sheet), `squared` (the literal squares of eq. 4, 6 and 7) or
-    `relative` (norms, that of eq. 6 as a share of the running statistics, mean over layers). `batch` is rounded down to whole samples a class, at least two.
+    `relative` (norms, that of eq. 6 as a share of the running statistics, mean over layers). `batch` is rounded down
+    to whole samples a class, at least two.
     """
 
     steps: int = Field(400, ge=1)

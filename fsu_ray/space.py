@@ -69,6 +69,12 @@ INVERSION = ("synthesize.", "invert.")
 """How the values begin that decide the generator and its D'; the others decide filter and relearning."""
 
 
+def around(recipe: Recipe, kind: Kind) -> Space:
+    """The space for changes of `recipe`: the weight of a BN loss that is a share of the statistics is another size."""
+    relative = recipe.invert.form == "relative"
+    return {**SPACE[kind], "invert.weights.bn": Range(10.0, 300.0, log=True)} if relative else SPACE[kind]
+
+
 def draw(space: Space, rng: random.Random) -> dict[str, Any]:
     """A value by chance for each line of `space`."""
     return {key: rng.choice(line) if isinstance(line, tuple) else line.draw(rng) for key, line in sorted(space.items())}

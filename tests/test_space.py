@@ -8,7 +8,7 @@ import pytest
 
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.recipes import Recipe
-from fsu_ray.space import SPACE, Range, apply, draw, narrowed
+from fsu_ray.space import SPACE, Range, apply, around, draw, narrowed
 
 
 @pytest.mark.parametrize("kind", ["class", "subset"])
@@ -78,3 +78,12 @@ def test_a_range_that_cannot_be_searched_is_named(line, said):
     """One line, before anything runs."""
     with pytest.raises(InvalidConfig, match=said):
         narrowed(SPACE["class"], (line,))
+
+
+def test_the_space_lies_around_the_recipe_that_is_changed():
+    """The weight of a relative BN loss is of another size; what else there is stays."""
+    relative = Recipe.model_validate({"invert": {"form": "relative"}})
+    assert around(Recipe(), "class") == SPACE["class"]
+    changed = {key for key, line in around(relative, "subset").items() if line != SPACE["subset"][key]}
+    assert changed == {"invert.weights.bn"}
+    assert around(relative, "subset")["invert.weights.bn"] == Range(10.0, 300.0, log=True)

@@ -77,7 +77,7 @@ def generator_import(
     file: Annotated[Path, typer.Argument(help="safetensors of `networks.Generator.state_dict()`.")],
     latent: Annotated[int | None, typer.Option(min=1, help="Dimensions of its z. Default: invert.latent.")] = None,
     kind: Annotated[str, typer.Option(help="The recipe is that of class, or of subset requests.")] = "class",
-    recipe: Annotated[str | None, typer.Option(help="Another recipe: default, digits or deep.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Another recipe: default, digits, deep or very-deep.")] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="A value of it, e.g. synthesize.seed=1.")] = None,
     by: Who = None,
     json: Json = False,

@@ -44,13 +44,13 @@ def search(
     The same command again goes on where an interrupted search was. Exit code 0, also where nothing better was found.
     """
     from fsu_ray.config import parse_change
-    from fsu_ray.space import SPACE, narrowed
+    from fsu_ray.space import around, narrowed
 
     opened = open_app()
     asked = _asked(opened, model, request, behaviour, kind, target, samples)
-    space = narrowed(SPACE[asked.behaviour.kind], tuple(range_ or ()))
     changes = tuple(parse_change(text) for text in change or ())
     begin = opened.recipe_for(model, asked.behaviour.kind, recipe, changes).recipe
+    space = narrowed(around(begin, asked.behaviour.kind), tuple(range_ or ()))
     order = opened.search_order(model, asked, begin)
     from fsu_ray.search import Wanted
 

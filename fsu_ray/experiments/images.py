@@ -90,7 +90,8 @@ def inverter(original: Cell, scale: Scale, changes: dict[str, Any] | None = None
 
 
 def _preset(original: Cell) -> str:
-    return "default" if original["arch"] == "lenet5" else "deep"
+    """The recipe that a network takes, whatever its width."""
+    return {"lenet5": "default", "resnet50": "very-deep"}.get(original["arch"].partition(":")[0], "deep")
 
 
 def dataset(inverter: Cell, changes: dict[str, Any], labeller: Cell | None = None) -> Cell:

@@ -70,7 +70,8 @@ def bn_loss(statistics: Statistics, form: Form = "norm") -> Tensor:
     total = statistics[0][0].new_zeros(())
     for mean, variance, running_mean, running_variance in statistics:
         spread = running_variance + 1e-5  # as BatchNorm itself has it: a layer may be dead
-        for seen, kept, scale in ((mean, running_mean, spread.sum().sqrt()), (variance, running_variance, spread.norm())):
+        scales = spread.sum().sqrt(), spread.norm()
+        for seen, kept, scale in zip((mean, variance), (running_mean, running_variance), scales, strict=True):
             difference = (seen - kept).square().sum()
             if form == "relative":
                 total = total + _root(difference) / (scale * len(statistics))

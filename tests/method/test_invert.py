@@ -105,6 +105,24 @@ def test_bn_loss_sums_norms_over_layers(form, expected):
     assert float(bn_loss(layers, form)) == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_relative_bn_loss_grows_neither_with_depth_nor_with_the_statistics():
+    """Two halves of the running deviation and variance a layer make 1, of one layer as of fifty, of small as of large
+    statistics; a layer that is dead counts nothing while it stays so."""
+    layers = [
+        (
+            torch.tensor([0.5 * scale, 0.0]),
+            torch.tensor([1.5 * scale**2, 0.0]),
+            torch.zeros(2),
+            torch.tensor([scale**2, 0.0]),
+        )
+        for scale in (1.0, 300.0)
+    ]
+    assert float(bn_loss(layers[:1], "relative")) == pytest.approx(1, abs=1e-3)
+    assert float(bn_loss(layers * 25, "relative")) == pytest.approx(1, abs=1e-3)
+    dead = (torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(2))
+    assert float(bn_loss([layers[0], dead], "relative")) == pytest.approx(0.5, abs=0.05)
+
+
 @pytest.mark.parametrize("form", ["norm", "squared", "relative"])
 def test_bn_loss_is_zero_at_equality_with_a_finite_gradient(form):
     """The norm form has its kink at equality; the gradient there is 0, not nan."""
