@@ -30,7 +30,8 @@ def request_submit(
     ],
     kind: Annotated[str, typer.Option(help="class: whole classes; subset: some samples wrongly given them.")] = "class",
     recipe: Annotated[
-        str | None, typer.Option(help="default, digits, deep, very-deep or paper; without: what a search found.")
+        str | None,
+        typer.Option(help="default, digits, deep, very-deep or paper; without: what a search found, else default."),
     ] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="A recipe's value, e.g. invert.steps=300.")] = None,
     key: Annotated[str | None, typer.Option(help="Idempotency key: submissions with one key are one request.")] = None,

@@ -69,15 +69,15 @@ def bn_loss(statistics: Statistics, form: Form = "norm") -> Tensor:
     """
     total = statistics[0][0].new_zeros(())
     for mean, variance, running_mean, running_variance in statistics:
-        spread = running_variance + 1e-5  # as BatchNorm itself has it: a layer may be dead
-        scales = spread.sum().sqrt(), spread.norm()
-        for seen, kept, scale in zip((mean, variance), (running_mean, running_variance), scales, strict=True):
-            difference = (seen - kept).square().sum()
-            if form == "relative":
-                total = total + _root(difference) / (scale * len(statistics))
-            else:
-                total = total + (difference if form == "squared" else _root(difference))
-    return total
+        distances = [(mean - running_mean).square().sum(), (variance - running_variance).square().sum()]
+        if form != "squared":
+            distances = [_root(distance) for distance in distances]
+        if form == "relative":
+            spread = running_variance + 1e-5  # as BatchNorm itself has it: a layer may be dead
+            distances = [distances[0] / spread.sum().sqrt(), distances[1] / spread.norm()]
+        for distance in distances:
+            total = total + distance
+    return total / len(statistics) if form == "relative" else total
 
 
 def tv_loss(pixels: Tensor, squared: bool = False) -> Tensor:
