@@ -23,7 +23,7 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search import MARGIN, Found, Wanted, _best, search, search_name
 from fsu_ray.space import SPACE, apply, narrowed
-from fsu_ray.work import Asked
+from fsu_ray.work import Asked, WorkOrder
 
 FSU = str(Path(sys.executable).parent / "fsu")
 TINY = {
@@ -204,6 +204,27 @@ def test_bad_words_end_a_search_with_2_and_one_line(app: App, asked: Asked, word
     assert answer.exit_code == 2
     assert said in answer.output
     assert "Traceback" not in answer.output
+
+
+def test_a_search_is_around_the_recipe_that_it_begins_with(
+    app: App, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weight of a relative BN loss is of another size, unless a line says otherwise. Looked at before any trial."""
+    from typer.testing import CliRunner
+
+    from fsu_ray.cli import app as fsu
+
+    spaces = []
+
+    def stopped(self: App, model: str, order: WorkOrder, wanted: Wanted, *rest: object) -> None:
+        spaces.append(wanted.space["invert.weights.bn"])
+        raise TransitionRefused("far enough")
+
+    monkeypatch.setattr(App, "search", stopped)
+    for words in ([], ["--recipe", "very-deep"], ["--recipe", "very-deep", "--range", "invert.weights.bn=50:60"]):
+        answer = CliRunner().invoke(fsu, ["search", "--model", "m", "--request", asked.request, *words])
+        assert "far enough" in answer.output
+    assert [(line.low, line.high) for line in spaces] == [(1, 30), (10, 300), (50, 60)]
 
 
 def test_a_request_that_has_ended_is_not_searched_for(app: App, asked: Asked) -> None:
