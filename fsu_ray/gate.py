@@ -11,6 +11,9 @@ from typing import Any
 
 from fsu_ray.recipes import GateRecipe
 
+_NUMBERS = {"samples_in_target": ("samples_held_out", "samples_given"), "probes_in_target": ("probes",)}
+"""Of how many a share is: the first of these that is not 0."""
+
 
 def refuse_generator(figures: Mapping[str, Any], gate: GateRecipe) -> tuple[str, ...]:
     """Why D' and its generator may not serve the current version.
@@ -39,10 +42,13 @@ def refuse_result(report: Mapping[str, Any], gate: GateRecipe) -> str | None:
 
     `report` is that of `method.evaluate.measure`.
     """
-    for name in ("samples_in_target", "probes_in_target"):
-        share = report["forgetting"][name]
+    forgetting = report["forgetting"]
+    for name, counts in _NUMBERS.items():
+        share = forgetting[name]
         if share is not None and not share <= gate.forgotten_max:
-            return f"not_forgotten: {name} {share:.3f} > {gate.forgotten_max}; try more samples or relearn.epochs"
+            number = next(filter(None, (forgetting[count] for count in counts)), 0)
+            told = f"{name} {share:.3f} (of {number}) > {gate.forgotten_max}"
+            return f"not_forgotten: {told}; try more samples or relearn.epochs"
     for prior in report["earlier"]:
         share, recorded = prior["probes_in_target"], prior["recorded"]
         if share is not None and not share <= min(gate.returned_max, recorded + gate.returned_margin):

@@ -11,10 +11,13 @@ GATE = GateRecipe()
 GOOD = {"starved": [], "agreement": 0.99, "coverage": 0.8, "acceptance": 0.3, "bn_distance": 0.2}
 
 
-def report(samples=0.0, probes=0.0, agreement=1.0, earlier=()):
+COUNTS = {"samples_given": 24, "samples_held_out": 5, "probes": 40}
+
+
+def report(samples=0.0, probes=0.0, agreement=1.0, earlier=(), counts=COUNTS):
     """A report with the figures that the gate reads."""
     return {
-        "forgetting": {"samples_in_target": samples, "probes_in_target": probes},
+        "forgetting": {"samples_in_target": samples, "probes_in_target": probes, **counts},
         "retention": {"agreement": agreement},
         "earlier": [{"behaviour": b, "probes_in_target": share, "recorded": then} for b, share, then in earlier],
     }
@@ -63,6 +66,19 @@ def test_what_is_not_forgotten_is_refused(part):
     reason = refuse_result(report(**{part: 0.0501}), GATE)
     assert reason.startswith(f"not_forgotten: {part}_in_target 0.050")
     assert refuse_result(report(**{part: 0.3}), GateRecipe(forgotten_max=0.3)) is None
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({"samples": 0.2}, "samples_in_target 0.200 (of 5) > 0.05"),
+        ({"samples": 0.2, "counts": COUNTS | {"samples_held_out": 0}}, "samples_in_target 0.200 (of 24) > 0.05"),
+        ({"probes": 0.1}, "probes_in_target 0.100 (of 40) > 0.05"),
+    ],
+)
+def test_a_refusal_says_of_how_many(figures, says):
+    """One of five held-out samples is a fifth: the number tells how much a share is worth."""
+    assert says in refuse_result(report(**figures), GATE)
 
 
 @pytest.mark.parametrize(
