@@ -11,9 +11,6 @@ from typing import Any
 
 from fsu_ray.recipes import GateRecipe
 
-_NUMBERS = {"samples_in_target": ("samples_held_out", "samples_given"), "probes_in_target": ("probes",)}
-"""Of how many a share is: the first of these that is not 0."""
-
 
 def refuse_generator(figures: Mapping[str, Any], gate: GateRecipe) -> tuple[str, ...]:
     """Why D' and its generator may not serve the current version.
@@ -43,10 +40,10 @@ def refuse_result(report: Mapping[str, Any], gate: GateRecipe) -> str | None:
     `report` is that of `method.evaluate.measure`.
     """
     forgetting = report["forgetting"]
-    for name, counts in _NUMBERS.items():
+    measured = forgetting.get("samples_held_out") or forgetting.get("samples_given")
+    for name, number in (("samples_in_target", measured), ("probes_in_target", forgetting.get("probes"))):
         share = forgetting[name]
         if share is not None and not share <= gate.forgotten_max:
-            number = next(filter(None, (forgetting[count] for count in counts)), 0)
             told = f"{name} {share:.3f} (of {number}) > {gate.forgotten_max}"
             return f"not_forgotten: {told}; try more samples or relearn.epochs"
     for prior in report["earlier"]:

@@ -9,8 +9,6 @@ from fsu_ray.recipes import GateRecipe
 
 GATE = GateRecipe()
 GOOD = {"starved": [], "agreement": 0.99, "coverage": 0.8, "acceptance": 0.3, "bn_distance": 0.2}
-
-
 COUNTS = {"samples_given": 24, "samples_held_out": 5, "probes": 40}
 
 
