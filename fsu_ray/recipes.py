@@ -93,6 +93,7 @@ class FilterRecipe(Frozen):
     metric: Literal["rbf", "cosine", "l2"] = "rbf"
     quantile: float = Field(1.0, gt=0, le=1, description="of the leave-one-out distances, for `leave-one-out`: t_f")
     runner_up: float = Field(0.2, ge=0, lt=1, description="least probability of the samples' own class, for a subset")
+    fewest: int = Field(3, ge=0, description="samples of a subset: the likeliest, where fewer reach runner_up")
     threshold: float | None = Field(None, gt=0, description="t_f, for the policy `manual` alone")
 
     @model_validator(mode="after")

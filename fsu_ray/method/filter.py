@@ -134,12 +134,12 @@ def knee_threshold(found: Tensor, examples: Tensor, metric: str) -> float:
     return low
 
 
-def resembles_relabelled(logits: Tensor, example_logits: Tensor, targets: tuple[int, ...], least: float) -> Tensor:
-    """(N,) bool: samples in which the root, with the targets taken away, sees what it sees in the examples.
+def own_share(logits: Tensor, example_logits: Tensor, targets: tuple[int, ...]) -> Tensor:
+    """(N,) how much of what the examples are the root sees in each sample: its probability of the class that it would
+    see with the targets taken away, 0 where that is none that at least a tenth of the examples get.
 
-    logits (N, K) of D', example_logits (M, K). A wrongly labelled sample still looks a little like
-    what it is: a real member of the target class does not. The classes are those that at least a
-    tenth of the examples get; `least` is the root's own probability of the class found.
+    logits (N, K) of D', example_logits (M, K). A wrongly labelled sample still looks a little like what it is: a real
+    member of the target class does not.
     """
 
     def without(found: Tensor) -> Tensor:
@@ -147,9 +147,19 @@ def resembles_relabelled(logits: Tensor, example_logits: Tensor, targets: tuple[
         gone[list(targets)] = True
         return found.masked_fill(gone, -torch.inf).argmax(1)
 
-    share = torch.bincount(without(example_logits), minlength=logits.shape[1]) / len(example_logits)
+    seen = torch.bincount(without(example_logits), minlength=logits.shape[1]) / len(example_logits)
     own = without(logits)
-    return (share[own] >= 0.1) & (logits.softmax(1).gather(1, own[:, None])[:, 0] >= least)
+    return logits.softmax(1).gather(1, own[:, None])[:, 0] * (seen[own] >= 0.1)
+
+
+def least_share(shares: Tensor, recipe: FilterRecipe) -> float:
+    """The least of `shares` (N,), by `own_share`, that a subset's samples need: `runner_up`, or what the `fewest`
+    highest have where fewer reach it, but never under a tenth of it. How sure D' is of its classes differs between
+    generators more than what a wrongly labelled sample looks like.
+    """
+    highest = shares.sort(descending=True).values[: recipe.fewest]
+    enough = float(highest[-1]) if len(highest) else 1.0
+    return min(recipe.runner_up, max(enough, recipe.runner_up / 10))
 
 
 def select(
@@ -165,7 +175,7 @@ def select(
     features (N, F) and predicted (N,) of D', examples (M, F): features of the target samples. A
     sample is D_e-like if the root sees a target class in it and, unless the policy is `class`, its
     distance to the examples is at most t_f. For a subset, `logits` of D' (N, K) and of the examples
-    (M, K) tell it from real members of the target class: see `resembles_relabelled`.
+    (M, K) tell it from real members of the target class: see `own_share`.
     """
     policy = recipe.policy
     if policy == "auto":
@@ -182,7 +192,8 @@ def select(
             threshold = float(leave_one_out(examples, recipe.metric).quantile(recipe.quantile))
         like &= found <= threshold
         if behaviour.kind == "subset" and logits is not None and recipe.runner_up > 0:
-            like &= resembles_relabelled(*logits, behaviour.targets, recipe.runner_up)
+            shares = own_share(*logits, behaviour.targets) * like
+            like = shares >= least_share(shares, recipe)
     return Mask(like, behaviour.targets, policy == "class", policy, threshold)
 
 

@@ -17,9 +17,10 @@ from fsu_ray.method.filter import (
     distances,
     extract_features,
     knee_threshold,
+    least_share,
     leave_one_out,
+    own_share,
     relabel,
-    resembles_relabelled,
     select,
 )
 from fsu_ray.method.networks import observe
@@ -245,5 +246,45 @@ def test_a_subset_is_told_from_real_members_of_its_target() -> None:
             [0.0, 30.0, 1.0],  # sees class 2 behind it, but next to no probability is left for it
         ]
     )
-    assert resembles_relabelled(found, examples, (1,), 0.02).tolist() == [True, False, False]
-    assert resembles_relabelled(found, examples, (1,), 0.0).tolist() == [True, False, True]
+    shares = own_share(found, examples, (1,))
+    torch.testing.assert_close(shares[0], found[0].softmax(0)[2])
+    assert float(shares[1]) == 0.0
+    assert 0 < float(shares[2]) < 1e-9
+
+
+SHARES = [0.3, 0.0, 0.12, 0.01, 0.21, 0.04]
+
+
+@pytest.mark.parametrize(
+    ("runner_up", "fewest", "taken"),
+    [
+        (0.2, 0, [0, 4]),
+        (0.2, 2, [0, 4]),
+        (0.2, 3, [0, 2, 4]),
+        (0.2, 6, [0, 2, 4, 5]),  # .01 is under a tenth of .2
+        (0.1, 1, [0, 2, 4]),  # all that reach it, not the fewest alone
+        (0.9, 1, [0]),
+    ],
+)
+def test_a_subset_takes_the_likeliest_where_few_look_like_it(runner_up, fewest, taken):
+    """A D' that is sure of its classes still gives samples, down to a tenth of what is asked for."""
+    recipe = FilterRecipe(runner_up=runner_up, fewest=fewest)
+    shares = torch.tensor(SHARES)
+    assert (shares >= least_share(shares, recipe)).nonzero().flatten().tolist() == taken
+
+
+def test_the_likeliest_are_of_the_target_and_near():
+    """Those that are seen as another class, or lie far from the examples, do not count among the fewest."""
+    examples = cloud(10, 1)
+    middle = examples.mean(0, keepdim=True)
+    features = torch.cat((middle, middle, examples[:1] + 40, middle))
+    logits = torch.tensor([[0.0, 5.0, 1.9], [0.0, 2.0, 9.0], [0.0, 5.0, 4.9], [0.0, 5.0, 1.0]])
+    behaviour = Behaviour(name="some", kind="subset", targets=(1,))
+    seen = torch.tensor([0.0, 5.0, 3.0]).expand(10, 3)
+    found = {
+        fewest: select(FilterRecipe(fewest=fewest), behaviour, features, logits.argmax(1), examples, (logits, seen))
+        for fewest in (0, 1, 2)
+    }
+    assert found[0].like.tolist() == [False] * 4
+    assert found[1].like.tolist() == [True, False, False, False]
+    assert found[2].like.tolist() == [True, False, False, False], ".02 is a tenth of .2, and the last one has less"
