@@ -39,16 +39,14 @@ def refuse_result(report: Mapping[str, Any], gate: GateRecipe) -> str | None:
 
     `report` is that of `method.evaluate.measure`.
     """
-    forgetting = report["forgetting"]
-    measured = forgetting.get("samples_held_out") or forgetting.get("samples_given")
-    for name, number in (("samples_in_target", measured), ("probes_in_target", forgetting.get("probes"))):
-        share = forgetting[name]
-        if share is not None and not share <= gate.forgotten_max:
-            told = f"{name} {share:.3f} (of {number}) > {gate.forgotten_max}"
+    for name, share, number, most in _still_there(report["forgetting"], gate):
+        if not share <= most:
+            told = f"{name} {share:.3f} (of {number}) > {most}"
             return f"not_forgotten: {told}; try more samples or relearn.epochs"
     for prior in report["earlier"]:
         share, recorded = prior["probes_in_target"], prior["recorded"]
-        if share is not None and not share <= min(gate.returned_max, recorded + gate.returned_margin):
+        most = min(max(gate.returned_max, recorded), recorded + gate.returned_margin)
+        if share is not None and not share <= most:
             return f"erasure_returned: {prior['behaviour']} is at {share:.3f}, {recorded:.3f} when it was erased"
     agreement = report["retention"]["agreement"]
     if not agreement >= gate.agreement_min:
@@ -56,3 +54,24 @@ def refuse_result(report: Mapping[str, Any], gate: GateRecipe) -> str | None:
             f"retention_lost: agreement with the parent {agreement:.3f} < {gate.agreement_min}; try a lower relearn.lr"
         )
     return None
+
+
+def _still_there(forgetting: Mapping[str, Any], gate: GateRecipe) -> list[tuple[str, float, int, float]]:
+    """The shares that must have left the target classes, of how many they are, and how much of each may be left.
+
+    A share of so few that one of them is more than `forgotten_max` would have to be 0, which a subset's probes, among
+    which are real members of the target class, hardly ever are. It counts together with the other share, and most of
+    the few must have left.
+    """
+    counts = {
+        "samples_in_target": forgetting.get("samples_held_out") or forgetting.get("samples_given") or 0,
+        "probes_in_target": forgetting.get("probes") or 0,
+    }
+    every = [(name, forgetting[name], number) for name, number in counts.items() if forgetting[name] is not None]
+    few = [(name, share, number) for name, share, number in every if number * gate.forgotten_max < 1]
+    told = [(*each, max(gate.forgotten_max, 0.5) if each in few else gate.forgotten_max) for each in every]
+    if few:
+        number = sum(number for *_, number in every)
+        share = sum(share * number for _, share, number in every) / max(number, 1)
+        told.append((" and ".join(name for name, *_ in every), share, number, gate.forgotten_max))
+    return [(name, round(share, 6), number, most) for name, share, number, most in told]  # .05000000075 is 1 of 20

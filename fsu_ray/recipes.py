@@ -126,7 +126,9 @@ class GateRecipe(Frozen):
         0.05, ge=0, le=1, description="held-out target samples and probes still in a target class"
     )
     agreement_min: float = Field(0.97, ge=0, le=1, description="same class as the parent on held-out retained D'")
-    returned_max: float = Field(0.05, ge=0, le=1, description="an earlier erasure's probes in its target classes")
+    returned_max: float = Field(
+        0.05, ge=0, le=1, description="an earlier erasure's probes in its targets, or what was then"
+    )
     returned_margin: float = Field(0.02, ge=0, le=1, description="rise of that share above its own record")
     holdout_samples: float = Field(
         0.2, gt=0, lt=1, description="share of the target samples held out, from 10 samples on"

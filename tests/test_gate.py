@@ -9,7 +9,7 @@ from fsu_ray.recipes import GateRecipe
 
 GATE = GateRecipe()
 GOOD = {"starved": [], "agreement": 0.99, "coverage": 0.8, "acceptance": 0.3, "bn_distance": 0.2}
-COUNTS = {"samples_given": 24, "samples_held_out": 5, "probes": 40}
+COUNTS = {"samples_given": 200, "samples_held_out": 40, "probes": 40}
 
 
 def report(samples=0.0, probes=0.0, agreement=1.0, earlier=(), counts=COUNTS):
@@ -69,14 +69,37 @@ def test_what_is_not_forgotten_is_refused(part):
 @pytest.mark.parametrize(
     ("figures", "says"),
     [
-        ({"samples": 0.2}, "samples_in_target 0.200 (of 5) > 0.05"),
-        ({"samples": 0.2, "counts": COUNTS | {"samples_held_out": 0}}, "samples_in_target 0.200 (of 24) > 0.05"),
+        ({"samples": 0.2}, "samples_in_target 0.200 (of 40) > 0.05"),
+        ({"samples": 0.2, "counts": COUNTS | {"samples_held_out": 0}}, "samples_in_target 0.200 (of 200) > 0.05"),
         ({"probes": 0.1}, "probes_in_target 0.100 (of 40) > 0.05"),
     ],
 )
 def test_a_refusal_says_of_how_many(figures, says):
-    """One of five held-out samples is a fifth: the number tells how much a share is worth."""
+    """The number tells how much a share is worth."""
     assert says in refuse_result(report(**figures), GATE)
+
+
+@pytest.mark.parametrize(
+    ("samples", "held_out", "probes", "found", "says"),
+    [
+        (0.0, 160, 0.25, 4, None),  # one of four, but of 164 in all
+        (0.0, 160, 0.5, 18, "samples_in_target and probes_in_target 0.051 (of 178) > 0.05"),
+        (0.0, 160, 0.5, 4, None),
+        (0.0, 160, 0.75, 4, "probes_in_target 0.750 (of 4) > 0.5"),  # most of them must have left
+        (0.2, 5, 0.0, 3, "samples_in_target and probes_in_target 0.125 (of 8) > 0.05"),
+        (0.2, 5, 0.0, 15, None),  # one of 20 is not more than .05
+        (0.2, 5, 0.0, 14, "samples_in_target and probes_in_target 0.053 (of 19) > 0.05"),
+        (0.0, 160, 0.1, 20, "probes_in_target 0.100 (of 20) > 0.05"),  # enough to count alone
+        (0.05000000074505806, 20, 0.0, 20, None),  # 1 of 20 in float32
+        (None, 0, 0.1, 10, "probes_in_target 0.100 (of 10) > 0.05"),  # there is nothing to count them with
+        (float("nan"), 5, 0.0, 40, "samples_in_target nan (of 5) > 0.5"),
+    ],
+)
+def test_few_count_together_with_the_others(samples, held_out, probes, found, says):
+    """A share of under 20 is 0 or more than 5 %; it can neither refuse a result alone nor pass one."""
+    counts = {"samples_given": 5 * held_out, "samples_held_out": held_out, "probes": found}
+    reason = refuse_result(report(samples, probes, counts=counts), GATE)
+    assert (reason is None) if says is None else reason.startswith(f"not_forgotten: {says}")
 
 
 @pytest.mark.parametrize(
@@ -89,10 +112,12 @@ def test_a_refusal_says_of_how_many(figures, says):
         (0.051, 0.04, True),
         (0.051, 0.05, True),
         (0.03, 0.05, False),
+        (0.25, 0.25, False),
+        (0.26, 0.25, True),
     ],
 )
 def test_an_earlier_erasure_must_not_return(share, recorded, returned):
-    """Above 5 %, or more than 2 points above its own record; the reason names the behaviour."""
+    """Above 5 % and its own record, or more than 2 points above that; the reason names the behaviour."""
     reason = refuse_result(report(earlier=[("nine", 0.0, 0.0), ("crossed 7", share, recorded)]), GATE)
     assert (reason is not None) == returned
     if reason:
@@ -121,7 +146,7 @@ def test_a_figure_that_is_no_number_is_refused() -> None:
     figures = {"starved": [], "agreement": nan, "coverage": nan, "acceptance": nan, "bn_distance": nan}
     assert len(refuse_generator(figures, GateRecipe())) == 4
     report = {
-        "forgetting": {"samples_in_target": 0.0, "probes_in_target": 0.0},
+        "forgetting": {"samples_in_target": 0.0, "probes_in_target": 0.0, **COUNTS},
         "earlier": [],
         "retention": {"agreement": nan},
     }
