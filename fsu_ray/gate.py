@@ -64,14 +64,16 @@ def _still_there(forgetting: Mapping[str, Any], gate: GateRecipe) -> list[tuple[
     the few must have left.
     """
     counts = {
-        "samples_in_target": forgetting.get("samples_held_out") or forgetting.get("samples_given") or 0,
-        "probes_in_target": forgetting.get("probes") or 0,
+        "samples_in_target": forgetting.get("samples_held_out") or forgetting.get("samples_given"),
+        "probes_in_target": forgetting.get("probes"),
     }
-    every = [(name, forgetting[name], number) for name, number in counts.items() if forgetting[name] is not None]
-    few = [(name, share, number) for name, share, number in every if number * gate.forgotten_max < 1]
-    told = [(*each, max(gate.forgotten_max, 0.5) if each in few else gate.forgotten_max) for each in every]
-    if few:
-        number = sum(number for *_, number in every)
-        share = sum(share * number for _, share, number in every) / max(number, 1)
-        told.append((" and ".join(name for name, *_ in every), share, number, gate.forgotten_max))
-    return [(name, round(share, 6), number, most) for name, share, number, most in told]  # .05000000075 is 1 of 20
+    told = [(name, forgetting[name], number or 0) for name, number in counts.items() if forgetting[name] is not None]
+    every = sum(number for *_, number in told)
+    shares = []
+    for name, share, number in told:
+        few = number * gate.forgotten_max < 1
+        shares.append((name, share, number, max(gate.forgotten_max, 0.5) if few else gate.forgotten_max))
+    if every:  # where none are few, this says nothing new
+        together = sum(share * number for _, share, number in told) / every
+        shares.append((" and ".join(name for name, *_ in told), together, every, gate.forgotten_max))
+    return [(name, round(share, 6), number, most) for name, share, number, most in shares]  # 1 of 20 in float32 is .05

@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fsu_ray.experiments import images
 from fsu_ray.experiments.bayes import bayes_cell
@@ -29,8 +28,6 @@ ERASED: dict[str, Callable[[float], bool]] = {
 """Whether a scenario's D_e counts as erased."""
 HOLDS, MOVES = 5.0, 1.0
 """Points of D_r that Fisher_1 may cost, and points of D_e that count as moved."""
-SURE: dict[str, Any] = {"filter": {"runner_up": 0.05}}
-"""What Ours+ asks of a subset's samples: the D' of a GAN is as sure of its classes as that of the recipe `deep`."""
 Theirs = dict[str, tuple[str, str]]
 """The paper's D_r and D_e by method, `few` or `full` before a colon where a method is given some share of D_e."""
 
@@ -65,8 +62,7 @@ def _of(original: Cell, seed: int, scale: Scale, baselines: bool) -> list[Work]:
     works: list[Work] = [("classifier", original)]
     for rho in (FULL, FEW):
         for name, one in drawn.items():
-            changes = {**(FULL_SHOT if rho == FULL else {}), **(SURE if name == "Ours+" else {})}
-            kind, cell = images.erasure(one, rho, changes, seed)
+            kind, cell = images.erasure(one, rho, FULL_SHOT if rho == FULL else {}, seed)
             works.append((kind, {**cell, "variant": name}))
         if baselines:
             works.append(("fisher", {"classifier": original, "rho": rho, "samples": SAMPLES[scale],
