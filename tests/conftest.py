@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,8 @@ from fsu_ray.records import ModelSpec
 from fsu_ray.storage.ledger import open_ledger
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many processes as there are cores
     os.environ["OMP_NUM_THREADS"] = "1"
 # Digests depend on the number of threads.
