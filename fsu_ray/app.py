@@ -76,7 +76,7 @@ class App:
         NotFound, InvalidConfig for a preset or a value that is none, UserError for a kind that is none.
         """
         named, changed = preset is not None or bool(changes), bool(changes)
-        search = self.ledger.searched(model, kind) if preset is None else None
+        search = self.ledger.recipes.in_force(model, kind) if preset is None else None
         if search is None or search.recipe is None:
             return Chosen(self.recipe(preset or "default", changes), None, preset or "default", named, changed)
         recipe = change_recipe(search.recipe, changes)
@@ -87,21 +87,21 @@ class App:
         from fsu_ray.method.datasets import NAMED
         from fsu_ray.method.networks import Classifier
 
-        self.ledger.check_name_free(name)
+        self.ledger.models.check_name_free(name)
         Classifier.from_bytes(spec, weights)
         if test_set is not None:
             self._try_test_set(test_set, spec)
             place = Path(test_set).expanduser()
             test_set = str(place.resolve()) if test_set not in NAMED and place.exists() else test_set
-        return self.ledger.register_model(name, spec, self.artifacts.put(weights), test_set)
+        return self.ledger.models.register(name, spec, self.artifacts.put(weights), test_set)
 
     def update(self, name: str, weights: bytes) -> ModelVersion:
         """Add a version that was trained further outside; it is the root of what is erased from now on."""
         from fsu_ray.method.networks import Classifier
 
-        model = self.ledger.model(name)
+        model = self.ledger.models.get(name)
         Classifier.from_bytes(model.spec, weights)
-        return self.ledger.add_version(name, self.artifacts.put(weights))
+        return self.ledger.models.add_version(name, self.artifacts.put(weights))
 
     def _try_test_set(self, name: str, spec: ModelSpec) -> None:
         from fsu_ray.method.datasets import load
@@ -122,17 +122,17 @@ class App:
     ) -> tuple[Request, bool]:
         """Queue a request; returns it and whether it is new. Samples are read and checked first."""
         chosen, named = (recipe.recipe, recipe.named) if isinstance(recipe, Chosen) else (recipe, True)
-        self.ledger.check_behaviour(name, behaviour)
-        self.ledger.check_generator(name, chosen, terms or Terms())
+        self.ledger.requests.check_behaviour(name, behaviour)
+        self.ledger.requests.check_generator(name, chosen, terms or Terms())
         digest, number = self.keep_samples(name, samples)
-        return self.ledger.submit(name, behaviour, digest, number, chosen, terms, named=named)
+        return self.ledger.requests.submit(name, behaviour, digest, number, chosen, terms, named=named)
 
     def keep_samples(self, name: str, samples: str) -> tuple[str, int]:
         """Read target samples for model `name` and store them: their digest and number; raises InvalidSamples."""
         from fsu_ray.method.context import save_samples
         from fsu_ray.method.datasets import read_samples
 
-        pixels = read_samples(samples, self.ledger.model(name).spec.shape)
+        pixels = read_samples(samples, self.ledger.models.get(name).spec.shape)
         return self.artifacts.put(save_samples(pixels)), len(pixels)
 
     def import_generator(
@@ -141,46 +141,50 @@ class App:
         """Keep the generator with these weights (safetensors) for the line `name`, with a D' drawn in this process.
 
         `latent`: the dimensions of its z, those of `recipe` where None. Raises InvalidWeights where it does not fit
-        the model, and what `Ledger.import_generator` raises.
+        the model, and what `Ledger.generators.add_imported` raises.
         """
         from fsu_ray.method.adopt import Standing, adopt
         from fsu_ray.method.precision import default_device
 
         if recipe.form == "paper":
             raise UserError("the paper's form draws D' anew from each version: import for another recipe")
-        self.ledger.check_import(name, hashlib.sha256(weights).hexdigest(), recipe)
-        base, model = self.ledger.version(name), self.ledger.model(name)
-        root = self.ledger.sealed_root(name, base)
+        self.ledger.generators.check_import(name, hashlib.sha256(weights).hexdigest(), recipe)
+        base, model = self.ledger.models.version(name), self.ledger.models.get(name)
+        root = self.ledger.models.sealed_root(name, base)
         standing = Standing(model.spec, root.weights, base.weights, priors(self.ledger, model, base, root))
         size, device = latent or recipe.invert.latent, default_device()
         found = adopt(self.artifacts, standing, recipe, weights, size, device, tell)
-        return self.ledger.import_generator(name, root, recipe, found.weights, found.dataset, found.figures, actor)
+        return self.ledger.generators.add_imported(
+            name, root, recipe, found.weights, found.dataset, found.figures, actor
+        )
 
     def seal(self, generator: str, actor: str) -> Generator:
         """Write the masks of a line into the D' of a generator, and destroy what could still draw the erased.
 
-        Raises NotFound, AlreadyExists, TransitionRefused as `Ledger.seal` does, and UserError where there is no mask
+        Raises NotFound, AlreadyExists, TransitionRefused as `Ledger.generators.seal` does, and UserError where there is no mask
         to write, D' has the labels of an older root, or an alias points to the root that is to be destroyed.
         """
         from fsu_ray.method.seal import seal
 
-        found = self.ledger.generator(generator)
-        base = self.ledger.version(found.model)
-        root = self.ledger.sealed_root(found.model, base)
-        model = self.ledger.model(found.model)
+        found = self.ledger.generators.get(generator)
+        base = self.ledger.models.version(found.model)
+        root = self.ledger.models.sealed_root(found.model, base)
+        model = self.ledger.models.get(found.model)
         if (found.sealed or found.root) != root.number:
             raise UserError(f"generator {found.id} has the labels of version {found.root}; seal one of {root.number}")
         masks = priors(self.ledger, model, base, root)
         if not masks:
             raise UserError(f"nothing is erased from {model.name!r} yet: there is no mask to write")
-        pointing = [alias for alias, move in self.ledger.aliases(model.name).items() if move.version == base.root]
-        if pointing and self.ledger.policy(model.name).seal == "root":
+        pointing = [
+            alias for alias, move in self.ledger.models.aliases(model.name).items() if move.version == base.root
+        ]
+        if pointing and self.ledger.models.policy(model.name).seal == "root":
             raise UserError(f"alias {pointing[0]!r} points to the root, which is to be destroyed; move it first")
         if found.sealed or found.retired:
             raise AlreadyExists(f"generator {found.id} is {'retired' if found.retired else 'sealed'} already")
         dataset = seal(self.artifacts, model.spec, root.weights, found.dataset, masks)
-        destroy(self.artifacts, self.ledger.seal(found, base, dataset, actor))
-        return self.ledger.generator(found.id)
+        destroy(self.artifacts, self.ledger.generators.seal(found, base, dataset, actor))
+        return self.ledger.generators.get(found.id)
 
     def train(
         self, data: str, arch: str, epochs: int, seed: int, shape: tuple[int, int, int] | None = None, tell: Tell = None
@@ -217,13 +221,13 @@ class App:
         being the one that it begins with. Raises NotFound, and UserError for what cannot be searched."""
         from fsu_ray.method.context import load_samples
 
-        self.ledger.check_behaviour(name, asked.behaviour)
+        self.ledger.requests.check_behaviour(name, asked.behaviour)
         if recipe.form == "paper":
             raise UserError("a search needs the continual form: the paper's draws its D' anew from each version")
         if len(load_samples(self.artifacts.get(asked.samples))) < 2:
             raise InvalidSamples("a search holds some of the target samples out: give at least two")
-        base = self.ledger.version(name)
-        return draft_order(self.ledger, name, asked, recipe, base, self.ledger.sealed_root(name, base))
+        base = self.ledger.models.version(name)
+        return draft_order(self.ledger, name, asked, recipe, base, self.ledger.models.sealed_root(name, base))
 
     def search(self, model: str, order: WorkOrder, wanted: Any, actor: str, tell: Tell, cpus: int | None = None) -> Any:
         """Search for a recipe for `order` on Ray (`search.Wanted`), and keep what is better than the one it began with
@@ -235,10 +239,10 @@ class App:
         if not found.better:
             return found, None
         kind = order.behaviour.kind
-        known = self.ledger.searched(model, kind)
+        known = self.ledger.recipes.in_force(model, kind)
         if known is not None and known.evidence.get("name") == found.evidence["name"]:
             return found, known  # the same search again
-        return found, self.ledger.keep_recipe(model, kind, found.recipe, found.score, found.evidence, actor)
+        return found, self.ledger.recipes.keep(model, kind, found.recipe, found.score, found.evidence, actor)
 
     @contextmanager
     def on_ray(
@@ -255,7 +259,7 @@ class App:
         workers.connect(cpus)
         try:
             workers.resources(size, parallel)
-            with Feed(self.ledger.figures) as feed:
+            with Feed(self.ledger.requests.stats) as feed:
 
                 def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
                     outcome = workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop, parallel, size)
@@ -274,7 +278,7 @@ class App:
         from fsu_ray.cluster.jobs import Head, job_of
         from fsu_ray.dispatch import reconcile
 
-        if not any(job_of(request.worker) for request in self.ledger.requests(status=Status.RUNNING)):
+        if not any(job_of(request.worker) for request in self.ledger.requests.all(status=Status.RUNNING)):
             return []
         try:
             return reconcile(self.ledger, Head())
@@ -285,7 +289,7 @@ class App:
     def expect(self, request: str) -> None:
         """Raise NotFound where the ledger is not the one that has this request: a job that was sent elsewhere."""
         try:
-            self.ledger.request(request)
+            self.ledger.requests.get(request)
         except NotFound:
             raise NotFound(
                 f"the ledger of this job has no request {request}: it is not that of the sender; let the cluster have "
@@ -296,7 +300,7 @@ class App:
         """Claim and carry out what is ready; `started(request)` hears of each claim."""
         wanted = wanted or Drain()
         if wanted.model is not None:
-            self.ledger.model(wanted.model)
+            self.ledger.models.get(wanted.model)
 
         def one(request: Request, halt: threading.Event) -> list[Result]:
             if started:

@@ -67,7 +67,7 @@ def print_demo(app: App, shown: Shown) -> None:
     first, *later = [sum(r.outcome.seconds.values()) for r in shown.results if r.outcome]
     if later:
         out.print(f"The first request took {first:.1f} s of method, the second, with its generator, {later[0]:.1f} s.")
-    out.print(console.history_table(name, app.ledger.history(name)))
+    out.print(console.history_table(name, app.ledger.models.history(name)))
     out.print(f"Ledger {app.settings.ledger}, artifacts {app.settings.artifacts}")
     samples = shlex.quote(str(_relative(app.settings.home / "demo" / name / f"class-{ERASED[0]}")))
     out.print("Type next:")
@@ -87,7 +87,7 @@ def _relative(path: Path) -> Path:
 
 
 def _free_name(app: App) -> str:
-    taken = {model.name for model in app.ledger.models()}
+    taken = {model.name for model in app.ledger.models.all()}
     name, number = "digits-demo", 1
     while name in taken:
         number += 1

@@ -45,8 +45,8 @@ def send(
     does.
     """
     reconcile(ledger, head)
-    ledger.end_abandoned(SENDER)
-    request = ledger.upcoming(wanted.model)
+    ledger.requests.end_abandoned(SENDER)
+    request = ledger.requests.upcoming(wanted.model)
     if request is None:
         return None
     attempt = request.attempt + 1
@@ -84,11 +84,11 @@ def reconcile(ledger: Ledger, head: Head) -> list[Request]:
     A job that the head does not know, or that another head had before it was started again, may be alive on another
     cluster: its claim ends with its lease.
     """
-    claimed = [request for request in ledger.requests(status=Status.RUNNING) if job_of(request.worker)]
+    claimed = [request for request in ledger.requests.all(status=Status.RUNNING) if job_of(request.worker)]
     if not claimed:
         return []
     over = {(head.mark, job.id) for job in head.jobs() if job.over}
-    return [r for r in claimed if r.lead is None and job_of(r.worker) in over and ledger.expire(r)]
+    return [r for r in claimed if r.lead is None and job_of(r.worker) in over and ledger.requests.expire(r)]
 
 
 def stop(ledger: Ledger, head: Head, name: str) -> tuple[Job, list[Request]]:
@@ -96,8 +96,8 @@ def stop(ledger: Ledger, head: Head, name: str) -> tuple[Job, list[Request]]:
 
     Raises what `Head.stop` does.
     """
-    running = ledger.requests(status=Status.RUNNING)
+    running = ledger.requests.all(status=Status.RUNNING)
     had = [request.id for request in running if job_of(request.worker) == (head.mark, name)]
     job = head.stop(name)
     reconcile(ledger, head)
-    return job, [ledger.request(request) for request in had]
+    return job, [ledger.requests.get(request) for request in had]

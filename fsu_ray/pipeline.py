@@ -87,10 +87,10 @@ def drain(ledger: Ledger, worker: str, wanted: Drain, run: Run) -> list[Result]:
                 return None
             along = (left or 1000) - 1 if wanted.coalesce else 0
             request = patiently(
-                lambda: ledger.claim(worker, LEASE_SECONDS, wanted.model, cap=wanted.parallel, along=along)
+                lambda: ledger.requests.claim(worker, LEASE_SECONDS, wanted.model, cap=wanted.parallel, along=along)
             )
             if request is not None:
-                taken += 1 + (len(patiently(lambda: ledger.companions(request))) if along else 0)
+                taken += 1 + (len(patiently(lambda: ledger.requests.batch_members(request))) if along else 0)
             return request
 
     def work() -> None:
@@ -114,7 +114,7 @@ def drain(ledger: Ledger, worker: str, wanted: Drain, run: Run) -> list[Result]:
             wait(working, HALT_SECONDS)
             for request in list(running.values()):
                 with suppress(LeaseLost, LedgerUnavailable):  # it has ended after all, or its lease decides
-                    ledger.release(request, "interrupted")
+                    ledger.requests.release(request, "interrupted")
             raise
         except BaseException:
             halt.set()
@@ -146,30 +146,30 @@ def run_request(
     stop = threading.Event()
 
     def asked() -> bool:
-        return (halt is not None and halt.is_set()) or ledger.cancelling(request)
+        return (halt is not None and halt.is_set()) or ledger.requests.cancel_requested(request)
 
     try:
         plan = patiently(lambda: prepare(ledger, request))
-        with Heartbeat(lambda: ledger.heartbeat(request, LEASE_SECONDS), asked, stop):
+        with Heartbeat(lambda: ledger.requests.heartbeat(request, LEASE_SECONDS), asked, stop):
             outcome = execute(plan.order, store, run_name(plan.order), stop)
         results = settle(ledger, request, plan, outcome)
     except LeaseLost:
         raise
     except Stopped:
-        results = [Result(patiently(lambda: ledger.stop(request)), None, None)]
+        results = [Result(patiently(lambda: ledger.requests.stop(request)), None, None)]
     except KeyboardInterrupt:
-        patiently(lambda: ledger.release(request, "interrupted"), seconds=5)
+        patiently(lambda: ledger.requests.release(request, "interrupted"), seconds=5)
         raise
     except GeneratorUnfit as error:
         refusal = f"generator_unfit: {error}"
         results = [Result(patiently(lambda: ledger.reject(request, refusal, None, None)), None, None)]
     except UserError as error:
         reason = f"{type(error).__name__}: {error}"
-        results = [Result(patiently(lambda: ledger.fail(request, reason)), None, None)]
+        results = [Result(patiently(lambda: ledger.requests.fail(request, reason)), None, None)]
     except Exception as error:  # a bug is the request's end, not the end of the queue
         failure = error if isinstance(error, FsuError) else RunFailed(f"{type(error).__name__}: {error}")
         reason = str(failure)
-        results = [Result(patiently(lambda: ledger.retry(request, reason)), None, None)]
+        results = [Result(patiently(lambda: ledger.requests.retry(request, reason)), None, None)]
     if any(result.request.status.is_terminal for result in results):
         patiently(lambda: tidy(ledger, store, request.model))
     return results
@@ -178,9 +178,9 @@ def run_request(
 def prepare(ledger: Ledger, request: Request) -> Plan:
     """What is to be done about a claimed request, as the ledger is now; raises GeneratorUnfit where the generator that
     it asks for can serve it no more."""
-    base = ledger.version(request.model)
-    root = ledger.sealed_root(request.model, base)
-    model, named = ledger.model(request.model), request.generator
+    base = ledger.models.version(request.model)
+    root = ledger.models.sealed_root(request.model, base)
+    model, named = ledger.models.get(request.model), request.generator
     if named is None:
         offered = offer(ledger, model, base, root, request.recipe)
     else:
@@ -197,8 +197,8 @@ def make_order(ledger: Ledger, request: Request, base: ModelVersion, root: Model
         warm=offered.warm,
         transfer=offered.transfer,
         bound=offered.bound,
-        test_set=ledger.model(request.model).test_set,
-        also=tuple(Asked(each.id, each.behaviour, each.samples) for each in ledger.companions(request)),
+        test_set=ledger.models.get(request.model).test_set,
+        also=tuple(Asked(each.id, each.behaviour, each.samples) for each in ledger.requests.batch_members(request)),
     )
 
 
@@ -206,7 +206,7 @@ def draft_order(
     ledger: Ledger, name: str, asked: Asked, recipe: Recipe, base: ModelVersion, root: ModelVersion
 ) -> WorkOrder:
     """What erasing `asked` from version `base` of model `name` would begin with, whatever the registry offers."""
-    model = ledger.model(name)
+    model = ledger.models.get(name)
     return WorkOrder(
         request=asked.request,
         spec=model.spec,
@@ -234,7 +234,7 @@ def settle(ledger: Ledger, request: Request, plan: Plan, outcome: Outcome) -> li
     reason = outcome.reason or next((why for why in refused if why is not None), None)
     if reason is not None and plan.order.also:
         apart = f"coalesced run refused: {reason}"
-        return [Result(patiently(lambda: ledger.separate(request, apart)), None, None)]
+        return [Result(patiently(lambda: ledger.requests.separate(request, apart)), None, None)]
     reuse, transfer, warm = plan.offered.reuse, plan.offered.transfer, plan.offered.warm or plan.offered.reuse
     links: dict[str, Any] = {
         "generator_id": reuse.id if outcome.generator_use == "reused" and reuse else None,
@@ -246,7 +246,7 @@ def settle(ledger: Ledger, request: Request, plan: Plan, outcome: Outcome) -> li
         rejected = patiently(lambda: ledger.reject(request, reason, outcome, plan.base, **links))
         return [Result(rejected, None, outcome)]
     version = _commit(ledger, request, outcome, plan.base, links)
-    ended = patiently(lambda: [ledger.request(asked.request) for asked in plan.order.asked])
+    ended = patiently(lambda: [ledger.requests.get(asked.request) for asked in plan.order.asked])
     own = (replace(outcome, report=part.report, mask=part.mask, probes=part.probes) for part in outcome.also)
     return [Result(each, version, found) for each, found in zip(ended, (outcome, *own), strict=True)]
 
@@ -258,9 +258,9 @@ def _commit(
     try:
         return patiently(lambda: ledger.commit(request, outcome, base, **links))
     except LeaseLost:
-        now = patiently(lambda: ledger.request(request.id))
+        now = patiently(lambda: ledger.requests.get(request.id))
         if now.status is Status.SUCCEEDED and now.attempt == request.attempt and now.version == base.number + 1:
-            version = patiently(lambda: ledger.version(request.model, base.number + 1))
+            version = patiently(lambda: ledger.models.version(request.model, base.number + 1))
             if version.weights == outcome.weights:
                 return version
         raise

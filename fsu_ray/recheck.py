@@ -11,7 +11,7 @@ from fsu_ray.recipes import GateRecipe
 from fsu_ray.records import Erasure, Model, ModelVersion
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.storage.lineage import Measured
+from fsu_ray.storage.models import Measured
 from fsu_ray.storage.policies import check_actor
 
 if TYPE_CHECKING:
@@ -35,26 +35,26 @@ class Rechecked:
 def recheck(
     ledger: Ledger, artifacts: Artifacts, reference: str, actor: str, tell: Tell | None = None
 ) -> tuple[Model, ModelVersion, list[Rechecked]]:
-    """Measure every erasure in force at `reference` (`Ledger.resolve`) on that version's weights, oldest first.
+    """Measure every erasure in force at `reference` (`Ledger.models.resolve`) on that version's weights, oldest first.
 
     All are measured before any is recorded. An erasure passes by the rule that later requests must keep to, with the
     bounds of its own recipe. Raises NotFound, UserError for an actor that is none, and StorageError where the weights
     or the probes of an erasure are missing.
     """
     check_actor(actor)
-    model, version = ledger.resolve(reference)
-    erasures = ledger.erasures(model.name, version.number)
+    model, version = ledger.models.resolve(reference)
+    erasures = ledger.models.erasures(model.name, version.number)
     if not erasures:
         return model, version, []
     classifier = _classifier(artifacts, model, version)
-    gates = {request.id: request.recipe.gate for request in ledger.requests(model.name)}
+    gates = {request.id: request.recipe.gate for request in ledger.requests.all(model.name)}
     found = []
     for done, erasure in enumerate(erasures, 1):
         found.append(_measure(artifacts, classifier, erasure, gates[erasure.request]))
         if tell:
             tell("recheck", done, len(erasures), {})
     measured = [Measured(each.erasure.id, each.probes, each.share, each.passed) for each in found]
-    ledger.keep_rechecks(model.name, version.number, measured, actor)
+    ledger.models.record_rechecks(model.name, version.number, measured, actor)
     return model, version, found
 
 

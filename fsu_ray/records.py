@@ -122,7 +122,7 @@ class Terms(Frozen):
 
 
 class Policy(Frozen):
-    """What a model line wants done besides its erasures; `Ledger.set_policy` keeps every one there was."""
+    """What a model line wants done besides its erasures; `Ledger.models.set_policy` keeps every one there was."""
 
     approval: bool = Field(False, description="requests wait for the approval of somebody else than the requester")
     samples_days: float | None = Field(None, ge=0, le=36500, description="samples are purged so long after the end")

@@ -138,7 +138,7 @@ def run_due(
     interrupt leaves the window open, to be resumed at once.
     """
     fired: list[Fired] = []
-    for schedule in ledger.schedules():
+    for schedule in ledger.schedules.all():
         while schedule.state == "active":
             try:
                 taken = _take(ledger, schedule, worker, moment)
@@ -164,7 +164,7 @@ def serve(ledger: Ledger, one_pass: Callable[[datetime], object], tell: Callable
         moment, seconds = datetime.now(UTC), PASS_SECONDS
         try:
             one_pass(moment)
-            seconds = pause(ledger.schedules(), moment, datetime.now(UTC))
+            seconds = pause(ledger.schedules.all(), moment, datetime.now(UTC))
         except FsuError as error:
             tell(error)
         time.sleep(seconds)
@@ -182,12 +182,12 @@ def pause(schedules: list[Schedule], passed: datetime, moment: datetime) -> floa
 
 def _take(ledger: Ledger, schedule: Schedule, worker: str, moment: datetime) -> tuple[Window, bool] | None:
     """The window to work in, and whether it was opened before."""
-    last = ledger.last_window(schedule.id)
+    last = ledger.schedules.last_window(schedule.id)
     if last is not None and last.finished_at is None:
-        window = ledger.resume_window(schedule, worker, LEASE_SECONDS)
+        window = ledger.schedules.resume_window(schedule, worker, LEASE_SECONDS)
         return None if window is None else (window, True)
     found = due(schedule, None if last is None else last.starts_at, moment)
-    fired = None if found is None else ledger.fire(schedule, *found, worker, LEASE_SECONDS)
+    fired = None if found is None else ledger.schedules.fire(schedule, *found, worker, LEASE_SECONDS)
     return None if fired is None else (fired, False)
 
 
@@ -196,12 +196,12 @@ def _work(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resu
     results: list[Result] = []
     stop = Event()
     try:
-        with Heartbeat(lambda: ledger.renew_window(window, LEASE_SECONDS), stop=stop):
+        with Heartbeat(lambda: ledger.schedules.renew_window(window, LEASE_SECONDS), stop=stop):
             left = patiently(lambda: _left(ledger, schedule, window, 0))
             while left == "ready" and not stop.is_set():
                 left = _one(ledger, carry, schedule, window, results)
         over, count = left == "nothing", window.requests + len(results)
-        leave = ledger.close_window if over else ledger.release_window
+        leave = ledger.schedules.close_window if over else ledger.schedules.release_window
         patiently(lambda: leave(window, count))
         return Fired(schedule, replace(window, requests=count), resumed, tuple(results), over, None)
     except Exception as error:
@@ -219,7 +219,7 @@ def _one(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resul
     ended = carry(Drain(most=1, model=schedule.model, until=ends_at(schedule, window)))
     results += ended
     count = window.requests + len(results)
-    patiently(lambda: ledger.renew_window(window, LEASE_SECONDS, count))
+    patiently(lambda: ledger.schedules.renew_window(window, LEASE_SECONDS, count))
     left = patiently(lambda: _left(ledger, schedule, window, len(results)))
     return "later" if left == "ready" and not ended else left  # another worker was faster
 
@@ -231,13 +231,13 @@ def _left(ledger: Ledger, schedule: Schedule, window: Window, done: int) -> Left
         return "nothing"
     if schedule.max_requests is not None and window.requests + done >= schedule.max_requests:
         return "nothing"
-    if ledger.schedule(schedule.id).state != "active":
+    if ledger.schedules.get(schedule.id).state != "active":
         return "nothing"
-    if ledger.claimable(schedule.model):
+    if ledger.requests.claimable(schedule.model):
         return "ready"
-    if ledger.requests(schedule.model, Status.RUNNING):
+    if ledger.requests.all(schedule.model, Status.RUNNING):
         return "later"
-    queued = ledger.requests(schedule.model, Status.QUEUED)
+    queued = ledger.requests.all(schedule.model, Status.QUEUED)
     again = any(each.retry_at and (each.not_before is None or each.not_before <= moment) for each in queued)
     return "later" if again else "nothing"
 
@@ -245,7 +245,7 @@ def _left(ledger: Ledger, schedule: Schedule, window: Window, done: int) -> Left
 def _leave(ledger: Ledger, window: Window, results: list[Result]) -> None:
     """Leave a window open for the next pass; where the ledger is away, that can have it when its lease is over."""
     with suppress(FsuError):
-        patiently(lambda: ledger.release_window(window, window.requests + len(results)), seconds=5)
+        patiently(lambda: ledger.schedules.release_window(window, window.requests + len(results)), seconds=5)
 
 
 def _times(schedule: Schedule, after: datetime) -> Iterator[datetime]:

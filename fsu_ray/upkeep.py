@@ -10,7 +10,7 @@ from fsu_ray.errors import NotFound, TransitionRefused
 from fsu_ray.records import Generator
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.checkpoints import Checkpoints, Kept
-from fsu_ray.storage.inverters import Why
+from fsu_ray.storage.generators import Why
 from fsu_ray.storage.ledger import Ledger
 
 STRAY_AFTER = timedelta(days=1)
@@ -40,14 +40,14 @@ class Garbage:
 def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: str = "policy") -> Tidied:
     """Purge the samples and retire the generators that policies want gone by now, of one model or of all."""
     purged, retired = [], []
-    for request in ledger.due_samples(model):
+    for request in ledger.requests.due_samples(model):
         try:
-            destroy(artifacts, ledger.purge(request, actor))
+            destroy(artifacts, ledger.requests.purge(request, actor))
         except TransitionRefused:  # submitted again in this very moment: another time
             continue
         purged.append(request.id)
-    for name in [model] if model else [each.name for each in ledger.models()]:
-        for generator, why in ledger.due_generators(name):
+    for name in [model] if model else [each.name for each in ledger.models.all()]:
+        for generator, why in ledger.generators.due(name):
             try:
                 retire(ledger, artifacts, generator.id, why, actor)
             except TransitionRefused:  # a run may be using it: another time
@@ -58,7 +58,7 @@ def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: 
 
 def retire(ledger: Ledger, artifacts: Artifacts, generator: str, why: Why, actor: str) -> Generator:
     """Retire a generator and delete its weights and its D'."""
-    retired, gone = ledger.retire(generator, why, actor)
+    retired, gone = ledger.generators.retire(generator, why, actor)
     destroy(artifacts, gone)
     return retired
 
@@ -73,7 +73,7 @@ def garbage(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, stray_after
     """What may be deleted now. What may be the work of a running request is left alone, and so are runs of requests
     that this ledger does not know. Of a search the ledger knows its result alone: its checkpoints go by their age."""
     needed, removed = ledger.references()
-    oldest = ledger.oldest_run()
+    oldest = ledger.requests.oldest_run()
     before = datetime.now(UTC) - stray_after
     if oldest is not None:
         before = min(before, oldest)
@@ -93,7 +93,7 @@ def _over(ledger: Ledger, runs: Checkpoints, before: datetime) -> dict[str, int]
         if kept.request is None:
             return kept.at < before
         try:
-            return ledger.request(kept.request).status.is_terminal
+            return ledger.requests.get(kept.request).status.is_terminal
         except NotFound:
             return False
 

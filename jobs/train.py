@@ -23,7 +23,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         app = App.open()
-        app.ledger.check_name_free(options.name)
+        app.ledger.models.check_name_free(options.name)
         with console.watching() as watcher:
             spec, weights = app.train(
                 options.data,

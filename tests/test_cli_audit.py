@@ -16,7 +16,6 @@ from fsu_ray.app import App
 from fsu_ray.cli.audit import audit_app, words
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
-from fsu_ray.storage.audit import log
 
 Fsu = Callable[..., Result]
 
@@ -31,9 +30,9 @@ def fsu() -> Fsu:
 def kept(app: App) -> App:
     """An app with a model, a request, and their two artifacts."""
     spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
-    app.ledger.register_model("m", spec, app.artifacts.put(b"weights"))
+    app.ledger.models.register("m", spec, app.artifacts.put(b"weights"))
     behaviour = Behaviour(name="nine", kind="class", targets=(9,))
-    app.ledger.submit("m", behaviour, app.artifacts.put(b"samples"), 8, Recipe())
+    app.ledger.requests.submit("m", behaviour, app.artifacts.put(b"samples"), 8, Recipe())
     app.ledger.close()
     return app
 
@@ -90,7 +89,7 @@ def test_a_ledger_that_was_tampered_with(fsu: Fsu, kept: App, home: Path) -> Non
 
 
 def test_artifacts_are_read(fsu: Fsu, kept: App, home: Path) -> None:
-    digest = kept.ledger.version("m").weights
+    digest = kept.ledger.models.version("m").weights
     Path(kept.artifacts.path(digest)).write_bytes(b"others")
     failed(fsu("verify"), 3, f"artifact {digest}: its content is not that of its name\n")
     kept.artifacts.delete(digest)
@@ -150,7 +149,7 @@ def test_the_log_says_in_words_what_happened(fsu: Fsu, kept: App) -> None:
         "request from submitted to queued",
     ):
         assert said in shown
-    request = kept.ledger.requests()[0].id
+    request = kept.ledger.requests.all()[0].id
     events = json.loads(fsu("log", "--request", request[:12], "--json").stdout)
     assert [event["event"] for event in events] == ["submitted", "request_submitted", "request_queued"]
     assert events[0]["detail"]["row"]["sample_count"] == 8
@@ -166,7 +165,7 @@ def test_a_log_that_was_tampered_with_is_still_shown(fsu: Fsu, kept: App, home: 
 
 def test_every_event_has_words(kept: App) -> None:
     """An event that is not known, or has other columns than it has today, is named all the same."""
-    assert all(words(event.event, json.loads(event.detail)) for event in log(kept.ledger))
+    assert all(words(event.event, json.loads(event.detail)) for event in kept.ledger.audit.log())
     assert words("moved_away", {"row": {"id": "z-1"}}) == "moved away z-1"
     assert words("erased", {"row": {"id": "e-1"}}) == "erased e-1"
     assert words("erased", {}) == "erased"

@@ -98,7 +98,7 @@ def test_who_waits_ends_as_the_job(
         def wait(self, name: str) -> ray_jobs.Job:
             return over
 
-    app.ledger.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
+    app.ledger.requests.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
     monkeypatch.setattr(ray_jobs, "Head", lambda address: Ending())
     result = fsu("submit", "--address", "http://h:1", "--wait", "--json")
     assert result.exit_code == ends, result.output
@@ -127,7 +127,7 @@ def test_whoever_carries_out_looks_for_dead_jobs_first(
     fsu: Fsu, app: App, monkeypatch: pytest.MonkeyPatch, command: str, order: list[str]
 ) -> None:
     """So what a dead job had is among what is ready."""
-    app.ledger.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
+    app.ledger.requests.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
     seen: list[str] = []
     monkeypatch.setattr(App, "reconcile", lambda *_: seen.append("looks for dead jobs"))
     monkeypatch.setattr(App, "on_ray", lambda *_, **__: nullcontext())

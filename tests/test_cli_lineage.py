@@ -49,15 +49,15 @@ def erase(app: App, trained: Any) -> Callable[..., None]:
     def commit(*targets: int, probes: int = 3) -> None:
         for target in targets:
             behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
-            app.ledger.submit("m", behaviour, f"{target:064}", 8, Recipe())
-        request = app.ledger.claim("tester", 60, along=len(targets) - 1)
+            app.ledger.requests.submit("m", behaviour, f"{target:064}", 8, Recipe())
+        request = app.ledger.requests.claim("tester", 60, along=len(targets) - 1)
         assert request is not None
         pixels = app.artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [probes], 20, 0)]))
         report = {"forgetting": {"samples_in_target": 0.125, "probes_in_target": 0.01}}
-        along = tuple(Part(other.id, "c" * 64, pixels, report) for other in app.ledger.companions(request))
+        along = tuple(Part(other.id, "c" * 64, pixels, report) for other in app.ledger.requests.batch_members(request))
         weights = app.artifacts.put(trained.weights)
         made = ("a" * 64, "b" * 64, {"agreement": 0.99, "starved": []}, (), weights, "c" * 64, pixels, report, {})
-        app.ledger.commit(request, Outcome(None, "trained", *made, also=along), app.ledger.version("m"))
+        app.ledger.commit(request, Outcome(None, "trained", *made, also=along), app.ledger.models.version("m"))
 
     return commit
 
@@ -125,7 +125,7 @@ class TestTree:
 def test_model_show(fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
     """A coalesced run is one version with several behaviours; the JSON document has all of it."""
     erase(8, 5)
-    app.update("m", app.artifacts.get(app.ledger.version("m").weights))
+    app.update("m", app.artifacts.get(app.ledger.models.version("m").weights))
     assert fsu("alias", "set", "m", "production", 2).exit_code == 0
 
     shown = fsu("model", "show", "m").stdout.splitlines()
@@ -145,19 +145,19 @@ def test_model_show(fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
 
 class TestPolicy:
     def test_what_is_given_is_set_and_the_rest_stays(self, fsu: Fsu, app: App) -> None:
-        app.ledger.register_model("m", SPEC, "w" * 64)
+        app.ledger.models.register("m", SPEC, "w" * 64)
         assert "samples_days    never" in fsu("model", "policy", "m").stdout
-        assert app.ledger.history("m")[1:] == [], "to look is not to set"
+        assert app.ledger.models.history("m")[1:] == [], "to look is not to set"
 
         shown = fsu("model", "policy", "m", "--approval", "--samples-days", "30", "--by", "ann").stdout
         assert "approval        yes" in shown
-        assert app.ledger.policy("m") == Policy(approval=True, samples_days=30)
-        assert app.ledger.history("m")[-1]["detail"]["by"] == "ann"
+        assert app.ledger.models.policy("m") == Policy(approval=True, samples_days=30)
+        assert app.ledger.models.history("m")[-1]["detail"]["by"] == "ann"
         fsu("model", "policy", "m", "--generators", "max-age", "--generator-days", "7", "--seal", "root")
         aged = Policy(approval=True, samples_days=30, generators="max-age", generator_days=7, seal="root")
-        assert app.ledger.policy("m") == aged
+        assert app.ledger.models.policy("m") == aged
         fsu("model", "policy", "m", "--generators", "retire-after-erasure", "--samples-days", "never")
-        assert app.ledger.policy("m") == Policy(approval=True, generators="retire-after-erasure", seal="root")
+        assert app.ledger.models.policy("m") == Policy(approval=True, generators="retire-after-erasure", seal="root")
         document = json.loads(fsu("model", "policy", "m", "--no-approval", "--json").stdout)
         assert Policy.model_validate(document) == Policy(generators="retire-after-erasure", seal="root")
 
@@ -175,9 +175,9 @@ class TestPolicy:
         ],
     )
     def test_what_is_no_policy(self, fsu: Fsu, app: App, words: list[str], said: str) -> None:
-        app.ledger.register_model("m", SPEC, "w" * 64)
+        app.ledger.models.register("m", SPEC, "w" * 64)
         refused(fsu("model", "policy", "m", *words), said)
-        assert app.ledger.policy("m") == Policy()
+        assert app.ledger.models.policy("m") == Policy()
 
 
 class TestAliases:
@@ -254,7 +254,7 @@ class TestErased:
         assert len(lines) == lineage.FEW + 1
         assert len({line.index("subset") for line in lines}) == 1
         assert head.index("kind") == lines[0].index("subset")
-        assert all(each.request in line for each, line in zip(app.ledger.gone("line"), lines, strict=True))
+        assert all(each.request in line for each, line in zip(app.ledger.models.erased("line"), lines, strict=True))
         shown = fsu("model", "show", "line").stdout.splitlines()
         assert len(shown) == lineage.FEW + 3
         assert shown[-1].startswith("└── version 202")
@@ -266,7 +266,7 @@ class TestRecheck:
         done = fsu("recheck", "m", "--by", "ann")
         assert done.exit_code == 0
         assert "passed" in done.stdout
-        assert [each.actor for each in app.ledger.rechecks("m").values()] == ["ann"]
+        assert [each.actor for each in app.ledger.models.rechecks("m").values()] == ["ann"]
         assert "nothing is gone from m, version 1" in fsu("recheck", "m@1").stdout
 
     def test_what_has_come_back_is_exit_code_4(self, fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
@@ -284,12 +284,12 @@ class TestRecheck:
             ("class-5", False),
         ]
         assert "RETURNED on 3" in fsu("erased", "m").stdout
-        told = [event["event"] for event in app.ledger.history("m")]
+        told = [event["event"] for event in app.ledger.models.history("m")]
         assert told.count("recheck_failed") == 2
 
     def test_missing_probes_are_one_line(self, fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
         erase(8)
-        app.artifacts.delete(app.ledger.erasures("m")[0].probes)
+        app.artifacts.delete(app.ledger.models.erasures("m")[0].probes)
         refused(fsu("recheck", "m"), "is missing; check FSU_ARTIFACTS")
 
 

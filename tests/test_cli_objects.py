@@ -30,9 +30,9 @@ def app(home: Path, s3_bucket: Any, monkeypatch: pytest.MonkeyPatch) -> App:
     """An app with its artifacts in a bucket: a model and a request, of two artifacts."""
     monkeypatch.setenv("FSU_ARTIFACTS", s3_bucket.uri())
     app = App.open()
-    app.ledger.register_model("m", SPEC, app.artifacts.put(b"weights"))
+    app.ledger.models.register("m", SPEC, app.artifacts.put(b"weights"))
     behaviour = Behaviour(name="nine", kind="class", targets=(9,))
-    app.ledger.submit("m", behaviour, app.artifacts.put(b"samples"), 8, Recipe())
+    app.ledger.requests.submit("m", behaviour, app.artifacts.put(b"samples"), 8, Recipe())
     return app
 
 
@@ -40,7 +40,7 @@ def test_the_audit_reads_the_bucket(app: App, fsu: Fsu, s3_bucket: Any) -> None:
     """Good, then damaged, then missing."""
     good = fsu("audit", "verify")
     assert (good.exit_code, "2 artifacts" in good.stdout) == (0, True), good.output
-    digest = app.ledger.version("m").weights
+    digest = app.ledger.models.version("m").weights
     s3_bucket.write(f"{digest[:2]}/{digest}", b"WEIGHTS")
     damaged = fsu("audit", "verify")
     assert (damaged.exit_code, f"{digest}: its content is not that of its name" in damaged.stderr) == (3, True)
@@ -101,4 +101,4 @@ def test_checkpoints_that_cannot_be_written(app: App, fsu: Fsu, monkeypatch: pyt
     assert "checkpoints s3://no-such-bucket" in refused.stderr
     assert "set FSU_RUNS to" in refused.stderr
     assert refused.stderr.count("\n") == 1
-    assert [request.status for request in app.ledger.requests("m")] == ["queued"]
+    assert [request.status for request in app.ledger.requests.all("m")] == ["queued"]

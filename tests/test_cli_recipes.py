@@ -28,7 +28,7 @@ EVIDENCE = {"trials": 24, "default": {"score": 0.91}}
 def fsu(app: App, home: Path, monkeypatch: pytest.MonkeyPatch) -> Fsu:
     """Types a command in a folder with the model `m` and the samples s/."""
     monkeypatch.delenv("FSU_ACTOR", raising=False)
-    app.ledger.register_model("m", SPEC, "w" * 64)
+    app.ledger.models.register("m", SPEC, "w" * 64)
     write_samples(torch.zeros((6, *SPEC.shape), dtype=torch.uint8), home / "s")
 
     def run(*words: str | int) -> Result:
@@ -40,7 +40,7 @@ def fsu(app: App, home: Path, monkeypatch: pytest.MonkeyPatch) -> Fsu:
 @pytest.fixture
 def searched(fsu: Fsu, app: App) -> Searched:
     """What a search has found for class requests of `m`."""
-    return app.ledger.keep_recipe("m", "class", FOUND, 0.97, EVIDENCE, "u-1")
+    return app.ledger.recipes.keep("m", "class", FOUND, 0.97, EVIDENCE, "u-1")
 
 
 def submit(fsu: Fsu, target: int, *more: str) -> Result:
@@ -62,30 +62,30 @@ class TestSubmit:
         assert "recipe: default\n" in submit(fsu, 8).stdout
         assert "recipe: default, changed by --set\n" in submit(fsu, 4, "--set", "relearn.epochs=2").stdout
         assert "recipe: digits\n" in submit(fsu, 3, "--recipe", "digits").stdout
-        made = [request.recipe for request in app.ledger.requests()]
+        made = [request.recipe for request in app.ledger.requests.all()]
         assert made == [Recipe(), Recipe(relearn=RelearnRecipe(epochs=2)), app.recipe("digits")]
 
     def test_what_was_found_is_taken(self, fsu: Fsu, app: App, searched: Searched) -> None:
         assert f"recipe: searched {searched.id}, score 0.97\n" in submit(fsu, 8).stdout
-        (request,) = app.ledger.requests()
+        (request,) = app.ledger.requests.all()
         assert request.recipe == FOUND
-        assert app.ledger.origin(request) == searched
+        assert app.ledger.recipes.origin(request) == searched
 
     def test_a_preset_that_is_named_overrides_it(self, fsu: Fsu, app: App, searched: Searched) -> None:
         assert "recipe: default\n" in submit(fsu, 8, "--recipe", "default").stdout
-        assert app.ledger.requests()[0].recipe == Recipe()
+        assert app.ledger.requests.all()[0].recipe == Recipe()
 
     def test_it_is_for_its_kind_alone(self, fsu: Fsu, app: App, searched: Searched) -> None:
         assert "recipe: default\n" in submit(fsu, 8, "--kind", "subset").stdout
-        assert app.ledger.requests()[0].recipe == Recipe()
+        assert app.ledger.requests.all()[0].recipe == Recipe()
 
     def test_changes_lie_on_top_and_are_of_no_search(self, fsu: Fsu, app: App, searched: Searched) -> None:
         said = submit(fsu, 8, "--set", "relearn.epochs=2", "--set", "invert.weights.bn=3").stdout
         assert f"recipe: searched {searched.id}, score 0.97, changed by --set\n" in said
-        (request,) = app.ledger.requests()
+        (request,) = app.ledger.requests.all()
         recipe = request.recipe
         assert (recipe.relearn.epochs, recipe.invert.weights.bn, recipe.synthesize.entropy_threshold) == (2, 3, 0.9)
-        assert app.ledger.origin(request) is None
+        assert app.ledger.recipes.origin(request) is None
         refused(fsu("request", "submit", "--model", "m", "--behaviour", "x", "--target", 3, "--samples", "s",
                     "--set", "invert.stepz=3"), "invert.stepz")  # fmt: skip
 
@@ -94,18 +94,18 @@ class TestSubmit:
         said = fsu("recipe", "reset", "m", "--kind", "class", "--by", "u-2").stdout
         assert said == "class requests of m take the preset default again; those that are queued keep their recipe\n"
         assert "recipe: default\n" in submit(fsu, 4).stdout
-        assert [request.recipe for request in app.ledger.requests()] == [FOUND, Recipe()]
+        assert [request.recipe for request in app.ledger.requests.all()] == [FOUND, Recipe()]
 
     def test_the_same_again_keeps_its_recipe(self, fsu: Fsu, app: App) -> None:
         """A search in between makes no other request of it, with a key or without; and nothing is said of a recipe
         that was not taken."""
         submit(fsu, 8, "--key", "t-1")
         submit(fsu, 4)
-        app.ledger.keep_recipe("m", "class", FOUND, 0.97, EVIDENCE)
+        app.ledger.recipes.keep("m", "class", FOUND, 0.97, EVIDENCE)
         for again in (submit(fsu, 8, "--key", "t-1"), submit(fsu, 4)):
             assert again.stdout.startswith("the same request is already queued")
         assert json.loads(submit(fsu, 4, "--json").stdout)["recipe_from"] is None
-        assert [request.recipe for request in app.ledger.requests()] == [Recipe(), Recipe()]
+        assert [request.recipe for request in app.ledger.requests.all()] == [Recipe(), Recipe()]
 
     def test_as_json(self, fsu: Fsu, searched: Searched) -> None:
         taken = [
@@ -134,7 +134,7 @@ class TestSettings:
         )
         assert submit(fsu, 3, "--set", "relearn.epochs=9", "--set", "gate.agreement_min=0.99").stderr == ""
         assert submit(fsu, 4, "--recipe", "default").stderr == ""
-        made = [request.recipe for request in app.ledger.requests()]
+        made = [request.recipe for request in app.ledger.requests.all()]
         assert made[0] == FOUND
         assert [(recipe.relearn.epochs, recipe.gate.agreement_min) for recipe in made[1:]] == [(9, 0.99), (9, 0.99)]
         (home / "fsu.toml").write_text("[recipe.relearn]\nepochs = 7\n")
@@ -165,8 +165,8 @@ class TestRecipe:
         assert (second["recipe"], second["digest"], second["in_force"]) == (None, None, False)
 
     def test_one_that_is_in_force_says_so(self, fsu: Fsu, app: App, searched: Searched) -> None:
-        app.ledger.keep_recipe("m", "class", Recipe(), 0.98, {})
-        app.ledger.keep_recipe("m", "subset", FOUND, 0.8, {})
+        app.ledger.recipes.keep("m", "class", Recipe(), 0.98, {})
+        app.ledger.recipes.keep("m", "subset", FOUND, 0.8, {})
         lines = [line for line in fsu("recipe", "list", "m").stdout.splitlines() if "s-" in line]
         assert ["in force" in line for line in lines] == [False, True, True]
         listed = json.loads(fsu("recipe", "list", "m", "--json").stdout)
@@ -199,9 +199,9 @@ class TestRecipe:
         for words in (["show", "m", "--kind", "all"], ["reset", "m", "--kind", "all"]):
             refused(fsu("recipe", *words), "no kind 'all' of requests: use class or subset")
         refused(fsu("recipe", "reset", "m", "--kind", "class"), "have no searched recipe to reset")
-        app.ledger.keep_recipe("m", "class", FOUND, 0.9, {})
+        app.ledger.recipes.keep("m", "class", FOUND, 0.9, {})
         refused(fsu("recipe", "reset", "m", "--kind", "class", "--by", "a b"), "no opaque id")
-        assert len(app.ledger.searches("m")) == 1
+        assert len(app.ledger.recipes.all("m")) == 1
 
 
 class TestOrigin:
@@ -212,11 +212,11 @@ class TestOrigin:
         submit(fsu, 8)
         ended = []
         for _ in range(2):
-            request = app.ledger.claim("tester", 60)
+            request = app.ledger.requests.claim("tester", 60)
             assert request is not None
             report = {"forgetting": {"samples_in_target": 0.0, "probes_in_target": 0.0}}
             made = ("a" * 64, "b" * 64, {}, (), "d" * 64, "c" * 64, "e" * 64, report, {})
-            app.ledger.commit(request, Outcome(None, "trained", *made), app.ledger.version("m"))
+            app.ledger.commit(request, Outcome(None, "trained", *made), app.ledger.models.version("m"))
             ended.append(request.id)
         return ended
 

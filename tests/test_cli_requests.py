@@ -58,7 +58,7 @@ def test_terms_are_kept(fsu: Fsu, app: App) -> None:
     """Times in local time or from now, a key, a priority, who asks."""
     made = submit(fsu, 8, "--key", "t-1", "--priority", 7, "--not-before", "+2h", "--due", "2031-05-06T07:00")
     assert made.exit_code == 0, made.output
-    (request,) = app.ledger.requests()
+    (request,) = app.ledger.requests.all()
     assert (request.key, request.priority, request.requested_by) == ("t-1", 7, None)
     assert request.not_before is not None
     assert abs(request.not_before - datetime.now(UTC) - timedelta(hours=2)) < timedelta(minutes=1)
@@ -82,7 +82,7 @@ def test_terms_are_kept(fsu: Fsu, app: App) -> None:
 def test_terms_that_cannot_be(fsu: Fsu, app: App, more: list[str], words: str) -> None:
     """Nothing is queued."""
     refused(submit(fsu, 8, *more), words)
-    assert app.ledger.requests() == []
+    assert app.ledger.requests.all() == []
 
 
 def test_monitoring_sees_what_is_overdue(fsu: Fsu) -> None:
@@ -102,12 +102,12 @@ def test_monitoring_sees_what_is_overdue(fsu: Fsu) -> None:
 
 def test_approval_is_somebody_elses(fsu: Fsu, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     """The requester is refused, nobody is refused, another one is heard."""
-    app.ledger.set_policy("m", Policy(approval=True))
+    app.ledger.models.set_policy("m", Policy(approval=True))
     refused(submit(fsu, 8), "say who asks")
     monkeypatch.setenv("FSU_ACTOR", "alice")
     made = submit(fsu, 8)
     assert "awaits approval" in made.stdout
-    (request,) = app.ledger.requests()
+    (request,) = app.ledger.requests.all()
     refused(fsu("request", "approve", request.id), "somebody else must decide")
     monkeypatch.delenv("FSU_ACTOR")
     refused(fsu("request", "approve", request.id), "say who decides")
@@ -115,7 +115,7 @@ def test_approval_is_somebody_elses(fsu: Fsu, app: App, monkeypatch: pytest.Monk
     shown = fsu("request", "show", request.id).stdout
     assert "bob" in shown
     submit(fsu, 3, "--by", "alice")
-    denied = app.ledger.requests()[-1]
+    denied = app.ledger.requests.all()[-1]
     assert "rejected" in fsu("request", "deny", denied.id, "--by", "bob").stdout
 
 
@@ -123,14 +123,14 @@ def erased(app: App, trained: Any, quick: Recipe, home: Path) -> str:
     """Class 8 is erased from `m`, with the method in this process; the generator."""
     write_samples(trained.train.pixels[draw(trained.train, [8], 6, 0)], home / "eights")
     app.submit("m", Behaviour(name="class-8", kind="class", targets=(8,)), str(home / "eights"), quick)
-    request = app.ledger.claim("tester", 60)
+    request = app.ledger.requests.claim("tester", 60)
     assert request is not None
 
     def here(order: Any, store: Any, name: str, stop: threading.Event) -> Any:
         return unlearn(order, store, torch.device("cpu"))
 
     run_request(app.ledger, app.artifacts, here, request)
-    return app.ledger.generators("m")[0].id
+    return app.ledger.generators.all("m")[0].id
 
 
 def test_what_is_destroyed_says_what_that_costs(fsu: Fsu, app: App, trained: Any, quick: Recipe, home: Path) -> None:

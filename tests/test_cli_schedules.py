@@ -41,7 +41,7 @@ def ledger(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
     monkeypatch.delenv("FSU_ACTOR", raising=False)
     before = signal.getsignal(signal.SIGTERM)
     with open_ledger(read_settings().ledger) as opened:
-        opened.register_model("m", SPEC, "w" * 64)
+        opened.models.register("m", SPEC, "w" * 64)
         yield opened
     signal.signal(signal.SIGTERM, before)
 
@@ -57,7 +57,7 @@ def submit(ledger: Ledger) -> Callable[[int], Any]:
 
     def make(target: int) -> Any:
         behaviour = Behaviour(name=f"b{target}", kind="class", targets=(target,))
-        return ledger.submit("m", behaviour, f"{target}" * 64, 8, Recipe())[0]
+        return ledger.requests.submit("m", behaviour, f"{target}" * 64, 8, Recipe())[0]
 
     return make
 
@@ -67,7 +67,7 @@ def missed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> str:
     """A schedule that has missed at least two nights; its id."""
     real = rows.now
     monkeypatch.setattr(rows, "now", lambda: datetime.now(UTC) - timedelta(days=3))
-    made = ledger.add_schedule("m", "0 2 * * *", "Europe/Berlin", 5, None)
+    made = ledger.schedules.add("m", "0 2 * * *", "Europe/Berlin", 5, None)
     monkeypatch.setattr(rows, "now", real)
     return made.id
 
@@ -100,7 +100,7 @@ def refused(result: Result, words: str) -> None:
 def test_a_schedule_from_its_making_to_its_end(fsu: Fsu, ledger: Ledger) -> None:
     added = fsu(*ADD, "--max-requests", "20", "--minutes", "240", "--by", "alice")
     assert added.exit_code == 0, added.output
-    made = ledger.schedules()[0]
+    made = ledger.schedules.all()[0]
     assert (made.cron, made.timezone, made.max_requests, made.minutes) == ("0 2 * * *", "Europe/Berlin", 20, 240)
     assert made.actor == "alice"
     assert made.id in added.stdout
@@ -122,13 +122,13 @@ def test_who_does_it_comes_from_the_option_then_the_environment(
     monkeypatch.setenv("FSU_ACTOR", "team-7")
     fsu(*ADD)
     fsu(*ADD, "--by", "alice")
-    assert [each.actor for each in ledger.schedules()] == ["operator", "team-7", "alice"]
+    assert [each.actor for each in ledger.schedules.all()] == ["operator", "team-7", "alice"]
 
 
 def test_json_has_the_next_start_and_the_last_window(fsu: Fsu, ledger: Ledger) -> None:
     added = json.loads(fsu(*ADD, "--json").stdout)
     assert added["last_window"] is None
-    ledger.fire(ledger.schedule(added["id"]), datetime(2027, 1, 1, 1, tzinfo=UTC), 2, "w", 60)
+    ledger.schedules.fire(ledger.schedules.get(added["id"]), datetime(2027, 1, 1, 1, tzinfo=UTC), 2, "w", 60)
     listed = json.loads(fsu("schedule", "list", "--model", "m", "--json").stdout)[0]
     assert datetime.fromisoformat(listed["next_start"]) > datetime.now(UTC)
     assert listed["last_window"]["starts_at"] == "2027-01-01T01:00:00+00:00"
@@ -152,7 +152,7 @@ def test_json_has_the_next_start_and_the_last_window(fsu: Fsu, ledger: Ledger) -
 )
 def test_schedules_that_cannot_be_made(fsu: Fsu, ledger: Ledger, changes: list[str], words: str) -> None:
     refused(fsu(*ADD, *changes), words)
-    assert ledger.schedules() == []
+    assert ledger.schedules.all() == []
 
 
 def test_what_cannot_be_done(fsu: Fsu) -> None:
@@ -181,7 +181,7 @@ def test_once_fires_what_is_due(fsu: Fsu, ledger: Ledger, submit: Any, missed: s
     assert f"window of schedule {missed}: 2 requests carried out, closed" in result.stdout
     assert "missed before it too" in result.stderr
     assert fsu("scheduler", "--once").exit_code == 0
-    assert len(ledger.windows(missed)) == 1
+    assert len(ledger.schedules.windows(missed)) == 1
 
 
 def test_once_without_requests_closes_the_window_without_ray(fsu: Fsu, missed: str, ray: list[str]) -> None:
@@ -203,7 +203,7 @@ def test_an_error_in_a_window_is_one_line_and_the_exit_code(
     result = fsu("scheduler", "--once")
     assert result.exit_code == 1
     assert f"error: schedule {missed}: ConnectionError: no [b]Ray there" in result.stderr
-    assert ledger.request(request.id).status is Status.QUEUED, "it was not claimed before Ray was there"
+    assert ledger.requests.get(request.id).status is Status.QUEUED, "it was not claimed before Ray was there"
     assert json.loads(fsu("scheduler", "--once", "--json").stdout)[0]["error"] == "ConnectionError: no [b]Ray there"
 
 
@@ -248,10 +248,10 @@ def test_a_resident_scheduler_ends_cleanly_on_sigterm(
     assert (process.returncode, "Traceback" in errors) == (0, False), errors
     assert "scheduler ended" in errors
     if request:
-        now = ledger.request(request.id)
+        now = ledger.requests.get(request.id)
         assert (now.status, now.reason) == (Status.QUEUED, "interrupted")
-        schedule = ledger.schedule(missed)
-        assert ledger.resume_window(schedule, "w2", 60) is not None, "at once, not when a lease is over"
+        schedule = ledger.schedules.get(missed)
+        assert ledger.schedules.resume_window(schedule, "w2", 60) is not None, "at once, not when a lease is over"
 
 
 def test_every_command_has_help_and_an_example(fsu: Fsu) -> None:

@@ -51,13 +51,13 @@ def queued(app: App, trained: Any) -> Callable[[str], Request]:
     def make(name: str) -> Request:
         app.register(name, trained.spec, trained.weights)
         nine = Behaviour(name="nine", kind="class", targets=(9,))
-        return app.ledger.submit(name, nine, "0" * 64, 8, Recipe())[0]
+        return app.ledger.requests.submit(name, nine, "0" * 64, 8, Recipe())[0]
 
     return make
 
 
 def claim(app: App, name: str, worker: str) -> Request:
-    found = app.ledger.claim(worker, 3600.0, name)
+    found = app.ledger.requests.claim(worker, 3600.0, name)
     assert found is not None
     return found
 
@@ -76,7 +76,7 @@ def test_what_is_sent(app: App, queued: Callable[[str], Request]) -> None:
     )
     assert labels == {"fsu_request": request.id, "fsu_attempt": "1", "fsu_model": "m"}
     assert env["env_vars"]["FSU_HOME"] == str(app.settings.home)
-    assert app.ledger.request(request.id).status is Status.QUEUED, "the job claims it, not who sends it"
+    assert app.ledger.requests.get(request.id).status is Status.QUEUED, "the job claims it, not who sends it"
 
 
 def test_nothing_is_sent_where_nothing_is_ready(app: App, queued: Callable[[str], Request]) -> None:
@@ -106,12 +106,14 @@ def test_what_nobody_takes_over_keeps_nobody_waiting(
 ) -> None:
     """The job of a request died that was to be cancelled, or for the third time: it ends, and the next one is sent."""
     first = queued("m")
-    second, _ = app.ledger.submit("m", Behaviour(name="eight", kind="class", targets=(8,)), "1" * 64, 8, Recipe())
+    second, _ = app.ledger.requests.submit(
+        "m", Behaviour(name="eight", kind="class", targets=(8,)), "1" * 64, 8, Recipe()
+    )
     worker = f"job/{MARK}/a/host:1"
     head: Any = Remembering({"a": job("a", "FAILED")})
     claim(app, "m", worker)
     if cancelled:
-        app.ledger.cancel(first.id)
+        app.ledger.requests.cancel(first.id)
     else:
         for _ in range(2):
             reconcile(app.ledger, head)
@@ -119,7 +121,7 @@ def test_what_nobody_takes_over_keeps_nobody_waiting(
     sent = send(app.ledger, app.settings, head, Drain())
     assert sent is not None
     assert sent.request.id == second.id
-    assert app.ledger.request(first.id).status is (Status.CANCELLED if cancelled else Status.FAILED)
+    assert app.ledger.requests.get(first.id).status is (Status.CANCELLED if cancelled else Status.FAILED)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_claims_of_what_may_be_alive_stay(app: App, queued: Callable[[str], Requ
     before = claim(app, "m", worker)
     head: Any = Remembering({"a": job("a", status)})
     assert reconcile(app.ledger, head) == []
-    assert app.ledger.request(before.id).lease_until == before.lease_until
+    assert app.ledger.requests.get(before.id).lease_until == before.lease_until
 
 
 def test_a_job_that_was_stopped_with_what_it_had(app: App, queued: Callable[[str], Request]) -> None:
@@ -148,7 +150,7 @@ def test_a_job_that_was_stopped_with_what_it_had(app: App, queued: Callable[[str
     head: Any = Remembering({"a": job("a", "RUNNING")})
     ended, had = stop(app.ledger, head, "a")
     assert (ended.status, [each.id for each in had]) == ("STOPPED", [request.id])
-    assert app.ledger.claimable("m")
+    assert app.ledger.requests.claimable("m")
 
 
 def test_no_password_is_sent(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import run_request
 from fsu_ray.records import Generator as Kept
 from fsu_ray.records import Request, Status
-from fsu_ray.storage import audit, bundle
+from fsu_ray.storage import bundle
 from fsu_ray.work import Outcome, WorkOrder
 
 CHANGES = {"synthesize.per_class": 40, "synthesize.max_draws": 8, "invert.steps": 24, "invert.batch": 30,
@@ -83,7 +83,7 @@ def submit(fsu: Fsu, trained: Any, home: Path) -> Callable[..., Result]:
 def import_it(fsu: Fsu, app: App, *more: str, model: str = "m") -> Kept:
     done = fsu("generator", "import", model, "g.st", "--latent", "16", *QUICK, *more)
     assert done.exit_code == 0, done.output
-    return app.ledger.generators(model)[-1]
+    return app.ledger.generators.all(model)[-1]
 
 
 def here(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
@@ -97,7 +97,7 @@ def never(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Out
 
 
 def carry_out(app: App, execute: pipeline.Execute = here) -> Request:
-    request = app.ledger.claim("tester", 60)
+    request = app.ledger.requests.claim("tester", 60)
     assert request is not None
     return run_request(app.ledger, app.artifacts, execute, request)[0].request
 
@@ -105,7 +105,7 @@ def carry_out(app: App, execute: pipeline.Execute = here) -> Request:
 def sound(app: App) -> None:
     """The audit finds nothing, of the ledger, its artifacts, and a bundle of both."""
     app.ledger.database.seal()
-    found = audit.verify(app.ledger, app.artifacts)
+    found = app.ledger.audit.verify(app.artifacts)
     assert (found.findings, found.waiting) == ((), 0)
     file = app.settings.home / f"bundle-{found.events}.jsonl"
     bundle.write(app.ledger, file, "jsonl")
@@ -125,7 +125,7 @@ def test_an_imported_generator_serves_in_the_place_of_an_inverter(fsu: Fsu, app:
     said = fsu("generator", "import", "m", "g.st", "--latent", "16", *QUICK, "--by", "alice").stdout
     assert "agreement 1.000" in said
     assert "the gate would refuse" not in said
-    (kept,) = app.ledger.generators("m")
+    (kept,) = app.ledger.generators.all("m")
     assert (kept.origin, kept.request, kept.root) == ("imported", None, 1)
     assert kept.figures["acceptance"] > 0.9
     assert len(Synthetic.from_bytes(app.artifacts.get(kept.dataset))) == 400
@@ -135,8 +135,8 @@ def test_an_imported_generator_serves_in_the_place_of_an_inverter(fsu: Fsu, app:
     assert done.report is not None
     assert (done.report["generator"]["use"], done.report["generator"]["id"]) == ("reused", kept.id)
     assert "invert" not in done.report["seconds"]
-    assert app.ledger.generators("m")[0].taints == len(app.ledger.generators("m")) == 1
-    events = {event["event"]: event for event in app.ledger.history("m")}
+    assert app.ledger.generators.all("m")[0].taints == len(app.ledger.generators.all("m")) == 1
+    events = {event["event"]: event for event in app.ledger.models.history("m")}
     assert (events["generator_imported"]["request"], events["generator_reused"]["request"]) == (None, done.id)
     logged = json.loads(fsu("audit", "log", "--json").stdout)
     assert [event["actor"] for event in logged if event["event"] == "generator_imported"] == ["alice"]
@@ -199,7 +199,7 @@ def test_what_cannot_be_imported(
         (home / "g.st").write_bytes(named.get(content, content))
     before = app.artifacts.digests().keys()
     refused(fsu("generator", "import", "m", "g.st", *("--latent", "16"), *QUICK, *more), words)
-    assert app.ledger.generators() == []
+    assert app.ledger.generators.all() == []
     if "--by" not in more:
         assert app.artifacts.digests().keys() == before
 
@@ -210,7 +210,7 @@ def test_one_import_is_enough(fsu: Fsu, app: App) -> None:
     again = ("generator", "import", "m", "g.st", "--latent", "16", *QUICK)
     refused(fsu(*again), f"generator {kept.id} of 'm' has these weights already")
     refused(fsu("generator", "import", "x", *again[3:]), "no model 'x'")
-    assert len(app.ledger.generators()) == 1
+    assert len(app.ledger.generators.all()) == 1
     retired = fsu("generator", "retire", kept.id)
     assert retired.exit_code == 0, retired.output
     assert "the next request of m trains anew" in retired.stdout
@@ -224,7 +224,7 @@ def test_the_generator_that_is_asked_for_serves_though_another_is_newer(fsu: Fsu
     import_it(fsu, app, "--set", "synthesize.seed=1")
     done = submit(8, "--generator", first.id[:-1])
     assert done.exit_code == 0, done.output
-    (request,) = app.ledger.requests()
+    (request,) = app.ledger.requests.all()
     assert request.generator == first.id
     shown = fsu("request", "show", request.id)
     assert f"generator {first.id} of m, and no other" in shown.stdout
@@ -232,8 +232,8 @@ def test_the_generator_that_is_asked_for_serves_though_another_is_newer(fsu: Fsu
     ended = carry_out(app)
     assert ended.report is not None
     assert (ended.report["generator"]["use"], ended.report["generator"]["id"]) == ("reused", first.id)
-    assert len(app.ledger.generators()) == 2
-    assert '"generator_id":"' + first.id in audit.log(app.ledger, request=request.id)[0].detail
+    assert len(app.ledger.generators.all()) == 2
+    assert '"generator_id":"' + first.id in app.ledger.audit.log(request=request.id)[0].detail
     sound(app)
 
 
@@ -243,18 +243,18 @@ def test_another_models_generator_is_transferred(fsu: Fsu, app: App, submit: Any
     submit(8, "--generator", source.id, model="n")
     done = carry_out(app)
     assert done.status is Status.SUCCEEDED, done.reason
-    (own,) = app.ledger.generators("n")
+    (own,) = app.ledger.generators.all("n")
     assert (own.origin, own.transferred_from, own.weights) == ("transferred", source.id, source.weights)
     assert (own.request, own.root) == (done.id, 1)
     dataset = Synthetic.from_bytes(app.artifacts.get(own.dataset))
     assert (dataset.predicted == (dataset.condition + 1) % 10).float().mean() > 0.95
-    (erasure,) = app.ledger.erasures("n")
+    (erasure,) = app.ledger.models.erasures("n")
     assert (erasure.generator, erasure.generator_use) == (own.id, "transferred")
     submit(3, model="n")
     later = carry_out(app)
     assert later.report is not None
     assert (later.report["generator"]["use"], later.report["generator"]["id"]) == ("reused", own.id)
-    events = [event for event in app.ledger.history("n") if event["event"] == "generator_transferred"]
+    events = [event for event in app.ledger.models.history("n") if event["event"] == "generator_transferred"]
     assert events[0]["detail"] == {"generator": own.id, "from": source.id}
     assert f"transferred from {source.id}" in fsu("generator", "show", own.id).stdout
     sound(app)
@@ -271,8 +271,8 @@ def test_where_the_gate_refuses_it_no_other_is_trained(fsu: Fsu, app: App, submi
     assert done.report is not None
     assert done.report["generator"]["id"] == source.id
     assert done.report["generator"]["refused"][0].startswith("BN distance")
-    assert app.ledger.generators() == [source]
-    assert len(app.ledger.versions(model)) == 1
+    assert app.ledger.generators.all() == [source]
+    assert len(app.ledger.models.versions(model)) == 1
     sound(app)
 
 
@@ -307,12 +307,12 @@ def test_a_generator_that_is_gone_by_the_time_of_the_run(fsu: Fsu, app: App, sub
 def test_a_generator_is_not_retired_under_a_run_that_asks_for_it(fsu: Fsu, app: App, submit: Any) -> None:
     source = import_it(fsu, app)
     submit(8, "--generator", source.id, model="n")
-    request = app.ledger.claim("tester", 60)
+    request = app.ledger.requests.claim("tester", 60)
     assert request is not None
     with pytest.raises(TransitionRefused, match=f"request {request.id} of 'n' is running"):
-        app.ledger.retire(source.id)
-    app.ledger.release(request, "stopped")
-    app.ledger.retire(source.id)
+        app.ledger.generators.retire(source.id)
+    app.ledger.requests.release(request, "stopped")
+    app.ledger.generators.retire(source.id)
 
 
 def test_generators_that_cannot_be_asked_for(fsu: Fsu, app: App, submit: Any, trained: Any) -> None:
@@ -325,14 +325,14 @@ def test_generators_that_cannot_be_asked_for(fsu: Fsu, app: App, submit: Any, tr
     carry_out(app)
     sealed = import_it(fsu, app, "--set", "synthesize.seed=1")
     assert fsu("generator", "seal", sealed.id).exit_code == 0
-    before, asked = app.artifacts.digests().keys(), app.ledger.requests()
+    before, asked = app.artifacts.digests().keys(), app.ledger.requests.all()
     refused(submit(3, "--generator", "g-none"), "no generator 'g-none'")
     refused(submit(3, "--generator", source.id, model="big"), "draws 10 classes of 1x16x16, 'big' takes 10 classes of")
     refused(submit(3, "--generator", sealed.id, model="n"), "is sealed, its weights are destroyed")
     refused(submit(3, "--generator", sealed.id), "its D' cannot serve this request")
     fsu("generator", "retire", source.id)
     refused(submit(3, "--generator", source.id), f"generator {source.id} is retired (operator)")
-    assert (app.artifacts.digests().keys() - before, app.ledger.requests()) == (set(), asked)
+    assert (app.artifacts.digests().keys() - before, app.ledger.requests.all()) == (set(), asked)
     assert submit(3, "--generator", sealed.id, "--set", "synthesize.seed=1").exit_code == 0
     ended = carry_out(app)
     assert ended.report is not None
@@ -346,7 +346,7 @@ def test_d_is_drawn_anew_for_another_recipe_and_weights_live_as_long_as_anybody_
     source = import_it(fsu, app)
     submit(8, "--generator", source.id, "--set", "synthesize.per_class=30")
     assert carry_out(app).status is Status.SUCCEEDED
-    own = app.ledger.generators("m")[-1]
+    own = app.ledger.generators.all("m")[-1]
     assert (own.transferred_from, own.weights) == (source.id, source.weights)
     assert len(Synthetic.from_bytes(app.artifacts.get(own.dataset))) == 300
     said = fsu("generator", "retire", source.id).stdout
@@ -363,14 +363,14 @@ def test_the_same_request_with_and_without_a_generator(fsu: Fsu, app: App, submi
     """One that lives cannot be given another generator; a key stands for its generator too."""
     source = import_it(fsu, app)
     submit(8)
-    (waiting,) = app.ledger.requests()
+    (waiting,) = app.ledger.requests.all()
     refused(
         submit(8, "--generator", source.id), f"request {waiting.id} of 'm' asks for the same and is queued, without"
     )
     submit(3, "--generator", source.id, "--key", "k")
     assert "already queued" in submit(3, "--generator", source.id, "--key", "k").stdout
     refused(submit(3, "--key", "k"), "which asks for something else")
-    assert len(app.ledger.requests()) == 2
+    assert len(app.ledger.requests.all()) == 2
 
 
 def test_who_asks_for_a_generator_runs_alone(fsu: Fsu, app: App, submit: Any) -> None:
@@ -378,16 +378,16 @@ def test_who_asks_for_a_generator_runs_alone(fsu: Fsu, app: App, submit: Any) ->
     source = import_it(fsu, app)
     for digit, more in ((8, ()), (3, ("--generator", source.id)), (5, ())):
         submit(digit, *more)
-    claimed = app.ledger.claim("tester", 60, along=9)
+    claimed = app.ledger.requests.claim("tester", 60, along=9)
     assert claimed is not None
-    assert [other.behaviour.targets for other in app.ledger.companions(claimed)] == [(5,)]
+    assert [other.behaviour.targets for other in app.ledger.requests.batch_members(claimed)] == [(5,)]
     for each in (claimed,):
-        app.ledger.cancel(each.id)
-        app.ledger.stop(each)
-    led = app.ledger.claim("tester", 60, along=9)
+        app.ledger.requests.cancel(each.id)
+        app.ledger.requests.stop(each)
+    led = app.ledger.requests.claim("tester", 60, along=9)
     assert led is not None
     assert led.behaviour.targets == (3,)
-    assert app.ledger.companions(led) == []
+    assert app.ledger.requests.batch_members(led) == []
 
 
 def test_the_papers_form_draws_from_what_is_asked_for(fsu: Fsu, app: App, submit: Any) -> None:

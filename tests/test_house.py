@@ -81,11 +81,9 @@ def test_the_inversion_sees_no_data() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_files_and_functions_stay_short(file: Path) -> None:
-    """Files to about 350 lines, functions to about 60, no words that say nothing."""
-    text = file.read_text()
-    assert len(text.splitlines()) <= 350, "split this file"
-    for node in ast.walk(ast.parse(text)):
+def test_functions_stay_short(file: Path) -> None:
+    """Functions have about 60 lines at most, and no file has a name that says nothing."""
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno <= 65, f"{node.name} is too long"
     assert not re.search(r"utils|common|helpers|manager", file.stem)

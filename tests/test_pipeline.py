@@ -49,7 +49,7 @@ def ask(app: App, trained: Any, quick: Recipe, tmp_path: Path) -> Callable[..., 
 
 
 def carry_out(app: App, execute: Execute = here) -> Result:
-    request = app.ledger.claim("tester", 60)
+    request = app.ledger.requests.claim("tester", 60)
     assert request is not None
     return run_request(app.ledger, app.artifacts, execute, request)[0]
 
@@ -67,12 +67,16 @@ def test_two_requests_in_sequence(app: App, ask: Callable[..., Request]) -> None
     assert first.outcome
     assert second.outcome
     assert (first.outcome.generator_use, second.outcome.generator_use) == ("trained", "reused")
-    assert [(v.number, v.parent, v.root) for v in app.ledger.versions("m")] == [(1, None, 1), (2, 1, 1), (3, 2, 1)]
-    erasures = app.ledger.erasures("m")
+    assert [(v.number, v.parent, v.root) for v in app.ledger.models.versions("m")] == [
+        (1, None, 1),
+        (2, 1, 1),
+        (3, 2, 1),
+    ]
+    erasures = app.ledger.models.erasures("m")
     assert [e.behaviour.targets for e in erasures] == [(8,), (3,)]
     assert erasures[1].report["earlier"][0]["behaviour"] == "class-8"
     assert erasures[0].generator == erasures[1].generator
-    events = [event["event"] for event in app.ledger.history("m")]
+    events = [event["event"] for event in app.ledger.models.history("m")]
     assert events.count("erased") == 2
     assert "generator_reused" in events
     for erasure in erasures:
@@ -103,9 +107,9 @@ def test_a_result_that_the_gate_refuses_makes_no_version(
     assert result.request.status is Status.REJECTED
     assert (result.request.reason or "").startswith(reason)
     assert result.request.report is not None
-    assert len(app.ledger.versions("m")) == 1
-    assert app.ledger.erasures("m") == []
-    assert len(app.ledger.generators("m")) == 1
+    assert len(app.ledger.models.versions("m")) == 1
+    assert app.ledger.models.erasures("m") == []
+    assert len(app.ledger.generators.all("m")) == 1
 
 
 def test_an_erasure_that_would_come_back_is_rejected(app: App, ask: Callable[..., Request]) -> None:
@@ -120,7 +124,7 @@ def test_an_erasure_that_would_come_back_is_rejected(app: App, ask: Callable[...
         return here(replace(order, current_weights=order.root_weights, recipe=recipe, reuse=None), store, name)
 
     ask_recipe_is_slow = forgetful
-    request = app.ledger.claim("tester", 60)
+    request = app.ledger.requests.claim("tester", 60)
     assert request is not None
     quick_inversion = request.recipe.invert.model_copy(update={"steps": 30, "batch": 60, "width": 4})
     loose = request.recipe.synthesize.model_copy(
@@ -134,7 +138,7 @@ def test_an_erasure_that_would_come_back_is_rejected(app: App, ask: Callable[...
     result = run_request(app.ledger, app.artifacts, run, request)[0]
     assert result.request.status is Status.REJECTED
     assert (result.request.reason or "").startswith("erasure_returned: class-8")
-    assert len(app.ledger.versions("m")) == 2
+    assert len(app.ledger.models.versions("m")) == 2
 
 
 @pytest.mark.parametrize("error", [RunFailed("the worker died"), ValueError("a bug"), StorageError("no artifact")])
@@ -184,15 +188,15 @@ def test_a_running_request_that_is_cancelled_stops(app: App, ask: Callable[..., 
     """The run hears of it while it works; nothing is made of what it had."""
 
     def until_told(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
-        app.ledger.cancel(order.request, "alice")
+        app.ledger.requests.cancel(order.request, "alice")
         assert stop.wait(10)
         raise Stopped("the run was stopped in invert at 20 of 60")
 
     ask(8)
     result = carry_out(app, until_told)
     assert result.request.status is Status.CANCELLED
-    assert [(e.new, e.actor) for e in app.ledger.events(result.request.id)][-1] == (Status.CANCELLED, "alice")
-    assert len(app.ledger.versions("m")) == 1
+    assert [(e.new, e.actor) for e in app.ledger.requests.events(result.request.id)][-1] == (Status.CANCELLED, "alice")
+    assert len(app.ledger.models.versions("m")) == 1
 
 
 @pytest.mark.usefixtures("fast")
@@ -201,17 +205,17 @@ def test_a_run_whose_lease_is_lost_is_told_to_stop(app: App, ask: Callable[..., 
     told: list[bool] = []
 
     def until_told(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
-        assert app.ledger.claim("another", 60) is not None
+        assert app.ledger.requests.claim("another", 60) is not None
         told.append(stop.wait(10))
         raise Stopped("the run was stopped")
 
     ask(8)
-    request = app.ledger.claim("tester", 0.0)
+    request = app.ledger.requests.claim("tester", 0.0)
     assert request is not None
     with pytest.raises(LeaseLost):
         run_request(app.ledger, app.artifacts, until_told, request)
     assert told == [True]
-    assert app.ledger.request(request.id).worker == "another"
+    assert app.ledger.requests.get(request.id).worker == "another"
 
 
 def test_an_interrupt_puts_the_request_back(app: App, ask: Callable[..., Request]) -> None:
@@ -223,7 +227,7 @@ def test_an_interrupt_puts_the_request_back(app: App, ask: Callable[..., Request
     request = ask(8)
     with pytest.raises(KeyboardInterrupt):
         carry_out(app, interrupted)
-    now = app.ledger.request(request.id)
+    now = app.ledger.requests.get(request.id)
     assert (now.status, now.reason, now.failures) == (Status.QUEUED, "interrupted", 0)
     assert carry_out(app).request.status is Status.SUCCEEDED
 
@@ -249,7 +253,7 @@ def test_the_end_of_a_run_waits_for_a_ledger_that_is_away(
     assert len(tries) == 3
     assert result.request.status is Status.SUCCEEDED
     assert result.version is not None
-    assert [version.number for version in app.ledger.versions("m")] == [1, 2]
+    assert [version.number for version in app.ledger.models.versions("m")] == [1, 2]
 
 
 def test_class_requests_of_a_model_run_together(app: App, ask: Callable[..., Request], quick: Recipe) -> None:
@@ -261,9 +265,9 @@ def test_class_requests_of_a_model_run_together(app: App, ask: Callable[..., Req
     results = drain(app.ledger, "w", wanted, functools.partial(run_request, app.ledger, app.artifacts, here))
     assert [r.request.behaviour.targets for r in results] == [(8,), (3,), (5,)]
     assert {(r.request.status, r.request.version) for r in results} == {(Status.SUCCEEDED, 2)}
-    erasures = app.ledger.erasures("m")
+    erasures = app.ledger.models.erasures("m")
     assert len({e.mask for e in erasures}) == len({e.probes for e in erasures}) == 3
-    assert len(app.ledger.generators("m")) == 1
+    assert len(app.ledger.generators.all("m")) == 1
     for erasure in erasures:
         forgot = erasure.report["forgetting"]
         assert forgot["probes"] == len(load_samples(app.artifacts.get(erasure.probes)))
@@ -282,16 +286,16 @@ def test_a_coalesced_run_that_is_refused_is_undone(app: App, ask: Callable[..., 
     strict = gate(quick, agreement_min=1.0)
     for target in (8, 3):
         ask(target, strict.model_copy(update={"relearn": strict.relearn.model_copy(update={"lr": 0.3})}))
-    claimed = app.ledger.claim("tester", 60, along=9)
+    claimed = app.ledger.requests.claim("tester", 60, along=9)
     assert claimed is not None
     (result,) = run_request(app.ledger, app.artifacts, here, claimed)
     assert result.request.status is Status.QUEUED
     assert (result.request.reason or "").startswith("coalesced run refused: retention_lost")
-    assert all(request.alone for request in app.ledger.requests("m"))
-    assert app.ledger.erasures("m") == []
-    alone = app.ledger.claim("tester", 60, along=9)
+    assert all(request.alone for request in app.ledger.requests.all("m"))
+    assert app.ledger.models.erasures("m") == []
+    alone = app.ledger.requests.claim("tester", 60, along=9)
     assert alone is not None
-    assert app.ledger.companions(alone) == []
+    assert app.ledger.requests.batch_members(alone) == []
 
 
 def test_models_run_side_by_side(app: App, ask: Callable[..., Request], trained: Any, tmp_path: Path) -> None:
@@ -337,8 +341,8 @@ def test_an_interrupt_ends_all_runs_of_a_worker(
 
     with pytest.raises(KeyboardInterrupt):
         drain(app.ledger, "w", Drain(parallel=2), functools.partial(run_request, app.ledger, app.artifacts, until_told))
-    assert {request.status for request in app.ledger.requests()} == {Status.QUEUED}
-    assert sorted(request.attempt for request in app.ledger.requests()) == [0, 1, 1]
+    assert {request.status for request in app.ledger.requests.all()} == {Status.QUEUED}
+    assert sorted(request.attempt for request in app.ledger.requests.all()) == [0, 1, 1]
 
 
 @pytest.mark.usefixtures("fast")
@@ -358,18 +362,18 @@ def test_a_run_that_hears_nothing_gives_its_request_back(
         if request.id == deaf:
             for _ in range(200):
                 time.sleep(0.05)
-                if app.ledger.request(deaf).status is Status.QUEUED:
+                if app.ledger.requests.get(deaf).status is Status.QUEUED:
                     given_back.set()
                     break
         elif halt.wait(10):
-            app.ledger.release(request, "interrupted")
+            app.ledger.requests.release(request, "interrupted")
         return []
 
     with pytest.raises(KeyboardInterrupt):
         drain(app.ledger, "w", Drain(parallel=2), run)
     assert given_back.is_set()
-    assert {request.status for request in app.ledger.requests()} == {Status.QUEUED}
-    assert {request.failures for request in app.ledger.requests()} == {0}
+    assert {request.status for request in app.ledger.requests.all()} == {Status.QUEUED}
+    assert {request.failures for request in app.ledger.requests.all()} == {0}
 
 
 def test_nothing_new_begins_after_the_end_of_a_window(app: App, ask: Callable[..., Request]) -> None:
@@ -379,21 +383,21 @@ def test_nothing_new_begins_after_the_end_of_a_window(app: App, ask: Callable[..
     run = functools.partial(run_request, app.ledger, app.artifacts, here)
     assert drain(app.ledger, "w", Drain(until=datetime.now(UTC)), run) == []
     assert len(drain(app.ledger, "w", Drain(most=2, coalesce=True), run)) == 2
-    assert app.ledger.claimable("m")
+    assert app.ledger.requests.claimable("m")
 
 
 def test_checkpoints_serve_the_same_order_alone(app: App, ask: Callable[..., Request]) -> None:
     """A run that stopped on one version must not go on from its weights on top of another."""
     request = ask(8)
-    claimed = app.ledger.claim("tester", 60)
+    claimed = app.ledger.requests.claim("tester", 60)
     assert claimed is not None
     names = []
     for _ in range(2):
-        base = app.ledger.version("m")
+        base = app.ledger.models.version("m")
         names.append(run_name(make_order(app.ledger, request, base, base, Offer(None, None))))
-    app.ledger.release(claimed, "interrupted")
-    app.update("m", app.artifacts.get(app.ledger.version("m").weights))
-    base = app.ledger.version("m")
+    app.ledger.requests.release(claimed, "interrupted")
+    app.update("m", app.artifacts.get(app.ledger.models.version("m").weights))
+    base = app.ledger.models.version("m")
     other = run_name(make_order(app.ledger, request, base, base, Offer(None, None)))
     assert names[0] == names[1]
     assert names[0].startswith(request.id)
@@ -407,27 +411,27 @@ def test_a_worker_that_was_taken_over_writes_nothing(app: App, ask: Callable[...
 
     def slow(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         outcome = here(order, store, name)
-        assert app.ledger.claim("another", 60) is not None
+        assert app.ledger.requests.claim("another", 60) is not None
         return outcome
 
     ask(8)
-    request = app.ledger.claim("tester", 0.0)
+    request = app.ledger.requests.claim("tester", 0.0)
     assert request is not None
     with pytest.raises(LeaseLost):
         run_request(app.ledger, app.artifacts, slow, request)
-    now = app.ledger.request(request.id)
+    now = app.ledger.requests.get(request.id)
     assert (now.status, now.worker, now.attempt) == (Status.RUNNING, "another", 2)
-    assert len(app.ledger.versions("m")) == 1
+    assert len(app.ledger.models.versions("m")) == 1
 
 
 def test_a_version_from_outside_is_a_new_root(app: App, ask: Callable[..., Request], trained: Any) -> None:
     """After `model update` the old D' is not offered: a generator is trained from the old one's weights."""
     ask(8)
     carry_out(app)
-    version = app.update("m", app.artifacts.get(app.ledger.version("m").weights))
+    version = app.update("m", app.artifacts.get(app.ledger.models.version("m").weights))
     assert (version.number, version.root) == (3, 3)
     ask(3)
     result = carry_out(app)
     assert result.outcome
     assert result.outcome.generator_use == "warm_started"
-    assert app.ledger.generators("m")[-1].root == 3
+    assert app.ledger.generators.all("m")[-1].root == 3

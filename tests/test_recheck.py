@@ -34,17 +34,17 @@ def erase(app: App, trained: Any) -> Erase:
     ) -> Erasure:
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
         recipe = Recipe(gate=gate or GateRecipe())
-        request, _ = app.ledger.submit("m", behaviour, f"{target:064}", 8, recipe)
-        claimed = app.ledger.claim("tester", 60)
+        request, _ = app.ledger.requests.submit("m", behaviour, f"{target:064}", 8, recipe)
+        claimed = app.ledger.requests.claim("tester", 60)
         assert claimed is not None
         chosen = [] if digits is None else draw(trained.train, [digits], 20, 0)
         probes = app.artifacts.put(save_samples(trained.train.pixels[chosen]))
         report = {"forgetting": {"samples_in_target": 0.0, "probes_in_target": recorded}}
         figures = {"agreement": 0.99, "starved": []}
         made = ("a" * 64, "b" * 64, figures, (), app.artifacts.put(trained.weights), "c" * 64, probes, report, {})
-        app.ledger.commit(claimed, Outcome(None, "trained", *made), app.ledger.version("m"))
+        app.ledger.commit(claimed, Outcome(None, "trained", *made), app.ledger.models.version("m"))
         assert claimed.id == request.id
-        return app.ledger.erasures("m")[-1]
+        return app.ledger.models.erasures("m")[-1]
 
     return commit
 
@@ -62,7 +62,7 @@ def test_what_the_method_has_erased_is_still_gone(app: App, trained: Any, quick:
         folder = tmp_path / f"class-{target}"
         write_samples(trained.train.pixels[draw(trained.train, [target], 6, 0)], folder)
         app.submit("m", Behaviour(name=f"class-{target}", kind="class", targets=(target,)), str(folder), recipe)
-        request = app.ledger.claim("tester", 60)
+        request = app.ledger.requests.claim("tester", 60)
         assert request is not None
         run_request(app.ledger, app.artifacts, here, request)
 
@@ -76,7 +76,7 @@ def test_what_the_method_has_erased_is_still_gone(app: App, trained: Any, quick:
         assert each.share == each.recorded == forgetting["probes_in_target"]
         assert each.probes == forgetting["probes"] > 0
     assert both[0].share == both[1].erasure.report["earlier"][0]["probes_in_target"]
-    kept = app.ledger.rechecks("m")
+    kept = app.ledger.models.rechecks("m")
     assert [(kept[each.erasure.id].version, kept[each.erasure.id].share) for each in both] == [
         (3, both[0].share),
         (3, both[1].share),
@@ -97,11 +97,11 @@ def test_what_is_back_fails_and_what_is_gone_passes(app: App, erase: Erase) -> N
     assert found[1].share is not None
     assert found[0].share < 0.05 < 0.8 < found[1].share
     assert told == [("recheck", 1, 2), ("recheck", 2, 2)]
-    kept = app.ledger.rechecks("m")
+    kept = app.ledger.models.rechecks("m")
     assert {id: (each.share, each.passed) for id, each in kept.items()} == {
         each.erasure.id: (each.share, each.passed) for each in found
     }
-    events = [event for event in app.ledger.history("m") if "recheck" in event["event"]]
+    events = [event for event in app.ledger.models.history("m") if "recheck" in event["event"]]
     assert [event["event"] for event in events] == ["rechecked", "recheck_failed"]
 
 
@@ -129,11 +129,11 @@ def test_a_version_is_asked_for_what_is_in_force_there(app: App, erase: Erase) -
     """By number or alias; a version from which nothing is gone needs no weights and leaves no trace."""
     eight = erase(8, digits=8)
     erase(5, digits=5)
-    app.ledger.move_alias("m", "staging", 2, force=True, reason="T-1")
+    app.ledger.models.move_alias("m", "staging", 2, force=True, reason="T-1")
 
     assert [each.erasure for each in recheck(app.ledger, app.artifacts, "m@staging", "ann")[2]] == [eight]
-    assert {each.version for each in app.ledger.rechecks("m").values()} == {2}
-    app.artifacts.delete(app.ledger.version("m", 1).weights)
+    assert {each.version for each in app.ledger.models.rechecks("m").values()} == {2}
+    app.artifacts.delete(app.ledger.models.version("m", 1).weights)
     assert recheck(app.ledger, app.artifacts, "m@1", "ann")[2] == []
 
 
@@ -154,4 +154,4 @@ def test_what_is_missing_is_named_and_nothing_is_kept(app: App, erase: Erase) ->
     for reference, actor, error in (("m@9", "ann", NotFound), ("x", "ann", NotFound), ("m", "a@b.org", UserError)):
         with pytest.raises(error):
             recheck(app.ledger, app.artifacts, reference, actor)
-    assert app.ledger.rechecks("m") == {}
+    assert app.ledger.models.rechecks("m") == {}

@@ -74,7 +74,7 @@ def opened(
     """An app on that server, with the model `m`, and what stops the server."""
     monkeypatch.setattr("fsu_ray.pipeline.POLL_SECONDS", 0.05)
     app = App.open(replace(read_settings(), ledger=control[1]))
-    name = f"m{len(app.ledger.models())}"
+    name = f"m{len(app.ledger.models.all())}"
     app.register(name, trained.spec, trained.weights)
     yield app, control[0]
     app.ledger.close()
@@ -121,7 +121,7 @@ def carry_out(
 ) -> Any:
     """One request of the newest model; `break_it` is done to the server before the method, or after it."""
     app, control = opened
-    model = app.ledger.models()[-1].name
+    model = app.ledger.models.all()[-1].name
     write_samples(trained.train.pixels[draw(trained.train, [8], 6, 0)], home / "samples")
     app.submit(model, Behaviour(name="eight", kind="class", targets=(8,)), str(home / "samples"), quick)
 
@@ -135,8 +135,8 @@ def carry_out(
 
     run = functools.partial(run_request, app.ledger, app.artifacts, execute)
     (result,) = drain(app.ledger, "w", Drain(model=model), run)
-    assert [version.number for version in app.ledger.versions(model)] == [1, 2]
-    assert [erasure.behaviour.name for erasure in app.ledger.erasures(model)] == ["eight"]
+    assert [version.number for version in app.ledger.models.versions(model)] == [1, 2]
+    assert [erasure.behaviour.name for erasure in app.ledger.models.erasures(model)] == ["eight"]
     needed, _ = app.ledger.references()
     assert all(app.artifacts.has(digest) for digest in needed)
     return result

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -15,6 +17,7 @@ from fsu_ray import schedule as module
 from fsu_ray.errors import FsuError, LedgerUnavailable, UserError
 from fsu_ray.records import Schedule, Window
 from fsu_ray.schedule import PASS_SECONDS, check_schedule, due, ends_at, local, next_start, pause, serve
+from fsu_ray.storage.ledger import open_ledger
 
 BERLIN = ZoneInfo("Europe/Berlin")
 LONG_AGO = datetime(2027, 1, 1, tzinfo=UTC)
@@ -189,16 +192,14 @@ def test_the_scheduler_sleeps_until_the_next_start_but_at_most_half_a_minute() -
     assert pause([], start, start) == PASS_SECONDS
 
 
-def test_a_resident_scheduler_outlives_a_ledger_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resident_scheduler_outlives_a_ledger_that_is_away(
+    new_ledger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pass that breaks is told of and followed by the next one; an interrupt ends it."""
     passes: list[datetime] = []
     told: list[FsuError] = []
     slept: list[float] = []
     monkeypatch.setattr(module.time, "sleep", slept.append)
-
-    class Nothing:
-        def schedules(self) -> list[Schedule]:
-            return []
 
     def one_pass(moment: datetime) -> None:
         passes.append(moment)
@@ -207,6 +208,7 @@ def test_a_resident_scheduler_outlives_a_ledger_that_is_away(monkeypatch: pytest
         if len(passes) == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        serve(Nothing(), one_pass, told.append)  # type: ignore[arg-type]
+    shutil.copy(new_ledger, tmp_path / "ledger.db")
+    with open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}") as ledger, pytest.raises(KeyboardInterrupt):
+        serve(ledger, one_pass, told.append)
     assert (len(passes), [str(each) for each in told], slept) == (3, ["away"], [PASS_SECONDS, PASS_SECONDS])

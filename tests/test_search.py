@@ -135,7 +135,7 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked,
     assert document["found"]["evidence"]["trials"] == 8
     assert {file: file.read_text().count('"steps": 80') for file in ended} == before
     assert len(list(Path(app.settings.runs).glob("search-*/*/result.json"))) == 8, "no trial was begun a second time"
-    kept = app.ledger.searched("m", "class")
+    kept = app.ledger.recipes.in_force("m", "class")
     assert kept is not None
     assert (kept.id, kept.score) == (document["kept"]["id"], document["found"]["score"])
     chosen = app.recipe_for("m", "class")
@@ -231,7 +231,7 @@ def test_a_request_that_has_ended_is_not_searched_for(app: App, asked: Asked) ->
     """A cancelled one needs no recipe."""
     from fsu_ray.cli.search import _asked
 
-    app.ledger.cancel(asked.request)
+    app.ledger.requests.cancel(asked.request)
     with pytest.raises(TransitionRefused, match="is cancelled"):
         _asked(app, "m", asked.request, None, "class", None, None)
     assert issubclass(TransitionRefused, FsuError)

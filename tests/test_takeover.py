@@ -68,11 +68,11 @@ def test_drivers_that_end_in_the_middle(app: App, request_of: str, home: Path) -
     log = (home / "first.log").read_text()
     assert "interrupted" in log
     assert "Traceback" not in log
-    waiting = app.ledger.request(request_of)
+    waiting = app.ledger.requests.get(request_of)
     assert (waiting.status, waiting.reason, waiting.failures) == (Status.QUEUED, "interrupted", 0)
 
     run_until_checkpoints(app, home, lambda driver: driver.send_signal(signal.SIGKILL))
-    running = app.ledger.request(request_of)
+    running = app.ledger.requests.get(request_of)
     assert (running.status, running.attempt) == (Status.RUNNING, 2)
     early = subprocess.run([FSU, "run"], capture_output=True, text=True, timeout=60, check=True)
     assert "nothing is ready: 1 wait or run elsewhere" in early.stdout  # the lease of the dead driver holds
@@ -86,9 +86,9 @@ def test_drivers_that_end_in_the_middle(app: App, request_of: str, home: Path) -
     steps = [re.fullmatch(r"invert (\d+)", each) for each in ended["outcome"]["resumed"]]
     first, second = (int(found[1]) for found in steps if found)
     assert 100 < first < second, "the step at which the first was asked to end, then a checkpoint of the second"
-    assert [version.number for version in app.ledger.versions("m")] == [1, 2]
-    assert [erasure.behaviour.name for erasure in app.ledger.erasures("m")] == ["eight"]
-    assert app.ledger.request(request_of).failures == 1
+    assert [version.number for version in app.ledger.models.versions("m")] == [1, 2]
+    assert [erasure.behaviour.name for erasure in app.ledger.models.erasures("m")] == ["eight"]
+    assert app.ledger.requests.get(request_of).failures == 1
 
 
 @pytest.mark.ray
@@ -100,6 +100,6 @@ def test_a_cancelled_request_stops_on_ray(app: App, request_of: str, home: Path)
 
     code = run_until_checkpoints(app, home, cancel)
     assert code == 0, (home / "first.log").read_text()
-    ended = app.ledger.request(request_of)
+    ended = app.ledger.requests.get(request_of)
     assert (ended.status, ended.reason) == (Status.CANCELLED, "cancelled while running")
-    assert len(app.ledger.versions("m")) == 1
+    assert len(app.ledger.models.versions("m")) == 1

@@ -35,7 +35,7 @@ def erase(app: App, trained: Any, quick: Recipe, tmp_path: Path) -> Callable[...
         write_samples(trained.train.pixels[draw(trained.train, [target], 6, 0)], folder)
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
         app.submit("m", behaviour, str(folder), thorough)
-        request = app.ledger.claim("tester", 60)
+        request = app.ledger.requests.claim("tester", 60)
         assert request is not None
 
         def here(order: Any, store: Any, name: str, stop: threading.Event) -> Any:
@@ -48,10 +48,10 @@ def erase(app: App, trained: Any, quick: Recipe, tmp_path: Path) -> Callable[...
 
 def test_samples_are_purged_at_once_where_the_policy_says_so(app: App, erase: Callable[..., Result]) -> None:
     """Digest and probes stay, the file is gone, and later requests go on without it."""
-    app.ledger.set_policy("m", Policy(samples_days=0))
+    app.ledger.models.set_policy("m", Policy(samples_days=0))
     first = erase(8).request
     assert not app.artifacts.has(first.samples)
-    (erasure,) = app.ledger.erasures("m")
+    (erasure,) = app.ledger.models.erasures("m")
     assert erasure.samples == first.samples
     assert app.artifacts.has(erasure.probes)
     second = erase(3)
@@ -63,26 +63,26 @@ def test_samples_are_purged_at_once_where_the_policy_says_so(app: App, erase: Ca
 def test_samples_are_kept_for_as_long_as_the_policy_says(app: App, erase: Callable[..., Result]) -> None:
     """Not purged before their time, nor while another request needs them."""
     request = erase(8).request
-    assert app.ledger.due_samples() == [], "no policy: never"
-    app.ledger.set_policy("m", Policy(samples_days=3))
-    assert app.ledger.due_samples() == []
-    app.ledger.set_policy("m", Policy(samples_days=0))
-    again, _ = app.ledger.submit(
+    assert app.ledger.requests.due_samples() == [], "no policy: never"
+    app.ledger.models.set_policy("m", Policy(samples_days=3))
+    assert app.ledger.requests.due_samples() == []
+    app.ledger.models.set_policy("m", Policy(samples_days=0))
+    again, _ = app.ledger.requests.submit(
         "m", Behaviour(name="other", kind="subset", targets=(1,)), request.samples, 6, Recipe()
     )
-    assert app.ledger.due_samples() == []
+    assert app.ledger.requests.due_samples() == []
     with pytest.raises(TransitionRefused, match=f"needed by {again.id}"):
-        app.ledger.purge(request)
-    app.ledger.cancel(again.id)
-    assert {due.id for due in app.ledger.due_samples()} == {request.id, again.id}
+        app.ledger.requests.purge(request)
+    app.ledger.requests.cancel(again.id)
+    assert {due.id for due in app.ledger.requests.due_samples()} == {request.id, again.id}
     upkeep.tidy(app.ledger, app.artifacts)
     assert not app.artifacts.has(request.samples)
-    assert app.ledger.due_samples() == []
+    assert app.ledger.requests.due_samples() == []
 
 
 def test_samples_that_come_again_are_needed_again(app: App, erase: Callable[..., Result], tmp_path: Path) -> None:
     """The same bytes under a later request are no leftover of the purge."""
-    app.ledger.set_policy("m", Policy(samples_days=0))
+    app.ledger.models.set_policy("m", Policy(samples_days=0))
     request = erase(8).request
     other = Behaviour(name="other", kind="subset", targets=(1,))
     app.submit("m", other, str(tmp_path / "class-8"), Recipe())
@@ -95,13 +95,13 @@ def test_samples_that_come_again_are_needed_again(app: App, erase: Callable[...,
 def test_a_retired_generator_is_gone_and_offered_no_more(app: App, erase: Callable[..., Result]) -> None:
     """The next request trains anew; the earlier erasure's mask is rebuilt on its D'."""
     erase(8)
-    (old,) = app.ledger.generators("m")
+    (old,) = app.ledger.generators.all("m")
     retired = upkeep.retire(app.ledger, app.artifacts, old.id, "operator", "alice")
     assert retired.retired == "operator"
     assert not app.artifacts.has(old.weights)
     assert not app.artifacts.has(old.dataset)
     with pytest.raises(AlreadyExists, match="retired already"):
-        app.ledger.retire(old.id)
+        app.ledger.generators.retire(old.id)
     later = erase(3)
     assert later.request.status is Status.SUCCEEDED
     assert later.outcome
@@ -111,11 +111,11 @@ def test_a_retired_generator_is_gone_and_offered_no_more(app: App, erase: Callab
 def test_a_generator_is_not_retired_under_a_run(app: App, erase: Callable[..., Result]) -> None:
     """It may be what the run works with."""
     erase(8)
-    app.ledger.submit("m", Behaviour(name="x", kind="class", targets=(1,)), "0" * 64, 1, Recipe())
-    assert app.ledger.claim("w", 60)
-    (generator,) = app.ledger.generators("m")
+    app.ledger.requests.submit("m", Behaviour(name="x", kind="class", targets=(1,)), "0" * 64, 1, Recipe())
+    assert app.ledger.requests.claim("w", 60)
+    (generator,) = app.ledger.generators.all("m")
     with pytest.raises(TransitionRefused, match="is running"):
-        app.ledger.retire(generator.id)
+        app.ledger.generators.retire(generator.id)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_a_generator_is_not_retired_under_a_run(app: App, erase: Callable[..., R
 )
 def test_policies_retire_generators(app: App, erase: Callable[..., Result], policy: Policy, why: str | None) -> None:
     """After the erasure that taints them, or when they are old."""
-    app.ledger.set_policy("m", policy)
+    app.ledger.models.set_policy("m", policy)
     erase(8)
-    (generator,) = app.ledger.generators("m")
+    (generator,) = app.ledger.generators.all("m")
     assert (generator.retired, generator.taints) == (why, 1)
     assert app.artifacts.has(generator.dataset) == (why is None)
 
@@ -140,14 +140,14 @@ class TestSeal:
     def test_what_was_erased_is_in_d_prime_no_more(self, app: App, erase: Callable[..., Result]) -> None:
         """Neither samples nor label mass; the old D' and G are gone, the probes stay."""
         erase(8)
-        (old,) = app.ledger.generators("m")
+        (old,) = app.ledger.generators.all("m")
         before = Synthetic.from_bytes(app.artifacts.get(old.dataset))
         sealed = app.seal(old.id, "alice")
         assert (sealed.sealed, sealed.taints) == (2, 0)
         assert not app.artifacts.has(old.dataset)
         assert not app.artifacts.has(old.weights)
         after = Synthetic.from_bytes(app.artifacts.get(sealed.dataset))
-        (erasure,) = app.ledger.erasures("m")
+        (erasure,) = app.ledger.models.erasures("m")
         assert len(after) == len(before) - erasure.report["forgetting"]["probes"]
         assert float(after.logits.softmax(1)[:, 8].max()) == 0.0
         assert bool((after.predicted != 8).all())
@@ -156,7 +156,7 @@ class TestSeal:
     def test_later_requests_go_on_from_it(self, app: App, erase: Callable[..., Result]) -> None:
         """The sealed D' is reused, the sealed version labels, earlier probes are still measured."""
         erase(8)
-        app.seal(app.ledger.generators("m")[0].id, "alice")
+        app.seal(app.ledger.generators.all("m")[0].id, "alice")
         second, third = erase(3), erase(5)
         for result in (second, third):
             assert result.request.status is Status.SUCCEEDED
@@ -166,34 +166,34 @@ class TestSeal:
         earlier = {prior["behaviour"]: prior["probes_in_target"] for prior in third.outcome.report["earlier"]}
         assert set(earlier) == {"class-8", "class-3"}
         assert max(earlier.values()) < 0.2
-        assert [v.root for v in app.ledger.versions("m")] == [1, 1, 1, 1]
+        assert [v.root for v in app.ledger.models.versions("m")] == [1, 1, 1, 1]
 
     def test_the_roots_weights_go_too_where_the_policy_says_so(self, app: App, erase: Callable[..., Result]) -> None:
         """A later request works without them, even if it must train a generator anew."""
-        app.ledger.set_policy("m", Policy(seal="root"))
+        app.ledger.models.set_policy("m", Policy(seal="root"))
         erase(8)
-        root = app.ledger.version("m", 1)
-        app.ledger.move_alias("m", "production", 1, force=True, reason="TICKET-1")
-        (generator,) = app.ledger.generators("m")
+        root = app.ledger.models.version("m", 1)
+        app.ledger.models.move_alias("m", "production", 1, force=True, reason="TICKET-1")
+        (generator,) = app.ledger.generators.all("m")
         with pytest.raises(UserError, match="alias 'production' points to the root"):
             app.seal(generator.id, "alice")
         assert app.artifacts.has(root.weights)
-        app.ledger.move_alias("m", "production", 2)
+        app.ledger.models.move_alias("m", "production", 2)
         app.seal(generator.id, "alice")
         assert not app.artifacts.has(root.weights)
         upkeep.retire(app.ledger, app.artifacts, generator.id, "operator", "alice")
         later = erase(3)
         assert later.request.status is Status.SUCCEEDED, later.request.reason
-        assert app.ledger.generators("m")[-1].root == 2
+        assert app.ledger.generators.all("m")[-1].root == 2
 
     def test_it_is_refused_where_it_makes_no_sense(self, app: App, erase: Callable[..., Result]) -> None:
         """Twice, or of a D' with the labels of an older root."""
         erase(8)
-        (generator,) = app.ledger.generators("m")
+        (generator,) = app.ledger.generators.all("m")
         app.seal(generator.id, "alice")
         with pytest.raises(AlreadyExists, match="is sealed already"):
             app.seal(generator.id, "alice")
-        app.update("m", app.artifacts.get(app.ledger.version("m").weights))
+        app.update("m", app.artifacts.get(app.ledger.models.version("m").weights))
         with pytest.raises(UserError, match="has the labels of version"):
             app.seal(generator.id, "alice")
 
@@ -205,9 +205,13 @@ def runs_of(app: App) -> Checkpoints:
 class TestGarbage:
     def test_checkpoints_go_when_what_they_served_is_over(self, app: App, erase: Callable[..., Result]) -> None:
         """Those of a request that lives stay, and so does what is of another ledger, or of nobody known."""
-        ended, _ = app.ledger.submit("m", Behaviour(name="x", kind="class", targets=(1,)), "0" * 64, 1, Recipe())
-        app.ledger.cancel(ended.id)
-        waits, _ = app.ledger.submit("m", Behaviour(name="y", kind="class", targets=(2,)), "0" * 64, 1, Recipe())
+        ended, _ = app.ledger.requests.submit(
+            "m", Behaviour(name="x", kind="class", targets=(1,)), "0" * 64, 1, Recipe()
+        )
+        app.ledger.requests.cancel(ended.id)
+        waits, _ = app.ledger.requests.submit(
+            "m", Behaviour(name="y", kind="class", targets=(2,)), "0" * 64, 1, Recipe()
+        )
         names = [f"{ended.id}-0123abcd", f"{waits.id}-0123abcd", "r-0123456789-0123abcd", "search-0123456789abcdef"]
         names += ["search-mine", "notes"]
         for name in names:
@@ -240,8 +244,8 @@ class TestGarbage:
     def test_a_running_request_keeps_what_it_writes(self, app: App, erase: Callable[..., Result]) -> None:
         """Its artifacts are not in the ledger yet."""
         erase(8)
-        app.ledger.submit("m", Behaviour(name="x", kind="class", targets=(1,)), "0" * 64, 1, Recipe())
-        assert app.ledger.claim("w", 60)
+        app.ledger.requests.submit("m", Behaviour(name="x", kind="class", targets=(1,)), "0" * 64, 1, Recipe())
+        assert app.ledger.requests.claim("w", 60)
         fresh = app.artifacts.put(b"relearned just now")
         assert fresh not in upkeep.garbage(app.ledger, app.artifacts, runs_of(app), timedelta(0)).stray
 
@@ -250,7 +254,7 @@ class TestGarbage:
     ) -> None:
         """The row was written, the file was not deleted: the next collection does it."""
         request = erase(8).request
-        app.ledger.purge(request)
+        app.ledger.requests.purge(request)
         assert app.artifacts.has(request.samples)
         found = upkeep.garbage(app.ledger, app.artifacts, runs_of(app))
         assert set(found.late) == {request.samples}

@@ -54,7 +54,7 @@ def demo(json: Json = False, seed: int = 0, cpus: Cpus = None) -> None:
     with interrupted(console.REQUEUED), console.watching() as watcher:
         shown = show.demo(opened, watcher, seed, cpus)
     if json:
-        history = opened.ledger.history(shown.model.name)
+        history = opened.ledger.models.history(shown.model.name)
         console.print_json({"model": shown.model, "results": console.results_json(shown.results), "history": history})
     else:
         show.print_demo(opened, shown)
@@ -81,12 +81,12 @@ def run(
 
     opened = open_app()
     if model is not None:
-        opened.ledger.model(model)
+        opened.ledger.models.get(model)
     if expect is not None:
         opened.expect(expect)
     opened.reconcile()
     results: list[Any] = []
-    if opened.ledger.claimable(model):
+    if opened.ledger.requests.claimable(model):
         with interrupted(console.REQUEUED), console.watching() as watcher:
 
             def started(request: Any) -> None:
@@ -114,15 +114,15 @@ def _accuracy(ledger: Any, results: list[Any]) -> Any:
     """Of one model's results; what was gone before the first of them is not counted as kept."""
     name = results[0].request.model
     version = next((r.version for r in results if r.version), None)
-    earlier = [each.behaviour for each in ledger.gone(name, version and version.parent)]
-    return console.accuracy_table(results, ledger.model(name).spec.classes, earlier)
+    earlier = [each.behaviour for each in ledger.models.erased(name, version and version.parent)]
+    return console.accuracy_table(results, ledger.models.get(name).spec.classes, earlier)
 
 
 @app.command(epilog="Example: fsu history digits-demo")
 @one_line
 def history(model: str, json: Json = False) -> None:
     """What happened to MODEL, oldest first."""
-    events = open_app().ledger.history(model)
+    events = open_app().ledger.models.history(model)
     if json:
         console.print_json(events)
     else:

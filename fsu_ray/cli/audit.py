@@ -46,10 +46,8 @@ def audit_verify(
     noted = None if head is None else Head.parse(head)
     more: dict[str, Any] = {}
     if bundle is None:
-        from fsu_ray.storage import audit
-
         opened = open_app()
-        verdict = audit.verify(opened.ledger, opened.artifacts if artifacts else None, noted)
+        verdict = opened.ledger.audit.verify(opened.artifacts if artifacts else None, noted)
         if not verdict.events + verdict.found:
             raise UserError("the ledger is empty: there is nothing to verify; check FSU_LEDGER and FSU_HOME")
     else:
@@ -121,9 +119,7 @@ def audit_keygen(out: Annotated[Path, typer.Option(help="Where the private key i
 @one_line
 def audit_head(json: Json = False) -> None:
     """The last event's number and hash: noted elsewhere, they show later that nothing was cut off."""
-    from fsu_ray.storage.audit import head
-
-    found = head(open_app().ledger)
+    found = open_app().ledger.audit.head()
     if json:
         console.print_json({"seq": found.seq, "hash": found.hash})
     else:
@@ -139,9 +135,7 @@ def audit_log(
     json: Json = False,
 ) -> None:
     """The events of the audit chain in words, oldest first."""
-    from fsu_ray.storage.audit import log
-
-    events = log(open_app().ledger, model, request, last)
+    events = open_app().ledger.audit.log(model, request, last)
     if json:
         console.print_json([each._asdict() | {"detail": _detail(each)} for each in events])
         return

@@ -18,14 +18,16 @@ generator_app = typer.Typer(help="Generators: trained inverters and their D'.", 
 def generator_list(model: str | None = None, json: Json = False) -> None:
     """Generators with the figures that the gate judges them by."""
     opened = open_app()
-    found = opened.ledger.generators(model)
+    found = opened.ledger.generators.all(model)
     if json:
         console.print_json(found)
         return
-    names = [opened.ledger.model(m).name for m in [model]] if model else [m.name for m in opened.ledger.models()]
+    names = (
+        [opened.ledger.models.get(m).name for m in [model]] if model else [m.name for m in opened.ledger.models.all()]
+    )
     uses: dict[str, int] = {}
     for name in names:
-        for erasure in opened.ledger.erasures(name):
+        for erasure in opened.ledger.models.erasures(name):
             uses[erasure.generator] = uses.get(erasure.generator, 0) + 1
     rows = [
         [
@@ -51,7 +53,7 @@ def generator_list(model: str | None = None, json: Json = False) -> None:
 def generator_show(generator: str, json: Json = False) -> None:
     """One generator; the beginning of its id is enough."""
     opened = open_app()
-    found = opened.ledger.generator(generator)
+    found = opened.ledger.generators.get(generator)
     if json:
         console.print_json(found)
         return
@@ -115,7 +117,9 @@ def generator_retire(generator: str, by: Who = None, json: Json = False) -> None
     from fsu_ray.upkeep import retire
 
     opened = open_app()
-    found = retire(opened.ledger, opened.artifacts, opened.ledger.generator(generator).id, "operator", by or OPERATOR)
+    found = retire(
+        opened.ledger, opened.artifacts, opened.ledger.generators.get(generator).id, "operator", by or OPERATOR
+    )
     if json:
         console.print_json(found)
         return
@@ -149,7 +153,7 @@ def generator_tidy(model: str | None = None, json: Json = False) -> None:
 
     opened = open_app()
     if model is not None:
-        opened.ledger.model(model)
+        opened.ledger.models.get(model)
     done = tidy(opened.ledger, opened.artifacts, model)
     if json:
         console.print_json(done)
@@ -179,10 +183,10 @@ def _kept(opened: Any, generator: Any) -> str:
 
 def _cost(opened: Any, generator: Any) -> str:
     """What it takes to have one again, by what it took the last time."""
-    report = {} if generator.request is None else opened.ledger.request(generator.request).report or {}
+    report = {} if generator.request is None else opened.ledger.requests.get(generator.request).report or {}
     seconds = report.get("seconds", {})
     spent = sum(seconds.get(stage, 0.0) for stage in ("invert", "synthesize"))
-    left = [g for g in opened.ledger.generators(generator.model) if g.retired is None]
+    left = [g for g in opened.ledger.generators.all(generator.model) if g.retired is None]
     if left:
         return f"{len(left)} other generator{'s' if len(left) > 1 else ''} of {generator.model} can still be offered"
     took = "" if generator.request is None else f": this one took {spent:.1f} s"

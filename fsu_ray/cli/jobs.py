@@ -54,7 +54,7 @@ def submit(
 
     opened = open_app()
     if model is not None:
-        opened.ledger.model(model)
+        opened.ledger.models.get(model)
     more = _runtime_env(runtime_env)
     head = _head(address)
     settings = opened.settings if workers is None else replace(opened.settings, workers=workers)
@@ -150,7 +150,7 @@ def idle(ledger: Any, model: str | None) -> str:
     """Why there was nothing to do."""
     from datetime import UTC, datetime
 
-    waiting = [request for request in ledger.requests(model) if not request.status.is_terminal]
+    waiting = [request for request in ledger.requests.all(model) if not request.status.is_terminal]
     if not waiting:
         return "nothing is queued; `fsu request submit` queues a request"
     moment = datetime.now(UTC)

@@ -38,8 +38,8 @@ def alias_set(
     A version that still has a behaviour which another version has lost is refused without --force and --reason.
     """
     ledger = open_app().ledger
-    _, target = ledger.resolve(f"{model}@{version}")
-    move = ledger.move_alias(model, alias, target.number, by or OPERATOR, force=force, reason=reason)
+    _, target = ledger.models.resolve(f"{model}@{version}")
+    move = ledger.models.move_alias(model, alias, target.number, by or OPERATOR, force=force, reason=reason)
     if json:
         console.print_json(move)
         return
@@ -52,7 +52,7 @@ def alias_set(
 @one_line
 def alias_list(model: str, json: Json = False) -> None:
     """Where the aliases of MODEL point."""
-    found = open_app().ledger.aliases(model)
+    found = open_app().ledger.models.aliases(model)
     if json:
         console.print_json(found)
     elif not found:
@@ -66,7 +66,7 @@ def alias_list(model: str, json: Json = False) -> None:
 @one_line
 def alias_history(model: str, json: Json = False) -> None:
     """Every move of an alias of MODEL, oldest first."""
-    moves = open_app().ledger.alias_moves(model)
+    moves = open_app().ledger.models.alias_moves(model)
     if json:
         console.print_json(moves)
         return
@@ -82,8 +82,8 @@ def alias_history(model: str, json: Json = False) -> None:
 def erased(reference: Reference, json: Json = False) -> None:
     """Every behaviour that is gone from a version, inherited along its parents, with its measures then and now."""
     ledger = open_app().ledger
-    model, version = ledger.resolve(reference)
-    gone = ledger.gone(model.name, version.number)
+    model, version = ledger.models.resolve(reference)
+    gone = ledger.models.erased(model.name, version.number)
     if json:
         console.print_json({"model": model.name, "version": version.number, "erased": gone})
         return

@@ -98,7 +98,9 @@ def model_update(name: str, weights: Annotated[Path, typer.Option()], json: Json
 def model_list(json: Json = False) -> None:
     """All models with their latest version."""
     ledger = open_app().ledger
-    found = [(model, ledger.version(model.name), ledger.gone(model.name)) for model in ledger.models()]
+    found = [
+        (model, ledger.models.version(model.name), ledger.models.erased(model.name)) for model in ledger.models.all()
+    ]
     if json:
         console.print_json([{"model": m, "latest": v, "erased": [e.behaviour for e in gone]} for m, v, gone in found])
         return
@@ -121,13 +123,13 @@ def model_list(json: Json = False) -> None:
 def model_show(name: str, json: Json = False) -> None:
     """One model: its versions as a tree, what each has lost, and the aliases that point to it."""
     ledger = open_app().ledger
-    model, versions, aliases = ledger.model(name), ledger.versions(name), ledger.aliases(name)
+    model, versions, aliases = ledger.models.get(name), ledger.models.versions(name), ledger.models.aliases(name)
     if json:
-        erasures = ledger.every_erasure(name)
+        erasures = ledger.models.all_erasures(name)
         document = {"model": model, "versions": versions, "erasures": erasures, "aliases": aliases}
-        console.print_json({**document, "policy": ledger.policy(name)})
+        console.print_json({**document, "policy": ledger.models.policy(name)})
         return
-    tree = version_tree(model, versions, ledger.behaviours(name), aliases)
+    tree = version_tree(model, versions, ledger.models.behaviours(name), aliases)
     if len(versions) <= FEW:
         console.out.print(tree)
     else:
@@ -153,9 +155,9 @@ def model_policy(
     given = {"approval": approval, "samples_days": samples_days, "generators": generators}
     given |= {"generator_days": generator_days, "seal": seal}
     changes = {field: value for field, value in given.items() if value is not None}
-    policy = ledger.policy(name)
+    policy = ledger.models.policy(name)
     if changes:
-        policy = ledger.set_policy(name, _changed(policy, changes), by or OPERATOR)
+        policy = ledger.models.set_policy(name, _changed(policy, changes), by or OPERATOR)
     if json:
         console.print_json(policy)
         return

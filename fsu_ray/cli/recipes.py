@@ -18,7 +18,7 @@ recipe_app = typer.Typer(help="Recipes that searches have found for a model.", n
 def recipe_list(model: str, json: Json = False) -> None:
     """Every recipe that a search has found for MODEL, and the resets between them, oldest first."""
     ledger = open_app().ledger
-    found = ledger.searches(model)
+    found = ledger.recipes.all(model)
     newest = {each.kind: each.id for each in found}
     if json:
         console.print_json([_document(each, newest[each.kind] == each.id) for each in found])
@@ -68,7 +68,7 @@ def recipe_reset(
     json: Json = False,
 ) -> None:
     """Have requests of MODEL take a preset again; what was found stays on record, and queued requests as they are."""
-    reset = open_app().ledger.reset_recipe(model, kind, by or OPERATOR)
+    reset = open_app().ledger.recipes.reset(model, kind, by or OPERATOR)
     if json:
         console.print_json(_document(reset, True))
     else:

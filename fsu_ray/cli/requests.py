@@ -90,7 +90,7 @@ def request_list(
     """
     if status is not None and status not in list(Status):
         raise UserError(f"no status {status!r}: use {', '.join(Status)}")
-    found = open_app().ledger.requests(model, Status(status) if status else None)
+    found = open_app().ledger.requests.all(model, Status(status) if status else None)
     now = datetime.now(UTC)
     if overdue:
         found = [r for r in found if r.overdue(now) and not r.status.is_terminal]
@@ -122,8 +122,8 @@ def request_list(
 def request_show(request: str, json: Json = False) -> None:
     """One request with its steps and its report; the beginning of its id is enough."""
     ledger = open_app().ledger
-    found = ledger.request(request)
-    events, origin = ledger.events(found.id), ledger.origin(found)
+    found = ledger.requests.get(request)
+    events, origin = ledger.requests.events(found.id), ledger.recipes.origin(found)
     if json:
         of_recipe = {"recipe_digest": found.recipe.digest, "recipe_origin": None if origin is None else origin.id}
         console.print_json({**console.plain(found), **of_recipe, "events": events})
@@ -136,7 +136,7 @@ def request_show(request: str, json: Json = False) -> None:
     console.out.print(f"{found.status}{version}, attempt {found.attempt}, {found.sample_count} samples")
     console.out.print(f"recipe {found.recipe.digest[:12]}: {origin_words(origin)}")
     if found.generator:
-        of = ledger.generator(found.generator).model
+        of = ledger.generators.get(found.generator).model
         console.out.print(f"generator {found.generator} of {of}, and no other")
     if found.reason:
         console.out.print(f"reason: {found.reason}")
@@ -160,7 +160,7 @@ def request_show(request: str, json: Json = False) -> None:
 @one_line
 def request_cancel(request: str, by: Who = None, json: Json = False) -> None:
     """End a request: one that waits at once, one that runs at its next step."""
-    found = open_app().ledger.cancel(request, by or OPERATOR)
+    found = open_app().ledger.requests.cancel(request, by or OPERATOR)
     if json:
         console.print_json(found)
     elif found.status is Status.RUNNING:
@@ -173,7 +173,7 @@ def request_cancel(request: str, by: Who = None, json: Json = False) -> None:
 @one_line
 def request_approve(request: str, by: Who = None, json: Json = False) -> None:
     """Queue a request that awaits approval; not by who asked for it."""
-    found = open_app().ledger.approve(request, _decider(by))
+    found = open_app().ledger.requests.approve(request, _decider(by))
     if json:
         console.print_json(found)
     else:
@@ -184,7 +184,7 @@ def request_approve(request: str, by: Who = None, json: Json = False) -> None:
 @one_line
 def request_deny(request: str, by: Who = None, json: Json = False) -> None:
     """End a request that awaits approval as rejected; not by who asked for it."""
-    found = open_app().ledger.deny(request, _decider(by))
+    found = open_app().ledger.requests.deny(request, _decider(by))
     if json:
         console.print_json(found)
     else:

@@ -44,7 +44,7 @@ def schedule_add(
     from fsu_ray.storage.policies import OPERATOR
 
     cron = check_schedule(cron, timezone, minutes, max_requests)
-    made = open_app().ledger.add_schedule(model, cron, timezone, max_requests, minutes, by or OPERATOR)
+    made = open_app().ledger.schedules.add(model, cron, timezone, max_requests, minutes, by or OPERATOR)
     if json:
         console.print_json(_document(made, None))
     else:
@@ -59,7 +59,7 @@ def schedule_list(
 ) -> None:
     """Schedules with their next start, in the time of their zone."""
     ledger = open_app().ledger
-    found = [(each, ledger.last_window(each.id)) for each in ledger.schedules(model)]
+    found = [(each, ledger.schedules.last_window(each.id)) for each in ledger.schedules.all(model)]
     if json:
         console.print_json([_document(*each) for each in found])
     elif not found:
@@ -82,8 +82,8 @@ def schedule_show(schedule: Id, json: Json = False) -> None:
     from fsu_ray.schedule import local
 
     ledger = open_app().ledger
-    found = ledger.schedule(schedule)
-    windows = ledger.windows(found.id)
+    found = ledger.schedules.get(schedule)
+    windows = ledger.schedules.windows(found.id)
     if json:
         console.print_json({**_document(found, windows[-1] if windows else None), "windows": windows})
         return
@@ -147,7 +147,7 @@ def scheduler(
         failed = [each.error.exit_code for each in fired if each.error is not None]
         raise typer.Exit(max(failed, default=console.exit_code([r for each in fired for r in each.results])))
     try:
-        count = len([each for each in opened.ledger.schedules() if each.state == "active"])
+        count = len([each for each in opened.ledger.schedules.all() if each.state == "active"])
         console.err.print(f"scheduler: {count} active schedule{'' if count == 1 else 's'}; Ctrl-C or SIGTERM ends it")
         serve(opened.ledger, lambda moment: _one_pass(opened, moment, cpus), _complain)
     except KeyboardInterrupt:
@@ -214,9 +214,9 @@ def _set(schedule: str, state: str, by: str | None, json: bool) -> None:
     from fsu_ray.storage.policies import OPERATOR
 
     ledger = open_app().ledger
-    changed = ledger.set_schedule(schedule, state, by or OPERATOR)
+    changed = ledger.schedules.set_state(schedule, state, by or OPERATOR)
     if json:
-        console.print_json(_document(changed, ledger.last_window(changed.id)))
+        console.print_json(_document(changed, ledger.schedules.last_window(changed.id)))
     else:
         following = f"; its next window starts at {_next(changed)}" if state == "active" else ""
         console.out.print(f"{changed.id} of {changed.model} is {changed.state}{following}", markup=False)

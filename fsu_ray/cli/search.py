@@ -70,7 +70,7 @@ def _asked(
     if (request is None) == (behaviour is None):
         raise UserError("say what is to be erased: --request ID, or --behaviour NAME --target CLASS --samples FOLDER")
     if request is not None:
-        found = opened.ledger.request(request)
+        found = opened.ledger.requests.get(request)
         if found.model != model:
             raise UserError(f"request {found.id} is one of {found.model!r}, not of {model!r}")
         if found.status.is_terminal:

@@ -21,7 +21,7 @@ def version_tree(
 
     A line of versions stands flat, one below the other. Where a version has several children, the line goes on with
     the one that leads to the newest version, and each of the others begins a line of its own below that version.
-    `gone` holds what each version has lost, by its number; `aliases` is `Ledger.aliases`.
+    `gone` holds what each version has lost, by its number; `aliases` is `Ledger.models.aliases`.
     """
     names: dict[int, list[str]] = {}
     for alias, move in aliases.items():

@@ -80,7 +80,7 @@ def work(url: str | None, home: Path, model: str) -> None:
 
     print("ready", flush=True)
     sys.stdin.readline()
-    while (request := app.ledger.claim(f"w{os.getpid()}", LEASE, model)) is not None:
+    while (request := app.ledger.requests.claim(f"w{os.getpid()}", LEASE, model)) is not None:
         pipeline.run_request(app.ledger, app.artifacts, execute, request)
     app.ledger.close()
 
@@ -105,14 +105,14 @@ def go(process: subprocess.Popen[str]) -> None:
 
 def wait_for(app: App, request: str, *states: Status) -> Request:
     """The request once it is in one of `states`."""
-    while (found := app.ledger.request(request)).status not in states:
+    while (found := app.ledger.requests.get(request)).status not in states:
         time.sleep(0.005)
     return found
 
 
 def undisturbed(app: App, url: str | None, home: Path, request: str) -> float:
     """Carry out a request; the seconds from its claim to its end."""
-    process = start(url, home, app.ledger.request(request).model)
+    process = start(url, home, app.ledger.requests.get(request).model)
     go(process)
     wait_for(app, request, Status.RUNNING)
     claimed = time.monotonic()
@@ -122,7 +122,7 @@ def undisturbed(app: App, url: str | None, home: Path, request: str) -> float:
 
 def killed(app: App, url: str | None, home: Path, request: str, moment: float) -> Request:
     """Carry out a request whose first worker is killed `moment` seconds after the claim, if it has not ended then."""
-    model = app.ledger.request(request).model
+    model = app.ledger.requests.get(request).model
     process = start(url, home, model)
     go(process)
     wait_for(app, request, Status.RUNNING, Status.SUCCEEDED)
@@ -133,23 +133,21 @@ def killed(app: App, url: str | None, home: Path, request: str, moment: float) -
     time.sleep(LEASE)  # the lease of the first one is over then
     go(second)
     second.wait(timeout=300)
-    return app.ledger.request(request)
+    return app.ledger.requests.get(request)
 
 
 def amiss(app: App, requests: list[str]) -> list[str]:
     """What is wrong in the ledger: each request is to have ended once, with one version and one erasure."""
-    from fsu_ray.storage.audit import verify
-
     found = []
-    for request in map(app.ledger.request, requests):
-        ends = [event for event in app.ledger.events(request.id) if event.new.is_terminal]
-        versions, erasures = app.ledger.versions(request.model), app.ledger.erasures(request.model)
+    for request in map(app.ledger.requests.get, requests):
+        ends = [event for event in app.ledger.requests.events(request.id) if event.new.is_terminal]
+        versions, erasures = app.ledger.models.versions(request.model), app.ledger.models.erasures(request.model)
         if (request.status, len(ends), len(versions), len(erasures)) != (Status.SUCCEEDED, 1, 2, 1):
             found.append(f"{request.id}: {request.status}, {len(ends)} ends, {len(versions)} versions, "
                          f"{len(erasures)} erasures")  # fmt: skip
     needed, _ = app.ledger.references()
     found += [f"{digest}: dangling" for digest in sorted(needed) if not app.artifacts.has(digest)]
-    found += list(verify(app.ledger, app.artifacts).findings)
+    found += list(app.ledger.audit.verify(app.artifacts).findings)
     return found
 
 
@@ -181,9 +179,9 @@ class Subject:
 
     def ask(self, app: App, model: str, recipe: Recipe) -> str:
         """Register it as `model`, and queue a request to erase class 8 from that; the request."""
-        app.ledger.register_model(model, self.spec, self.weights)
+        app.ledger.models.register(model, self.spec, self.weights)
         eight = Behaviour(name="eight", kind="class", targets=(8,))
-        return app.ledger.submit(model, eight, self.samples, 6, recipe)[0].id
+        return app.ledger.requests.submit(model, eight, self.samples, 6, recipe)[0].id
 
 
 def main() -> int:
@@ -219,7 +217,7 @@ def main() -> int:
         where = ", ".join((ended.report or {}).get("resumed", ())) or "from the beginning"
         print(f"kill {hits} after {moment:.2f} s: {ended.status}, attempt {ended.attempt}, {where}", flush=True)
     for left in requests:
-        app.ledger.cancel(left)
+        app.ledger.requests.cancel(left)
     app.ledger.database.seal()
     wrong = amiss(app, done)
     print("\n".join(wrong) or f"{options.kills} kills: every request ended once, one version and one erasure each, "

@@ -75,13 +75,13 @@ class Bench:
         """A new request to erase the same from the same classifier, as another model."""
         self.made += 1
         name = f"{self.part}-{self.home.name[-8:]}-{self.made}"
-        return self.app.ledger.request(self.subject.ask(self.app, name, RECIPE))
+        return self.app.ledger.requests.get(self.subject.ask(self.app, name, RECIPE))
 
     def note(self, what: str, request: str) -> None:
         """Look at a request that must have ended, compare it with the undisturbed one, print a line."""
         self.app.ledger.database.seal()
-        found, ledger = self.app.ledger.request(request), self.app.ledger
-        versions, erasures = ledger.versions(found.model), ledger.erasures(found.model)
+        found, ledger = self.app.ledger.requests.get(request), self.app.ledger
+        versions, erasures = ledger.models.versions(found.model), ledger.models.erasures(found.model)
         self.expected = self.expected or versions[-1].weights
         same = versions[-1].weights == self.expected
         wrong = amiss(self.app, [request]) + ([] if same else [f"{request}: other weights than undisturbed"])
@@ -96,7 +96,7 @@ class Bench:
 
     def seconds(self, request: Request) -> float:
         """How long its last attempt took, by the ledger."""
-        events = self.app.ledger.events(request.id)
+        events = self.app.ledger.requests.events(request.id)
         begun = max(event.at for event in events if event.new is Status.RUNNING)
         return (events[-1].at - begun).total_seconds()
 
@@ -106,7 +106,7 @@ class Bench:
         deadline = time.monotonic() + PATIENCE
         while len(seen) < number and time.monotonic() < deadline:
             seen |= {folder.name for folder in self.home.glob(f"runs/{request}-*/checkpoint_*")}
-            if self.app.ledger.request(request).status.is_terminal or (process and process.poll() is not None):
+            if self.app.ledger.requests.get(request).status.is_terminal or (process and process.poll() is not None):
                 break
             time.sleep(0.02)
         return len(seen)
@@ -157,7 +157,7 @@ def kill_workers(bench: Bench, kills: int) -> None:
 
     def run(request: Request) -> Outcome | None:
         words.clear()
-        claimed = bench.app.ledger.claim("failures", 600.0, request.model)
+        claimed = bench.app.ledger.requests.claim("failures", 600.0, request.model)
         assert claimed is not None
         return pipeline.run_request(bench.app.ledger, bench.app.artifacts, execute, claimed)[0].outcome
 
@@ -217,7 +217,7 @@ def kill_drivers(bench: Bench, kills: int) -> None:
 
 def ended(bench: Bench, requests: list[str]) -> bool:
     """Whether all of them are at their ends."""
-    return all(bench.app.ledger.request(request).status.is_terminal for request in requests)
+    return all(bench.app.ledger.requests.get(request).status.is_terminal for request in requests)
 
 
 def stop_jobs(bench: Bench, kills: int) -> None:
@@ -233,7 +233,7 @@ def stop_jobs(bench: Bench, kills: int) -> None:
             seen = bench.checkpoints(request.id, 1 + 2 * number)
             begun = time.monotonic()
             done = head.fsu("jobs", "stop", job)
-            took, now = time.monotonic() - begun, bench.app.ledger.request(request.id)
+            took, now = time.monotonic() - begun, bench.app.ledger.requests.get(request.id)
             if done.returncode or (now.status, now.failures) != (Status.QUEUED, 0):
                 bench.wrong.append(f"{request.id}: {now.status} after the stop; {done.stdout}{done.stderr}")
             head.submit(request.model, "--wait")

@@ -46,7 +46,7 @@ def fill(ledger: Ledger, name: str, versions: int, checks: int = 1, earlier: int
 
     Every erasure has `checks` re-checks on the latest version; its report lists `earlier` erasures before it.
     """
-    model = ledger.register_model(name, SPEC, _digest("weights"))
+    model = ledger.models.register(name, SPEC, _digest("weights"))
     began = datetime.now(UTC)
     recipe = Recipe().model_dump(mode="json")
     with ledger.database.writing("the benchmark") as connection:
@@ -151,17 +151,17 @@ def measure(url: str, name: str, repeats: int = 5) -> dict[str, float]:
     """Median seconds of what reads the line of the model `name`: the ledger's methods, and `fsu erased` twice, from
     the opening of the ledger to the last line printed and as a process of its own."""
     with open_ledger(url) as ledger:
-        last = ledger.version(name).number
+        last = ledger.models.version(name).number
         tasks: dict[str, Callable[[], float]] = {
             "fsu erased, from opening the ledger to the last line": lambda: _command(url, _COMMAND, name),
             "fsu erased, the whole process": lambda: _command(url, _WHOLE, "erased", name),
             "fsu model show, the whole process": lambda: _command(url, _WHOLE, "model", "show", name),
-            "Ledger.gone": lambda: _seconds(lambda: ledger.gone(name)),
-            "Ledger.rechecks": lambda: _seconds(lambda: ledger.rechecks(name)),
-            "Ledger.move_alias": lambda: _seconds(lambda: ledger.move_alias(name, "production", last)),
-            "Ledger.versions": lambda: _seconds(lambda: ledger.versions(name)),
-            "Ledger.erasures, with every report": lambda: _seconds(lambda: ledger.erasures(name)),
-            "Ledger.history": lambda: _seconds(lambda: ledger.history(name)),
+            "Ledger.models.erased": lambda: _seconds(lambda: ledger.models.erased(name)),
+            "Ledger.models.rechecks": lambda: _seconds(lambda: ledger.models.rechecks(name)),
+            "Ledger.models.move_alias": lambda: _seconds(lambda: ledger.models.move_alias(name, "production", last)),
+            "Ledger.models.versions": lambda: _seconds(lambda: ledger.models.versions(name)),
+            "Ledger.models.erasures, with every report": lambda: _seconds(lambda: ledger.models.erasures(name)),
+            "Ledger.models.history": lambda: _seconds(lambda: ledger.models.history(name)),
         }
         return {task: statistics.median(act() for _ in range(repeats)) for task, act in tasks.items()}
 

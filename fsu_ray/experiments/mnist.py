@@ -154,7 +154,7 @@ def scenario(
     say(f"{name}, seed {seed}: training {arch}")
     spec, weights = train(bench, arch, poisoned, epochs, seed, default_device())
     line = f"{name}-{arch.replace(':', '-')}-{seed}-{hashlib.sha256(str(time.time_ns()).encode()).hexdigest()[:6]}"
-    ledger.register_model(line, spec, store.put(weights))
+    ledger.models.register(line, spec, store.put(weights))
     gone = [step for step in runs[0] if isinstance(step, int)]
     row = {"scenario": name, "arch": arch, "seed": seed}
     yield row | {"after": "-", **score(bench, spec, weights, gone, poisoned)}
@@ -162,7 +162,7 @@ def scenario(
     for steps in runs:
         for step in steps:
             behaviour, pixels = target_samples(bench, step, seed)
-            ledger.submit(line, behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
+            ledger.requests.submit(line, behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
         started = time.monotonic()
         wanted = Drain(most=len(steps), model=line, coalesce=True)
         result = drain(ledger, "measure", wanted, partial(run_request, ledger, store, execute))[0]

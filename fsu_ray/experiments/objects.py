@@ -89,12 +89,12 @@ def executing(place: Place) -> Execute:
 def requests(ledger: Ledger, place: Place, bench: Bench, seed: int) -> list[float]:
     """The seconds of each request of a new model line, from its submission to its end; a new `seed` makes new bytes."""
     line, recipe, seconds = f"m-{secrets.token_hex(4)}", make_recipe("digits", [{"invert": {"seed": seed}}]), []
-    ledger.register_model(line, SPEC, place.artifacts.put(bench.weights))
+    ledger.models.register(line, SPEC, place.artifacts.put(bench.weights))
     run = partial(run_request, ledger, place.artifacts, executing(place))
     for target, samples in bench.samples.items():
         began = time.monotonic()
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
-        ledger.submit(line, behaviour, place.artifacts.put(samples), 8, recipe)
+        ledger.requests.submit(line, behaviour, place.artifacts.put(samples), 8, recipe)
         (result,) = drain(ledger, "benchmark", Drain(model=line), run)
         if result.request.status is not Status.SUCCEEDED:
             raise RunFailed(f"{place.name}: {result.request.status}, {result.request.reason}")

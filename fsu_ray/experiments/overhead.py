@@ -112,9 +112,9 @@ def main() -> None:
         recipe = make_recipe(options.recipe, [parse_change(text) for text in options.changes])
         for number in range(options.runs + 1):
             name = f"m{number}"
-            ledger.register_model(name, spec, weights, "digits")
+            ledger.models.register(name, spec, weights, "digits")
             behaviour = Behaviour(name="class-8", kind="class", targets=(8,))
-            request, _ = ledger.submit(name, behaviour, samples, 8, recipe)
+            request, _ = ledger.requests.submit(name, behaviour, samples, 8, recipe)
             alone, found = plain(app, request), system(app)
             if number:
                 parts = ", ".join(f"{part} {found[part]:.1f}" for part in PARTS)

@@ -39,10 +39,10 @@ def fill(url: str, number: int) -> None:
     """A new ledger at `url` with `number` requests over `MODELS` models."""
     with open_ledger(url) as ledger:
         for model in range(MODELS):
-            ledger.register_model(f"m{model}", SPEC, _digest("weights"))
+            ledger.models.register(f"m{model}", SPEC, _digest("weights"))
         for request in range(number):
             behaviour = Behaviour(name=f"b{request}", kind="subset", targets=(1,))
-            ledger.submit(f"m{request % MODELS}", behaviour, _digest(f"samples {request}"), 8, Recipe())
+            ledger.requests.submit(f"m{request % MODELS}", behaviour, _digest(f"samples {request}"), 8, Recipe())
 
 
 def work(url: str, worker: str) -> int:
@@ -51,7 +51,7 @@ def work(url: str, worker: str) -> int:
     with open_ledger(url) as ledger:
         _ready()
         while idle < 3:
-            request = ledger.claim(worker, 60)
+            request = ledger.requests.claim(worker, 60)
             if request is None:
                 idle += 1
                 time.sleep(0.005)

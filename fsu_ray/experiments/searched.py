@@ -58,8 +58,8 @@ def compare(
     row = {"scenario": scenario, "seed": seed}
     yield row | {"recipe": "-", **score(bench, spec, weights, gone, crossed)}
     line = f"{scenario}-{seed}-{time.time_ns():x}"
-    ledger.register_model(line, spec, root)
-    base = ledger.version(line)
+    ledger.models.register(line, spec, root)
+    base = ledger.models.version(line)
     order = draft_order(ledger, line, Asked("search", behaviour, samples), Recipe(), base, base)
     found = search(order, store, (None, runs), Wanted(SPACE[behaviour.kind], trials=trials, seed=seed), _say)
     for name, recipe in (("default", Recipe()), ("searched", found.recipe)):
@@ -75,8 +75,8 @@ def _erase(
     ledger: Ledger, store: Artifacts, execute: Any, line: str, spec: ModelSpec, root: str, behaviour: Behaviour,
     samples: str, number: int, recipe: Recipe,
 ) -> dict[str, Any]:  # fmt: skip
-    ledger.register_model(line, spec, root)
-    ledger.submit(line, behaviour, samples, number, recipe)
+    ledger.models.register(line, spec, root)
+    ledger.requests.submit(line, behaviour, samples, number, recipe)
     started = time.monotonic()
     (result,) = drain(ledger, "searched", Drain(most=1, model=line), partial(run_request, ledger, store, execute))
     wall = round(time.monotonic() - started, 1)

@@ -63,8 +63,8 @@ def _requests(
 
     spec = ModelSpec.model_validate_json(original["spec"])
     same_changes = [cell["changes"], {"gate": OPEN, "relearn": {"seed": cell["seed"]}}]
-    ledger.register_model("m", spec, store.put(weights))
-    ledger.set_policy("m", Policy.model_validate(cell["policy"]))
+    ledger.models.register("m", spec, store.put(weights))
+    ledger.models.set_policy("m", Policy.model_validate(cell["policy"]))
     gone: list[int] = []
     same = {"seed": cell["seed"], "variant": cell["variant"]}
     yield {**same, "request": 0, "erased": "-", **_measured(spec, weights, list(cell["classes"]))}
@@ -73,7 +73,7 @@ def _requests(
         seeded = {"seed": 1000 * number + cell["seed"]}
         own = {"invert": seeded, "synthesize": seeded} if cell.get("reseed") else {}
         recipe = make_recipe("default", [*same_changes, own])
-        ledger.submit("m", behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
+        ledger.requests.submit("m", behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
         started = time.monotonic()
         (result,) = drain(ledger, "sequence", Drain(most=1, model="m"), partial(run_request, ledger, store, execute))
         row = {**same, "request": number, "erased": str(label), "seconds": time.monotonic() - started}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -17,11 +18,11 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from fsu_ray.errors import AuditFailed, NotFound, StorageError
-from fsu_ray.storage import chain, schema, triggers
+from fsu_ray.storage import chain, removals, rows, schema, triggers
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.chain import Event, Head
 from fsu_ray.storage.columns import metadata
-from fsu_ray.storage.ledger import Ledger
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.schema import LATER, TERMINAL, audit_events, audit_pending, erasures, request_events, requests
 
 MOST = 100
@@ -89,47 +90,60 @@ class Verdict:
             raise AuditFailed(f"{self.findings[0]}{more}")
 
 
-def verify(ledger: Ledger, artifacts: Artifacts | None = None, noted: Head | None = None) -> Verdict:
-    """Audit a ledger, with `artifacts` these too. `noted` is a head that must still be in the chain."""
-    started, findings = time.perf_counter(), Findings()
-    with ledger.database.reading() as connection:
-        recorded, count, head = _Recorded(findings), 0, Head(0, chain.GENESIS)
-        for batch in chain.unbroken(chain.stored(connection), findings.chain, noted):
-            for event in batch:
-                recorded.take(event)
-            count, head = count + len(batch), Head(batch[-1][0], batch[-1][8])
-        waiting = {f"{row[0]} {row[1]}" for row in connection.execute(sa.select(audit_pending))}
-        for table in AUDITED.values():
-            _compare(connection, table, recorded, waiting if table is request_events else set(), findings)
-        _check_requests(connection, recorded.reports, findings)
-    looked = None if artifacts is None else _check_artifacts(ledger, artifacts, findings)
-    seconds = time.perf_counter() - started
-    return Verdict(count, head, len(waiting), looked, findings.count, findings.first, seconds)
+class Audit:
+    """The audit of a ledger's database."""
 
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-def head(ledger: Ledger) -> Head:
-    """The head of the chain with all that has happened until now: what an auditor notes elsewhere."""
-    ledger.database.seal()
-    with ledger.database.reading() as connection:
-        return chain.head(connection)
+    def verify(self, artifacts: Artifacts | None = None, noted: Head | None = None) -> Verdict:
+        """Audit the ledger, with `artifacts` these too. `noted` is a head that must still be in the chain."""
+        started, findings = time.perf_counter(), Findings()
+        with self._database.reading() as connection:
+            recorded, count, head = _Recorded(findings), 0, Head(0, chain.GENESIS)
+            for batch in chain.unbroken(chain.stored(connection), findings.chain, noted):
+                for event in batch:
+                    recorded.take(event)
+                count, head = count + len(batch), Head(batch[-1][0], batch[-1][8])
+            waiting = {f"{row[0]} {row[1]}" for row in connection.execute(sa.select(audit_pending))}
+            for table in AUDITED.values():
+                _compare(connection, table, recorded, waiting if table is request_events else set(), findings)
+            _check_requests(connection, recorded.reports, findings)
+        looked = None if artifacts is None else _check_artifacts(self._database, artifacts, findings)
+        seconds = time.perf_counter() - started
+        return Verdict(count, head, len(waiting), looked, findings.count, findings.first, seconds)
 
+    def head(self) -> Head:
+        """The head of the chain with all that has happened until now: what an auditor notes elsewhere."""
+        self._database.seal()
+        with self._database.reading() as connection:
+            return chain.head(connection)
 
-def log(ledger: Ledger, model: str | None = None, request: str | None = None, last: int | None = None) -> list[Event]:
-    """The `last` events, oldest first, None for all: of a model, of the request whose id begins with `request`.
+    def log(self, model: str | None = None, request: str | None = None, last: int | None = None) -> list[Event]:
+        """The `last` events, oldest first, None for all: of a model, of the request whose id begins with `request`.
 
-    Raises NotFound.
-    """
-    where = []
-    if model is not None:
-        where.append(audit_events.c.model == ledger.model(model).name)
-    if request is not None:
-        where.append(audit_events.c.request == ledger.request(request).id)
-    ledger.database.seal()
-    with ledger.database.reading() as connection:
-        if last is not None:
-            newest = sa.select(audit_events.c.seq).where(*where).order_by(audit_events.c.seq.desc()).limit(last)
-            where.append(audit_events.c.seq.in_(newest.scalar_subquery()))
-        return [Event(*row) for batch in chain.stored(connection, *where) for row in batch]
+        Raises NotFound.
+        """
+        where = []
+        with self._database.reading() as connection:
+            if model is not None:
+                where.append(audit_events.c.model == rows.fetch_model(connection, model).name)
+            if request is not None:
+                fitting = rows.fetch_by_id(connection, rows.REQUESTS, requests, request)
+                where.append(audit_events.c.request == fitting["id"])
+        self._database.seal()
+        with self._database.reading() as connection:
+            if last is not None:
+                newest = sa.select(audit_events.c.seq).where(*where).order_by(audit_events.c.seq.desc()).limit(last)
+                where.append(audit_events.c.seq.in_(newest.scalar_subquery()))
+            return [Event(*row) for batch in chain.stored(connection, *where) for row in batch]
+
+    @contextmanager
+    def chain(self) -> Iterator[sa.Connection]:
+        """A snapshot of the database with everything that has happened until now in the chain."""
+        self._database.seal()
+        with self._database.reading() as connection:
+            yield connection
 
 
 def count_of(connection: sa.Connection, model: str) -> int:
@@ -294,13 +308,15 @@ def _report_digest(text: str | None) -> str | None:
         return "no JSON"
 
 
-def _check_artifacts(ledger: Ledger, artifacts: Artifacts, findings: Findings) -> int:
+def _check_artifacts(database: Database, artifacts: Artifacts, findings: Findings) -> int:
     """Compare artifacts with their digests; how many the ledger needs."""
-    needed, removed = ledger.references()
+    with database.reading() as connection:
+        needed, removed = removals.references(connection)
     wrong = {digest: what for digest in needed if (what := _what_is_wrong(artifacts, digest)) is not None}
     there = removed & artifacts.digests().keys()
     if wrong or there:  # what was removed meanwhile, or submitted again, is as it should be
-        needed_now, removed_now = ledger.references()
+        with database.reading() as connection:
+            needed_now, removed_now = removals.references(connection)
         wrong = {digest: what for digest, what in wrong.items() if digest in needed_now}
         there = {digest for digest in there & removed_now if artifacts.has(digest)}
     wrong |= dict.fromkeys(there, "is on record as removed, and still there")

@@ -86,8 +86,7 @@ def write(
     private = None if key is None else signing.read_private(key)
     if not force and file.exists():
         raise AlreadyExists(f"{file} exists already; give another --out, or --force")
-    ledger.database.seal()
-    with ledger.database.reading() as connection:
+    with ledger.audit.chain() as connection:
         head = chain.head(connection)
         about = None if model is None else {"name": model, "events": count_of(connection, model)}
         manifest = _manifest(head, about)

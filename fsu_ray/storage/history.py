@@ -56,7 +56,7 @@ Event = dict[str, Any]
 
 
 def history(connection: sa.Connection, model: Model) -> list[Event]:
-    """The events of a model, oldest first; see `Ledger.history` for their form."""
+    """The events of a model, oldest first; see `Ledger.models.history` for their form."""
     sources = (
         _of_versions,
         _of_policies,

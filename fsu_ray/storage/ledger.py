@@ -8,20 +8,20 @@ figures come back as JSON gives them: tuples as lists, numbers as keys as text, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
 
 from fsu_ray.errors import TransitionRefused
 from fsu_ray.records import ModelVersion, Request, Status
-from fsu_ray.storage import claims, results, rows, searches
-from fsu_ray.storage import history as events
+from fsu_ray.storage import claims, recipes, removals, results, rows
+from fsu_ray.storage.audit import Audit
 from fsu_ray.storage.database import Database
-from fsu_ray.storage.inverters import Inverters
-from fsu_ray.storage.lineage import Lineage
-from fsu_ray.storage.queueing import Queue
-from fsu_ray.storage.searches import Searches
-from fsu_ray.storage.watching import Watching
-from fsu_ray.storage.windows import Windows
+from fsu_ray.storage.generators import Generators
+from fsu_ray.storage.models import Models
+from fsu_ray.storage.policies import OPERATOR, check_actor
+from fsu_ray.storage.recipes import Recipes
+from fsu_ray.storage.requests import Requests
+from fsu_ray.storage.schedules import Schedules
 from fsu_ray.work import Outcome
 
 
@@ -33,8 +33,17 @@ def open_ledger(url: str) -> Ledger:
     return Ledger(Database.open(url))
 
 
-class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
+class Ledger:
     """The system of record. `open_ledger` makes it; it may be shared by threads, not by processes."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.models = Models(database)
+        self.requests = Requests(database)
+        self.generators = Generators(database)
+        self.schedules = Schedules(database)
+        self.recipes = Recipes(database)
+        self.audit = Audit(database)
 
     def __enter__(self) -> Ledger:
         return self
@@ -46,12 +55,7 @@ class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
 
     def close(self) -> None:
         """Close the ledger's connections."""
-        self._database.close()
-
-    @property
-    def database(self) -> Database:
-        """What the audit reads past all of these methods."""
-        return self._database
+        self.database.close()
 
     def commit(
         self,
@@ -76,13 +80,13 @@ class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
         """
         if outcome.reason is not None or outcome.weights is None or outcome.mask is None or outcome.probes is None:
             raise ValueError(f"request {request.id}: an outcome without a result cannot become a version")
-        with self._database.writing(f"request {request.id}") as connection:
+        with self.database.writing(f"request {request.id}") as connection:
             moment, worker = rows.now(), str(request.worker)
             model = rows.fetch_model(connection, request.model)
             along = {each.id: each for each in claims.followers(connection, request)}
             if set(along) != {part.request for part in outcome.also}:
                 raise claims.lost(request)
-            origins = searches.origins(connection, (request, *along.values()))
+            origins = recipes.origins(connection, (request, *along.values()))
             ended = results.Ended.of(request, outcome, generator_id, warm_started_from, transferred_from, origins)
             done = {"version": base.number + 1, "reason": None}
             claims.step_claimed(connection, request, Status.SUCCEEDED, worker, moment, report=ended.report, **done)
@@ -123,10 +127,10 @@ class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
         """
         moment, worker = rows.now(), str(request.worker)
         if outcome is None or base is None:
-            with self._database.stepping(f"request {request.id}") as connection:
+            with self.database.stepping(f"request {request.id}") as connection:
                 return claims.step_claimed(connection, request, Status.REJECTED, worker, moment, reason=reason)
-        with self._database.writing(f"request {request.id}") as connection:
-            origins = searches.origins(connection, (request,))
+        with self.database.writing(f"request {request.id}") as connection:
+            origins = recipes.origins(connection, (request,))
             ended = results.Ended.of(request, outcome, generator_id, warm_started_from, transferred_from, origins)
             rejected = claims.step_claimed(
                 connection, request, Status.REJECTED, worker, moment, reason=reason, report=ended.report
@@ -134,26 +138,13 @@ class Ledger(Lineage, Queue, Inverters, Searches, Watching, Windows):
             ended.keep_generator(connection, rows.fetch_model(connection, request.model), root or base.root, moment)
             return rejected
 
-    def history(self, model: str) -> list[dict[str, Any]]:
-        """What happened to a model, oldest first; raises NotFound.
+    def discard(self, digests: Iterable[str], actor: str = OPERATOR) -> list[str]:
+        """Record that artifacts which nothing refers to are deleted; the digests to be deleted now."""
+        check_actor(actor)
+        with self.database.writing("the artifacts") as connection:
+            return removals.record(connection, digests, "unreferenced", actor, None)
 
-        Each event is `{"at": datetime, "event": str, "version": int | None, "request": str | None,
-        "detail": dict}`. The events and their details:
-
-        - `registered` (weights, arch) and `version_added` (weights): a version from outside;
-        - `submitted` (behaviour, kind, targets, sample_count);
-        - `generator_trained`, `generator_warm_started` and `generator_transferred` (generator; from),
-          `generator_imported` (generator; no request), `generator_reused` (generator);
-        - `erased` (behaviour, kind, targets; recipe_origin where a search found its recipe), with its version;
-        - `rejected`, `failed`, `cancelled` (behaviour, reason);
-        - `policy_set` (the policy's fields, by);
-        - `recipe_found` (search, kind, score, by), `recipe_reset` (kind, by);
-        - `approved`, `denied` (behaviour, by): a denied request has no `rejected` besides;
-        - `rechecked` (erasures, failed, by): one for all measured at once, with their version; `recheck_failed`
-          (behaviour, share, probes), one for each erasure that has come back;
-        - `alias_moved` (alias, previous, forced, reason, by), with its version;
-        - `generator_retired` (generator, reason, by), `sealed` (generator, by), with its version;
-        - `purged` (behaviour, by): a request's target samples are gone.
-        """
-        with self._database.reading() as connection:
-            return events.history(connection, rows.fetch_model(connection, model))
+    def references(self) -> tuple[set[str], set[str]]:
+        """The digests that the ledger needs, and those that it refers to but has recorded as removed."""
+        with self.database.reading() as connection:
+            return removals.references(connection)

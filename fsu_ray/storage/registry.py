@@ -25,7 +25,7 @@ class Offer:
 def offer(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion, recipe: Recipe) -> Offer:
     """The newest generators of the model that fit its input shape and classes and are not retired.
 
-    `reuse` also has a D' with the labels of `root` (`Ledger.sealed_root` of `base`) and the recipe of generator and
+    `reuse` also has a D' with the labels of `root` (`Ledger.models.sealed_root` of `base`) and the recipe of generator and
     D', and starved no class; whether it really serves is for the gate to say, on figures of the run. `warm` may
     have any root and recipe. The paper's form draws D' anew from each version, and so is offered nothing.
     """
@@ -33,7 +33,7 @@ def offer(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion, 
         return Offer(None, None)
     fitting = [
         generator
-        for generator in ledger.generators(model.name)
+        for generator in ledger.generators.all(model.name)
         if matches(generator, model) and generator.retired is None
     ]
     reusable = [
@@ -46,7 +46,7 @@ def offer(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion, 
 
 def offer_named(ledger: Ledger, model: Model, root: ModelVersion, recipe: Recipe, generator: str) -> Offer:
     """The generator of that id and no other, as `serving.serves` says; raises GeneratorUnfit where it cannot serve."""
-    named = ledger.generator(generator)
+    named = ledger.generators.get(generator)
     how, found = serves(named, model, root, recipe), _ref(named)
     if how == "reuse":
         return Offer(reuse=found, warm=None, bound=True)
@@ -59,9 +59,9 @@ def priors(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion)
     `recorded` is the share of its probes in a target class when it was erased, 0 where none were measured. Those
     that were in force when `root` was sealed are sealed: D' knows nothing of them any more.
     """
-    datasets = {generator.id: generator.dataset for generator in ledger.generators(model.name)}
+    datasets = {generator.id: generator.dataset for generator in ledger.generators.all(model.name)}
     seal = root.number if root.number != base.root else 0
-    recipes = {request.id: request.recipe for request in ledger.requests(model.name)}
+    recipes = {request.id: request.recipe for request in ledger.requests.all(model.name)}
     return tuple(
         PriorErasure(
             request=erasure.request,
@@ -74,7 +74,7 @@ def priors(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion)
             recorded=erasure.report["forgetting"]["probes_in_target"] or 0.0,
             sealed=erasure.version <= seal,
         )
-        for erasure in ledger.erasures(model.name, base.number)
+        for erasure in ledger.models.erasures(model.name, base.number)
     )
 
 

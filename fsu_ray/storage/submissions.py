@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from fsu_ray.errors import AlreadyErased, AlreadyExists, InvalidBehaviour
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Model, Request, Status, Terms
-from fsu_ray.storage import chain, rows, searches
+from fsu_ray.storage import chain, recipes, rows
 from fsu_ray.storage.claims import step_waiting
 from fsu_ray.storage.schema import LIVE, TERMS, generators, requests
 from fsu_ray.storage.serving import serves
@@ -117,7 +117,7 @@ def insert(
     approval: bool,
 ) -> Request:
     """Write a request as submitted and queue it, or have it wait for approval: two steps of `records.TRANSITIONS`."""
-    moment = rows.now_after(searches.newest(connection, model, behaviour.kind))
+    moment = rows.now_after(recipes.newest(connection, model, behaviour.kind))
     values = {
         "id": rows.new_id("r"),
         "model_id": model.id,

@@ -83,8 +83,8 @@ def test_what_is_amiss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     def run(seed: int) -> str:
         quick = {"invert": {"steps": 10, "batch": 20, "width": 2}, "relearn": {"epochs": 1, "seed": seed}}
         recipe = Recipe.model_validate(RECIPE | quick)
-        request = app.ledger.request(bench.subject.ask(app, f"m{seed}", recipe))
-        claimed = app.ledger.claim("w", 60.0, request.model)
+        request = app.ledger.requests.get(bench.subject.ask(app, f"m{seed}", recipe))
+        claimed = app.ledger.requests.claim("w", 60.0, request.model)
         assert claimed is not None
         pipeline.run_request(app.ledger, app.artifacts, execute, claimed)
         return request.id
@@ -99,6 +99,6 @@ def test_what_is_amiss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "OTHER weights" in capsys.readouterr().out
     (wrong,) = bench.wrong
     assert wrong.endswith("other weights than undisturbed")
-    Path(app.artifacts.path(app.ledger.versions("m0")[-1].weights)).unlink()
+    Path(app.artifacts.path(app.ledger.models.versions("m0")[-1].weights)).unlink()
     bench.note("gone", first)
     assert "dangling" in capsys.readouterr().out

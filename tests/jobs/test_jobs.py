@@ -53,7 +53,7 @@ class Place:
     def ask(self, model: str, target: int, changes: list[str]) -> Request:
         """Queue a request to erase a class."""
         app = self.app
-        images = load("digits", "train", app.ledger.model(model).spec.shape)
+        images = load("digits", "train", app.ledger.models.get(model).spec.shape)
         samples = self.home / f"samples-{model}-{target}"
         if not samples.exists():
             write_samples(images.pixels[draw(images, [target], 6, 0)], samples)
@@ -84,13 +84,15 @@ class Place:
 
     def until(self, model: str, checkpoints: int) -> None:
         """Wait until the run of the model's last request would go on from one of so many checkpoints."""
-        request = self.app.ledger.requests(model)[-1]
+        request = self.app.ledger.requests.all(model)[-1]
         for _ in range(3600):
             time.sleep(0.1)
             with suppress(ValueError):  # torn: Ray is writing it
                 if any(len(kept(run)) >= checkpoints for run in self.home.glob(f"fsu/runs/{request.id}-*")):
                     return
-            assert not self.app.ledger.request(request.id).status.is_terminal, self.app.ledger.request(request.id)
+            assert not self.app.ledger.requests.get(request.id).status.is_terminal, self.app.ledger.requests.get(
+                request.id
+            )
         pytest.fail("no checkpoint in six minutes")
 
 
@@ -119,9 +121,9 @@ def test_train_search_and_unlearn_by_rays_own_command(place: Place) -> None:
     assert '"trials": 1' in said
     place.ray_job("jobs.unlearn", "--max", "1", "--model", "m")
     ledger = place.app.ledger
-    assert [erasure.behaviour.name for erasure in ledger.erasures("m")] == ["class-8"]
-    assert ledger.version("m").number == 2
-    assert ledger.request(request.id).worker.startswith("job/"), "a claim bears its job, whoever has sent it"
+    assert [erasure.behaviour.name for erasure in ledger.models.erasures("m")] == ["class-8"]
+    assert ledger.models.version("m").number == 2
+    assert ledger.requests.get(request.id).worker.startswith("job/"), "a claim bears its job, whoever has sent it"
 
 
 @pytest.mark.ray
@@ -150,14 +152,14 @@ def test_a_request_is_sent_stopped_and_sent_again(place: Place) -> None:
 
     stopped = place.fsu("jobs", "stop", job)
     assert f"job {job} is STOPPED\nrequest {request.id} is queued\n" == stopped.stdout
-    waiting = place.app.ledger.request(request.id)
+    waiting = place.app.ledger.requests.get(request.id)
     assert (waiting.status, waiting.failures, waiting.reason) == (Status.QUEUED, 0, "interrupted")
     place.fsu("jobs", "stop", job, code=1)  # it is over
     assert "interrupted: what was running is queued again" in place.fsu("jobs", "logs", job).stdout
 
     done = place.fsu("submit", "--model", "n", "--max", "1", "--wait")
     assert f"sent fsu-{request.id}-2" in done.stdout
-    ended = place.app.ledger.request(request.id)
+    ended = place.app.ledger.requests.get(request.id)
     assert (ended.status, ended.attempt) == (Status.SUCCEEDED, 2)
     (resumed,) = ended.report["resumed"]
     assert re.fullmatch(r"invert \d+", resumed), "it goes on where it was stopped, and does not begin again"
@@ -198,17 +200,17 @@ def test_a_job_that_died_is_found_and_its_request_retried(place: Place) -> None:
     job = json.loads(place.fsu("submit", "--model", "n", "--json").stdout)["job"]
     place.until("n", 1)
     prometheus_finds_what_the_ledger_says(place)
-    claimed = place.app.ledger.request(request.id)
+    claimed = place.app.ledger.requests.get(request.id)
     os.kill(int(claimed.worker.rpartition(":")[2]), signal.SIGKILL)
     for _ in range(100):
         listed = {each["id"]: each["status"] for each in json.loads(place.fsu("jobs", "list", "--json").stdout)}
         if listed[job] == "FAILED":
             break
         time.sleep(0.3)
-    assert place.app.ledger.request(request.id).status is Status.RUNNING
+    assert place.app.ledger.requests.get(request.id).status is Status.RUNNING
     sent = json.loads(place.fsu("submit", "--model", "n", "--json", "--wait").stdout)
     assert (sent["job"], sent["status"]) == (f"fsu-{request.id}-2", "SUCCEEDED")
-    ended = place.app.ledger.request(request.id)
+    ended = place.app.ledger.requests.get(request.id)
     assert (ended.status, ended.attempt, ended.failures) == (Status.SUCCEEDED, 2, 1)
     assert ended.report["resumed"]
 
@@ -224,13 +226,13 @@ def test_a_runtime_environment_that_does_not_install(place: Place) -> None:
     assert [line for line in failed.stderr.splitlines() if line.startswith("error:")] == [
         failed.stderr.splitlines()[-1]
     ]
-    waiting = place.app.ledger.request(request.id)
+    waiting = place.app.ledger.requests.get(request.id)
     assert (waiting.status, waiting.attempt) == (Status.QUEUED, 0)
     for wrong in ('{"pip": 3}', '{"nonsense": 1}', '{"working_dir": "/no/such/folder"}'):
         refused = place.fsu("submit", "--model", "n", "--runtime-env", wrong, code=2)
         assert refused.stderr.startswith("error: --runtime-env: ")
         assert refused.stderr.count("\n") == 1
-    place.app.ledger.cancel(request.id)
+    place.app.ledger.requests.cancel(request.id)
 
 
 @pytest.mark.ray

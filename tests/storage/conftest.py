@@ -40,10 +40,10 @@ class Line:
 
     def submit(self, name: str = "nine", *targets: int, kind: Any = "class", recipe: Recipe | None = None) -> Request:
         behaviour = Behaviour(name=name, kind=kind, targets=targets or (9,))
-        return self.ledger.submit(self.name, behaviour, digest(f"samples of {name}"), 8, recipe or Recipe())[0]
+        return self.ledger.requests.submit(self.name, behaviour, digest(f"samples of {name}"), 8, recipe or Recipe())[0]
 
     def claim(self, worker: str = "w1", lease: float = 60.0) -> Request:
-        request = self.ledger.claim(worker, lease, self.name)
+        request = self.ledger.requests.claim(worker, lease, self.name)
         assert request is not None
         return request
 
@@ -71,7 +71,7 @@ class Line:
         return self.ledger.commit(
             request,
             self.outcome(request, **changes),
-            self.ledger.version(self.name),
+            self.ledger.models.version(self.name),
             generator_id=generator[0],
             warm_started_from=generator[1],
         )
@@ -160,7 +160,7 @@ def new_line(ledger: Ledger) -> Callable[..., Line]:
     """Registers a model, its spec with some changes, and gives its line."""
 
     def make(name: str, **changes: Any) -> Line:
-        ledger.register_model(name, SPEC.model_copy(update=changes), digest("weights"), "digits")
+        ledger.models.register(name, SPEC.model_copy(update=changes), digest("weights"), "digits")
         return Line(ledger, name)
 
     return make

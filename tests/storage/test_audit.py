@@ -24,7 +24,7 @@ from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.chain import Head
 from fsu_ray.storage.columns import Instant, metadata
 from fsu_ray.storage.ledger import Ledger, open_ledger
-from fsu_ray.storage.lineage import Measured
+from fsu_ray.storage.models import Measured
 from fsu_ray.work import Outcome
 
 SECRET = "/home/alice/Pictures/me.png"
@@ -115,11 +115,11 @@ def outcome(request: Request, use: str = "trained") -> Outcome:
 
 def submit(ledger: Ledger, what: str, *targets: int, kind: Any = "class", **terms: Any) -> Request:
     behaviour = Behaviour(name=what, kind=kind, targets=targets)
-    return ledger.submit("digits", behaviour, digest(f"samples of {what}"), 8, Recipe(), Terms(**terms))[0]
+    return ledger.requests.submit("digits", behaviour, digest(f"samples of {what}"), 8, Recipe(), Terms(**terms))[0]
 
 
 def claim(ledger: Ledger, worker: str = "host-1:77", lease: float = 60.0) -> Request:
-    found = ledger.claim(worker, lease, "digits")
+    found = ledger.requests.claim(worker, lease, "digits")
     assert found is not None
     return found
 
@@ -127,71 +127,71 @@ def claim(ledger: Ledger, worker: str = "host-1:77", lease: float = 60.0) -> Req
 def fill(ledger: Ledger) -> None:
     """Tell a ledger everything that it can be told, so that every audited table has rows."""
     name, past = "digits", datetime.now(UTC) - timedelta(hours=1)
-    ledger.register_model(name, SPEC, digest("weights"), "digits")
-    ledger.set_policy(name, Policy(approval=True, samples_days=0.0), "admin-1")
+    ledger.models.register(name, SPEC, digest("weights"), "digits")
+    ledger.models.set_policy(name, Policy(approval=True, samples_days=0.0), "admin-1")
     due = past + timedelta(days=9)
     asked = submit(ledger, "nine", 9, key="ticket-1", requested_by="u-17", priority=3, not_before=past, due_at=due)
-    ledger.approve(asked.id, "u-18")
+    ledger.requests.approve(asked.id, "u-18")
     first = claim(ledger)
-    ledger.commit(first, outcome(first), ledger.version(name))
-    ledger.deny(submit(ledger, "eight", 8, requested_by="u-17").id, "u-18")
-    ledger.set_policy(name, Policy(generators="max-age", generator_days=30.0), "admin-1")
-    trained = ledger.generators(name)[0]
-    ledger.keep_recipe(name, "class", Recipe(), 0.9, {"trials": 24, "parts": [{"part": "coverage"}]}, "u-24")
+    ledger.commit(first, outcome(first), ledger.models.version(name))
+    ledger.requests.deny(submit(ledger, "eight", 8, requested_by="u-17").id, "u-18")
+    ledger.models.set_policy(name, Policy(generators="max-age", generator_days=30.0), "admin-1")
+    trained = ledger.generators.all(name)[0]
+    ledger.recipes.keep(name, "class", Recipe(), 0.9, {"trials": 24, "parts": [{"part": "coverage"}]}, "u-24")
     submit(ledger, "four", 4)
     second = claim(ledger)
-    ledger.commit(second, outcome(second, "reused"), ledger.version(name), generator_id=trained.id)
-    ledger.reset_recipe(name, "class", "u-24")
+    ledger.commit(second, outcome(second, "reused"), ledger.models.version(name), generator_id=trained.id)
+    ledger.recipes.reset(name, "class", "u-24")
     submit(ledger, "some", 2, 3, kind="subset")
     third = claim(ledger)
-    ledger.commit(third, outcome(third, "warm_started"), ledger.version(name), warm_started_from=trained.id)
+    ledger.commit(third, outcome(third, "warm_started"), ledger.models.version(name), warm_started_from=trained.id)
 
     submit(ledger, "three", 3)
-    ledger.retry(claim(ledger), f"FileNotFoundError: {SECRET}: no such file")
+    ledger.requests.retry(claim(ledger), f"FileNotFoundError: {SECRET}: no such file")
     submit(ledger, "two", 2)
-    ledger.fail(claim(ledger), f"RuntimeError: cannot read '{SECRET}'")
+    ledger.requests.fail(claim(ledger), f"RuntimeError: cannot read '{SECRET}'")
     submit(ledger, "one", 1)
     refused = claim(ledger)
-    ledger.reject(refused, "not_forgotten", outcome(refused), ledger.version(name))
+    ledger.reject(refused, "not_forgotten", outcome(refused), ledger.models.version(name))
     submit(ledger, "zero", 0)
     claim(ledger, lease=-1.0)
     late = claim(ledger, "host-2:78")
-    ledger.cancel(late.id, "u-19")
-    ledger.stop(late)
+    ledger.requests.cancel(late.id, "u-19")
+    ledger.requests.stop(late)
     submit(ledger, "six", 6)
-    ledger.release(claim(ledger), "stopped")
+    ledger.requests.release(claim(ledger), "stopped")
 
-    ledger.move_alias(name, "production", 4, "u-20")
-    ledger.move_alias(name, "production", 2, "u-20", force=True, reason="OPS-12")
-    erased = ledger.erasures(name)
+    ledger.models.move_alias(name, "production", 4, "u-20")
+    ledger.models.move_alias(name, "production", 2, "u-20", force=True, reason="OPS-12")
+    erased = ledger.models.erasures(name)
     shares = (Measured(erased[0].id, 450, 0.0125, True), Measured(erased[1].id, 0, None, False))
-    ledger.keep_rechecks(name, 4, shares, "u-21")
-    ledger.purge(ledger.request(first.id), "policy")
-    ledger.retire(ledger.generators(name)[1].id, "operator", "u-22")
-    ledger.seal(trained, ledger.version(name), digest("sealed"), "u-22")
+    ledger.models.record_rechecks(name, 4, shares, "u-21")
+    ledger.requests.purge(ledger.requests.get(first.id), "policy")
+    ledger.generators.retire(ledger.generators.all(name)[1].id, "operator", "u-22")
+    ledger.generators.seal(trained, ledger.models.version(name), digest("sealed"), "u-22")
     ledger.discard([digest("stray")], "policy")
-    schedule = ledger.add_schedule(name, "0 2 * * *", "Europe/Berlin", 5, 60, "u-23")
-    window = ledger.fire(schedule, past, 1, "host-1:79", 60.0)
+    schedule = ledger.schedules.add(name, "0 2 * * *", "Europe/Berlin", 5, 60, "u-23")
+    window = ledger.schedules.fire(schedule, past, 1, "host-1:79", 60.0)
     assert window is not None
-    ledger.close_window(window, 1)
-    ledger.set_schedule(schedule.id, "paused", "u-23")
+    ledger.schedules.close_window(window, 1)
+    ledger.schedules.set_state(schedule.id, "paused", "u-23")
     ledger.database.seal()
 
 
 def findings(line: Any, *arguments: Any) -> tuple[str, ...]:
-    found = audit.verify(line.ledger, *arguments)
+    found = line.ledger.audit.verify(*arguments)
     assert found.found == len(found.findings)
     return found.findings
 
 
 def test_a_ledger_as_it_was_written_is_good(filled: Filled) -> None:
     """Whatever it was told, with rows in every table that is audited."""
-    found = audit.verify(filled.ledger)
+    found = filled.ledger.audit.verify()
 
     found.check()
     assert found.findings == ()
     assert found.events == filled.one("SELECT count(*) FROM audit_events") > 50
-    assert found.head == audit.head(filled.ledger)
+    assert found.head == filled.ledger.audit.head()
     for table in audit.AUDITED:
         assert filled.one(f"SELECT count(*) FROM {table}"), table
 
@@ -362,7 +362,7 @@ def test_an_event_that_was_taken_out_is_named(filled: Filled) -> None:
         filled.execute(f"DELETE FROM audit_events WHERE seq = {last}")
         (said,) = findings(filled)
         assert re.fullmatch(r"\w+ \S+: no event has recorded it", said)
-    noted = audit.head(filled.ledger)
+    noted = filled.ledger.audit.head()
     assert findings(filled, None, noted) == ()
     with filled.undone("audit_events"):
         filled.execute(f"DELETE FROM audit_events WHERE seq = {last}")
@@ -402,7 +402,7 @@ def test_the_first_finding_is_told_with_the_number_of_the_others(filled: Filled)
         filled.execute("UPDATE audit_events SET actor = 'somebody' WHERE seq IN (17, 20)")
         filled.execute("UPDATE rechecks SET version = 2")
         with pytest.raises(AuditFailed) as caught:
-            audit.verify(filled.ledger).check()
+            filled.ledger.audit.verify().check()
     assert str(caught.value) == "audit_events 17: its hash is not that of its content (and 3 more)"
 
 
@@ -412,11 +412,11 @@ def test_steps_that_wait_for_the_chain_are_no_finding(line: Any, raw: Any) -> No
     line.ledger.database._sealed_at += 3600
     line.claim()
 
-    found = audit.verify(line.ledger)
+    found = line.ledger.audit.verify()
     assert (found.found, found.waiting) == (0, 1)
-    assert audit.verify(line.ledger).waiting == 1
-    assert audit.head(line.ledger).seq == found.events + 1
-    assert audit.verify(line.ledger).waiting == 0
+    assert line.ledger.audit.verify().waiting == 1
+    assert line.ledger.audit.head().seq == found.events + 1
+    assert line.ledger.audit.verify().waiting == 0
     raw.execute("INSERT INTO audit_pending SELECT request_id, number FROM request_events WHERE number = 3")
     assert findings(line)[0].endswith(f" 3: waits for the chain, and is in event {found.events + 1}")
 
@@ -425,7 +425,7 @@ def test_many_findings_are_counted_and_the_first_kept(filled: Filled, monkeypatc
     monkeypatch.setattr(audit, "MOST", 2)
     with filled.undone("audit_events"):
         filled.execute("UPDATE audit_events SET actor = 'somebody'")
-        found = audit.verify(filled.ledger)
+        found = filled.ledger.audit.verify()
     assert found.found == found.events
     assert found.findings == tuple(f"audit_events {n}: its hash is not that of its content" for n in (1, 2))
 
@@ -436,7 +436,7 @@ def stored(filled: Filled, tmp_path: Path) -> Artifacts:
     store = Artifacts.open(str(tmp_path / "artifacts"))
     behaviours = ("nine", "eight", "four", "some", "three", "two", "one", "zero", "six")
     texts = {f"samples of {name}" for name in behaviours} | {"weights", "sealed"}
-    for request in filled.ledger.requests():
+    for request in filled.ledger.requests.all():
         texts |= {f"{what} of {request.id}" for what in ("generator", "dataset", "weights", "mask", "probes")}
     needed, _ = filled.ledger.references()
     kept = {store.put(text.encode()) for text in texts if digest(text) in needed}
@@ -445,7 +445,7 @@ def stored(filled: Filled, tmp_path: Path) -> Artifacts:
 
 
 def test_artifacts_are_what_their_names_say(filled: Filled, stored: Artifacts) -> None:
-    found = audit.verify(filled.ledger, stored)
+    found = filled.ledger.audit.verify(stored)
     assert (found.found, found.artifacts) == (0, len(stored.digests()))
     needed, removed = filled.ledger.references()
     changed, missing = sorted(needed)[:2]
@@ -466,12 +466,12 @@ def test_artifacts_are_what_their_names_say(filled: Filled, stored: Artifacts) -
 def test_an_artifact_that_is_purged_during_the_audit_is_no_finding(
     filled: Filled, stored: Artifacts, monkeypatch: Any
 ) -> None:
-    request = next(each for each in filled.ledger.requests() if each.behaviour.name == "four")
+    request = next(each for each in filled.ledger.requests.all() if each.behaviour.name == "four")
     has = Artifacts.has
 
     def purged(self: Artifacts, name: str) -> bool:
         if name == request.samples and has(self, name):
-            for gone in filled.ledger.purge(request, "policy"):
+            for gone in filled.ledger.requests.purge(request, "policy"):
                 self.delete(gone)
         return has(self, name)
 
@@ -486,11 +486,11 @@ def test_the_log_is_of_a_model_a_request_or_the_latest(line: Any, new_line: Any)
     other = new_line("other").submit()
     ledger = line.ledger
 
-    assert {event.model for event in audit.log(ledger, "other")} == {"other"}
-    assert next(event.event for event in audit.log(ledger, request=other.id[:15])) == "submitted"
-    assert {event.request for event in audit.log(ledger, request=other.id)} == {other.id}
-    everything = audit.log(ledger)
-    assert audit.log(ledger, last=3) == everything[-3:]
+    assert {event.model for event in ledger.audit.log("other")} == {"other"}
+    assert next(event.event for event in ledger.audit.log(request=other.id[:15])) == "submitted"
+    assert {event.request for event in ledger.audit.log(request=other.id)} == {other.id}
+    everything = ledger.audit.log()
+    assert ledger.audit.log(last=3) == everything[-3:]
     assert [event.seq for event in everything] == list(range(1, len(everything) + 1))
 
 

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from fsu_ray.errors import AlreadyExists, AuditFailed, InvalidData, NotFound, UserError
-from fsu_ray.storage import audit, bundle, signing
+from fsu_ray.storage import bundle, signing
 from fsu_ray.storage.chain import Head
 from fsu_ray.storage.ledger import Ledger, open_ledger
 
@@ -38,9 +38,9 @@ def fill(ledger: Ledger) -> None:
 
     spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
     for name in ("digits", "other"):
-        ledger.register_model(name, spec, hashlib.sha256(b"weights").hexdigest())
+        ledger.models.register(name, spec, hashlib.sha256(b"weights").hexdigest())
     for number in range(10):
-        ledger.move_alias("digits", f"alias-{number}", 1, "u-1")
+        ledger.models.move_alias("digits", f"alias-{number}", 1, "u-1")
 
 
 def findings(file: Path, *arguments: Any) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ def test_both_forms_have_the_same_chain(line: Any, tmp_path: Path) -> None:
         bundle.write(line.ledger, tmp_path / form, form)
     verdicts = [bundle.verify(tmp_path / form).verdict for form in FORMS]
     assert {(verdict.events, verdict.head, verdict.found) for verdict in verdicts} == {
-        (audit.verify(line.ledger).events, audit.head(line.ledger), 0)
+        (line.ledger.audit.verify().events, line.ledger.audit.head(), 0)
     }
 
 

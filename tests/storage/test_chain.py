@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from fsu_ray.errors import LedgerUnavailable, UserError
-from fsu_ray.storage import audit, chain
+from fsu_ray.storage import chain
 from fsu_ray.storage.chain import GENESIS, Event, Head
 from fsu_ray.storage.schema import erasures, rechecks
 
@@ -56,7 +56,7 @@ def test_what_json_has_no_words_for_is_recorded_as_it_is_kept(line: Any) -> None
     """NaN, numbers for keys, tuples, whole numbers in a column of floats: the row comes back as the event has it."""
     line.erase(report={"kl": float("nan"), "by": {10: (1, 2), 9: float("-inf")}}, figures={2: 0.5, 10: None})
 
-    assert audit.verify(line.ledger).findings == ()
+    assert line.ledger.audit.verify().findings == ()
     (event,) = [event for event in events_of(line.ledger) if event.event == "erased"]
     assert json.loads(event.detail)["row"]["report"]["by"] == {"10": [1, 2], "9": None}
     assert event.detail == json.dumps(json.loads(event.detail), sort_keys=True, separators=(",", ":"))
@@ -143,7 +143,7 @@ def test_what_is_rolled_back_leaves_no_event(line: Any) -> None:
         raise ZeroDivisionError
     assert events_of(line.ledger) == before
     line.submit()
-    assert audit.verify(line.ledger).findings == ()
+    assert line.ledger.audit.verify().findings == ()
 
 
 def test_the_last_events_enter_the_chain_when_the_ledger_is_closed(url: str, line: Any) -> None:
@@ -153,9 +153,9 @@ def test_the_last_events_enter_the_chain_when_the_ledger_is_closed(url: str, lin
     with open_ledger(url) as other:
         line.submit()
         other.database._sealed_at += 3600
-        assert other.claim("w9", 60.0) is not None
-        assert audit.verify(line.ledger).waiting == 1
-    assert audit.verify(line.ledger).waiting == 0
+        assert other.requests.claim("w9", 60.0) is not None
+        assert line.ledger.audit.verify().waiting == 1
+    assert line.ledger.audit.verify().waiting == 0
     assert events_of(line.ledger)[-1].event == "request_running"
 
 
@@ -167,21 +167,21 @@ url, number = sys.argv[1:]
 spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 with open_ledger(url) as ledger:
     name = f"line-{number}"
-    ledger.register_model(name, spec, hashlib.sha256(b"w").hexdigest())
+    ledger.models.register(name, spec, hashlib.sha256(b"w").hexdigest())
     for turn in range(5):
         behaviour = Behaviour(name=f"b{turn}", kind="class", targets=(turn,))
-        ledger.submit(name, behaviour, hashlib.sha256(b"s").hexdigest(), 8, Recipe())
-        claimed = ledger.claim(f"host:{number}", 60.0)
+        ledger.requests.submit(name, behaviour, hashlib.sha256(b"s").hexdigest(), 8, Recipe())
+        claimed = ledger.requests.claim(f"host:{number}", 60.0)
         if claimed is not None:
-            ledger.release(claimed, "stopped")
-        ledger.move_alias(name, "production", 1)
+            ledger.requests.release(claimed, "stopped")
+        ledger.models.move_alias(name, "production", 1)
 """
 
 
 def test_eight_processes_that_write_make_one_chain(url: str, ledger: Any, in_processes: Any) -> None:
     in_processes(WRITER, url, processes=8)
 
-    found = audit.verify(ledger)
+    found = ledger.audit.verify()
     assert (found.findings, found.waiting) == ((), 0)
     events = events_of(ledger)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))

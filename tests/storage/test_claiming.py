@@ -35,82 +35,84 @@ class TestClaiming:
     def test_the_oldest_is_claimed_first(self, line: Any) -> None:
         first, second = line.submit("nine", 9), line.submit("four", 4)
         before = datetime.now(UTC)
-        assert line.ledger.claimable()
+        assert line.ledger.requests.claimable()
         claimed = line.claim("w1", 60)
 
         assert (claimed.id, claimed.status, claimed.attempt, claimed.worker) == (first.id, Status.RUNNING, 1, "w1")
         assert claimed.started_at is not None
         assert claimed.lease_until == claimed.started_at + timedelta(seconds=60)
         assert before <= claimed.started_at
-        assert not line.ledger.claimable("digits"), "one request of a model runs at a time"
-        assert line.ledger.claim("w2", 60) is None
-        line.ledger.fail(claimed, "broke")
+        assert not line.ledger.requests.claimable("digits"), "one request of a model runs at a time"
+        assert line.ledger.requests.claim("w2", 60) is None
+        line.ledger.requests.fail(claimed, "broke")
         assert line.claim("w2").id == second.id
 
     def test_models_run_side_by_side(self, line: Any) -> None:
-        line.ledger.register_model("other", SPEC, "w")
+        line.ledger.models.register("other", SPEC, "w")
         line.submit("nine", 9)
         line.submit("four", 4)
-        elsewhere, _ = line.ledger.submit("other", Behaviour(name="x", kind="class", targets=(1,)), "s", 1, Recipe())
+        elsewhere, _ = line.ledger.requests.submit(
+            "other", Behaviour(name="x", kind="class", targets=(1,)), "s", 1, Recipe()
+        )
         line.claim()
 
-        claimed = line.ledger.claim("w2", 60)
+        claimed = line.ledger.requests.claim("w2", 60)
         assert claimed is not None
         assert claimed.id == elsewhere.id
 
     def test_a_claim_may_be_for_one_model(self, line: Any) -> None:
-        line.ledger.register_model("other", SPEC, "w")
+        line.ledger.models.register("other", SPEC, "w")
         line.submit()
-        assert not line.ledger.claimable("other")
-        assert line.ledger.claim("w", 60, "other") is None
+        assert not line.ledger.requests.claimable("other")
+        assert line.ledger.requests.claim("w", 60, "other") is None
 
     def test_an_expired_lease_is_taken_over_as_the_next_attempt(self, line: Any) -> None:
         line.submit()
         first = line.claim("w1", lease=0)
-        assert line.ledger.claimable()
+        assert line.ledger.requests.claimable()
         second = line.claim("w2")
 
         assert (second.id, second.attempt, second.worker) == (first.id, 2, "w2")
         assert second.started_at == first.started_at
         for late in (
-            lambda: line.ledger.heartbeat(first, 60),
-            lambda: line.ledger.release(first, "x"),
-            lambda: line.ledger.fail(first, "x"),
-            lambda: line.ledger.reject(first, "x", None, line.ledger.version("digits")),
-            lambda: line.ledger.commit(first, line.outcome(first), line.ledger.version("digits")),
+            lambda: line.ledger.requests.heartbeat(first, 60),
+            lambda: line.ledger.requests.release(first, "x"),
+            lambda: line.ledger.requests.fail(first, "x"),
+            lambda: line.ledger.reject(first, "x", None, line.ledger.models.version("digits")),
+            lambda: line.ledger.commit(first, line.outcome(first), line.ledger.models.version("digits")),
         ):
             with pytest.raises(LeaseLost, match=f"request {first.id} is no longer attempt 1 of w1"):
                 late()
-        assert line.ledger.request(first.id) == second
-        assert len(line.ledger.versions("digits")) == 1
-        assert line.ledger.generators() == []
+        assert line.ledger.requests.get(first.id) == second
+        assert len(line.ledger.models.versions("digits")) == 1
+        assert line.ledger.generators.all() == []
 
     def test_the_same_worker_takes_over_from_its_former_self(self, line: Any) -> None:
         line.submit()
         first = line.claim("w1", lease=0)
         line.claim("w1")
         with pytest.raises(LeaseLost):
-            line.ledger.heartbeat(first, 60)
+            line.ledger.requests.heartbeat(first, 60)
 
     def test_a_claim_is_the_workers_own(self, line: Any) -> None:
         line.submit()
         with pytest.raises(LeaseLost, match="of w2"):
-            line.ledger.heartbeat(replace(line.claim("w1"), worker="w2"), 60)
+            line.ledger.requests.heartbeat(replace(line.claim("w1"), worker="w2"), 60)
 
     def test_a_heartbeat_saves_the_lease(self, line: Any) -> None:
         line.submit()
         request = line.claim(lease=0)
-        line.ledger.heartbeat(request, 60)
+        line.ledger.requests.heartbeat(request, 60)
 
-        assert not line.ledger.claimable()
-        assert line.ledger.claim("w2", 60) is None
-        renewed = line.ledger.request(request.id)
+        assert not line.ledger.requests.claimable()
+        assert line.ledger.requests.claim("w2", 60) is None
+        renewed = line.ledger.requests.get(request.id)
         assert renewed.lease_until > datetime.now(UTC) + timedelta(seconds=50)
-        line.ledger.commit(request, line.outcome(request), line.ledger.version("digits"))
+        line.ledger.commit(request, line.outcome(request), line.ledger.models.version("digits"))
 
     def test_a_released_request_waits_again(self, line: Any) -> None:
         line.submit()
-        released = line.ledger.release(line.claim(), "the cluster went away")
+        released = line.ledger.requests.release(line.claim(), "the cluster went away")
 
         assert (released.status, released.worker, released.lease_until) == (Status.QUEUED, None, None)
         assert released.reason == "the cluster went away"
@@ -119,54 +121,54 @@ class TestClaiming:
 
     def test_a_failed_request_keeps_its_reason(self, line: Any) -> None:
         line.submit()
-        failed = line.ledger.fail(line.claim("w1"), "out of memory")
+        failed = line.ledger.requests.fail(line.claim("w1"), "out of memory")
 
         assert (failed.status, failed.reason, failed.worker) == (Status.FAILED, "out of memory", "w1")
         assert failed.lease_until is None
         assert failed.finished_at >= failed.started_at
         with pytest.raises(LeaseLost):
-            line.ledger.fail(failed, "again")
+            line.ledger.requests.fail(failed, "again")
 
     def test_a_request_that_waits_is_cancelled_at_once(self, line: Any) -> None:
         waiting, other = line.submit("nine", 9), line.submit("four", 4)
-        cancelled = line.ledger.cancel(waiting.id)
+        cancelled = line.ledger.requests.cancel(waiting.id)
         running = line.claim()
 
         assert (cancelled.status, running.id) == (Status.CANCELLED, other.id)
         assert cancelled.finished_at is not None
         with pytest.raises(TransitionRefused, match=f"{waiting.id} is cancelled: only one that has not ended"):
-            line.ledger.cancel(waiting.id)
+            line.ledger.requests.cancel(waiting.id)
         with pytest.raises(NotFound):
-            line.ledger.cancel("r-nobody")
+            line.ledger.requests.cancel("r-nobody")
 
     def test_processes_never_claim_the_same(self, ledger: Ledger, url: str, in_processes: Any) -> None:
         """Three processes empty a queue of 30 requests over 5 models; one request in ten is dropped by its worker."""
         for number in range(30):
             if number < 5:
-                ledger.register_model(f"m{number}", SPEC, "w")
+                ledger.models.register(f"m{number}", SPEC, "w")
             behaviour = Behaviour(name=f"b{number}", kind="class", targets=(number // 5,))
-            ledger.submit(f"m{number % 5}", behaviour, "s", 1, Recipe())
+            ledger.requests.submit(f"m{number % 5}", behaviour, "s", 1, Recipe())
         script = """
 import time
 url, number = sys.argv[1:]
 ledger = open_ledger(url)
 claims = 0
-while any(not request.status.is_terminal for request in ledger.requests()):
-    request = ledger.claim(f"w{number}", 30)
+while any(not request.status.is_terminal for request in ledger.requests.all()):
+    request = ledger.requests.claim(f"w{number}", 30)
     if request is None:
         time.sleep(0.005)
         continue
     claims += 1
     print(request.id, request.attempt)
     time.sleep(0.003)
-    end = ledger.release if claims % 10 == 0 else ledger.fail
+    end = ledger.requests.release if claims % 10 == 0 else ledger.requests.fail
     end(request, "no-op")
 """
         answers = in_processes(script, url, processes=3)
 
         claimed = [claim for answer in answers for claim in answer.splitlines()]
         assert len(set(claimed)) == len(claimed)
-        requests = ledger.requests()
+        requests = ledger.requests.all()
         expected = {f"{request.id} {attempt + 1}" for request in requests for attempt in range(request.attempt)}
         assert set(claimed) == expected
         assert {request.status for request in requests} == {Status.FAILED}
@@ -174,15 +176,15 @@ while any(not request.status.is_terminal for request in ledger.requests()):
 
     def test_threads_share_a_ledger(self, line: Any) -> None:
         for number in range(8):
-            line.ledger.register_model(f"m{number}", SPEC, "w")
+            line.ledger.models.register(f"m{number}", SPEC, "w")
             behaviour = Behaviour(name="b", kind="class", targets=(1,))
-            line.ledger.submit(f"m{number}", behaviour, "s", 1, Recipe())
+            line.ledger.requests.submit(f"m{number}", behaviour, "s", 1, Recipe())
         start = threading.Barrier(8)
         claimed: list[str] = []
 
         def work() -> None:
             start.wait()
-            request = line.ledger.claim(threading.current_thread().name, 60)
+            request = line.ledger.requests.claim(threading.current_thread().name, 60)
             claimed.append(request.id)
 
         threads = [threading.Thread(target=work) for _ in range(8)]
@@ -215,20 +217,20 @@ FRESH = (f"p{number}" for number in itertools.count())
 
 def call(line: Any, operation: str, number: int, claims: list[Request]) -> None:
     """One call with one of four behaviours or one of the claims so far, which may have ended long ago."""
-    ledger, base = line.ledger, line.ledger.version(line.name)
-    requests = ledger.requests(line.name)
+    ledger, base = line.ledger, line.ledger.models.version(line.name)
+    requests = ledger.requests.all(line.name)
     held = claims[number % len(claims)] if claims else None
     if operation == "submit":
         line.submit(f"b{number}", number)
     elif operation in ("claim", "expire"):
-        claimed = ledger.claim(f"w{number}", 0 if operation == "expire" else 60, line.name)
+        claimed = ledger.requests.claim(f"w{number}", 0 if operation == "expire" else 60, line.name)
         claims.extend([claimed] if claimed else [])
     elif operation == "cancel" and requests:
-        ledger.cancel(requests[number % len(requests)].id)
+        ledger.requests.cancel(requests[number % len(requests)].id)
     elif operation == "add version":
-        ledger.add_version(line.name, "w")
+        ledger.models.add_version(line.name, "w")
     elif held is not None and operation == "heartbeat":
-        ledger.heartbeat(held, 60)
+        ledger.requests.heartbeat(held, 60)
     elif held is not None and operation in ("release", "fail"):
         getattr(ledger, operation)(held, "some reason")
     elif held is not None and operation == "reject":
@@ -252,17 +254,17 @@ def test_whatever_is_called_the_ledger_keeps_its_invariants(
             call(line, operation, number, claims)
         except (TransitionRefused, AlreadyErased) as error:
             refused = error
-        after = {request.id: request for request in line.ledger.requests(line.name)}
+        after = {request.id: request for request in line.ledger.requests.all(line.name)}
         if refused:
             assert after == before
         for request in after.values():
             old = before.get(request.id)
             if old is not None and old != request:
                 assert request.status in TRANSITIONS[old.status]
-        versions = line.ledger.versions(line.name)
+        versions = line.ledger.models.versions(line.name)
         made = [request.version for request in after.values() if request.status is Status.SUCCEEDED]
         assert [version.number for version in versions] == list(range(1, len(versions) + 1))
         assert sorted(made) == [version.number for version in versions if version.request]
-        assert [erasure.version for erasure in line.ledger.erasures(line.name)] == sorted(made)
+        assert [erasure.version for erasure in line.ledger.models.erasures(line.name)] == sorted(made)
         assert sum(request.status is Status.RUNNING for request in after.values()) <= 1
         before = after

@@ -10,7 +10,6 @@ import sqlalchemy as sa
 from fsu_ray.errors import AlreadyExists, GeneratorUnfit, NotFound, TransitionRefused, UserError
 from fsu_ray.recipes import Recipe, SynthesizeRecipe
 from fsu_ray.records import Behaviour, Generator, Request, Terms
-from fsu_ray.storage import audit
 from fsu_ray.storage.registry import offer, offer_named
 from fsu_ray.storage.serving import serves
 
@@ -21,15 +20,15 @@ FIGURES = {"acceptance": 0.9, "starved": []}
 def imported(line: Any, weights: str = "g", recipe: Recipe | None = None, root: int = 1) -> Generator:
     digests = [f"{text}{'0' * 64}"[:64] for text in (weights, f"d{weights}")]
     ledger = line.ledger
-    made: Generator = ledger.import_generator(
-        line.name, ledger.version(line.name, root), recipe or Recipe(), *digests, FIGURES, "alice"
+    made: Generator = ledger.generators.add_imported(
+        line.name, ledger.models.version(line.name, root), recipe or Recipe(), *digests, FIGURES, "alice"
     )
     return made
 
 
 def asked(line: Any, generator: str | None, name: str = "four", target: int = 4, **terms: Any) -> Request:
     behaviour = Behaviour(name=name, kind="class", targets=(target,))
-    found: Request = line.ledger.submit(
+    found: Request = line.ledger.requests.submit(
         line.name, behaviour, "5" * 64, 8, Recipe(), Terms(generator=generator, **terms)
     )[0]
     return found
@@ -38,13 +37,13 @@ def asked(line: Any, generator: str | None, name: str = "four", target: int = 4,
 def test_an_import_is_on_record_with_who_made_it(line: Any) -> None:
     """In the chain and in the history; nothing of it is a request's."""
     made = imported(line)
-    assert line.ledger.generators() == [made]
+    assert line.ledger.generators.all() == [made]
     assert (made.origin, made.request, made.root, made.figures) == ("imported", None, 1, FIGURES)
-    event = audit.log(line.ledger)[-1]
+    event = line.ledger.audit.log()[-1]
     assert (event.event, event.model, event.request, event.actor) == ("generator_imported", "digits", None, "alice")
-    assert line.ledger.history("digits")[-1]["detail"] == {"generator": made.id}
-    assert audit.verify(line.ledger).findings == ()
-    found = offer(line.ledger, line.ledger.model("digits"), *[line.ledger.version("digits")] * 2, Recipe())
+    assert line.ledger.models.history("digits")[-1]["detail"] == {"generator": made.id}
+    assert line.ledger.audit.verify().findings == ()
+    found = offer(line.ledger, line.ledger.models.get("digits"), *[line.ledger.models.version("digits")] * 2, Recipe())
     assert found.reuse is not None
     assert found.reuse.id == made.id
 
@@ -55,14 +54,16 @@ def test_what_an_import_is_refused_for(line: Any) -> None:
     with pytest.raises(AlreadyExists, match=f"generator {made.id} of 'digits' has these weights already"):
         imported(line)
     with pytest.raises(AlreadyExists):
-        line.ledger.check_import("digits", made.weights, Recipe())
+        line.ledger.generators.check_import("digits", made.weights, Recipe())
     imported(line, recipe=OTHER)
-    line.ledger.add_version("digits", "f" * 64)
+    line.ledger.models.add_version("digits", "f" * 64)
     with pytest.raises(TransitionRefused, match="version 2 of 'digits' labels D' by now"):
         imported(line, "h")
     with pytest.raises(UserError):
-        line.ledger.import_generator("digits", line.ledger.version("digits"), Recipe(), *("ab"), {}, "a@b.c")
-    assert len(line.ledger.generators()) == 2
+        line.ledger.generators.add_imported(
+            "digits", line.ledger.models.version("digits"), Recipe(), *("ab"), {}, "a@b.c"
+        )
+    assert len(line.ledger.generators.all()) == 2
     assert imported(line, root=2).root == 2, "the same weights under another root"
 
 
@@ -92,14 +93,14 @@ def test_a_request_keeps_the_generator_that_it_asks_for(line: Any, raw: Any) -> 
     """By its whole id, as one of its terms: in the chain, and never another one."""
     made = imported(line)
     request = asked(line, made.id[:-2])
-    assert request.generator == line.ledger.request(request.id).generator == made.id
-    assert f'"generator_id":"{made.id}"' in audit.log(line.ledger, request=request.id)[0].detail
+    assert request.generator == line.ledger.requests.get(request.id).generator == made.id
+    assert f'"generator_id":"{made.id}"' in line.ledger.audit.log(request=request.id)[0].detail
     with pytest.raises(sa.exc.IntegrityError, match="the terms of a request do not change"):
         raw.execute("UPDATE requests SET generator_id = NULL")
     claimed = line.claim()
     assert claimed.generator == made.id
-    assert line.ledger.release(claimed, "stopped").generator == made.id
-    assert audit.verify(line.ledger).findings == ()
+    assert line.ledger.requests.release(claimed, "stopped").generator == made.id
+    assert line.ledger.audit.verify().findings == ()
 
 
 def test_the_audit_sees_another_generator_in_a_request(line: Any, raw: Any) -> None:
@@ -107,7 +108,7 @@ def test_the_audit_sees_another_generator_in_a_request(line: Any, raw: Any) -> N
     request = asked(line, made.id)
     raw.execute("DROP TRIGGER requests_terms" + ("" if raw.engine == "sqlite" else " ON requests"))
     raw.execute("UPDATE requests SET generator_id = 'g-other'")
-    (said,) = audit.verify(line.ledger).findings
+    (said,) = line.ledger.audit.verify().findings
     assert said.startswith(f"requests {request.id}: column generator_id is not what event ")
 
 
@@ -128,24 +129,24 @@ def test_what_is_submitted_again(line: Any) -> None:
 def test_how_a_generator_would_serve(line: Any, new_line: Any) -> None:
     """With its D' where that is what the recipe would draw and the root label; else with its weights alone."""
     made, ledger = imported(line), line.ledger
-    model, root = ledger.model("digits"), ledger.version("digits")
+    model, root = ledger.models.get("digits"), ledger.models.version("digits")
     other, small = (
-        new_line(name, **changes).ledger.model(name) for name, changes in (("o", {}), ("s", {"classes": 5}))
+        new_line(name, **changes).ledger.models.get(name) for name, changes in (("o", {}), ("s", {"classes": 5}))
     )
     assert serves(made, model, root, Recipe()) == "reuse"
     assert serves(made, model, root, OTHER) == "transfer"
     assert serves(made, model, root, Recipe(form="paper")) == "transfer"
-    assert serves(made, other, ledger.version("o"), Recipe()) == "transfer"
-    assert serves(made, model, ledger.add_version("digits", "f" * 64), Recipe()) == "transfer"
+    assert serves(made, other, ledger.models.version("o"), Recipe()) == "transfer"
+    assert serves(made, model, ledger.models.add_version("digits", "f" * 64), Recipe()) == "transfer"
     with pytest.raises(GeneratorUnfit, match=r"draws 10 classes of 1x32x32, 's' takes 5 classes of 1x32x32"):
-        serves(made, small, ledger.version("s"), Recipe())
-    found = offer_named(ledger, other, ledger.version("o"), Recipe(), made.id)
+        serves(made, small, ledger.models.version("s"), Recipe())
+    found = offer_named(ledger, other, ledger.models.version("o"), Recipe(), made.id)
     assert (found.reuse, found.warm, found.bound) == (None, None, True)
     assert found.transfer is not None
     assert found.transfer.id == made.id
-    ledger.retire(made.id)
+    ledger.generators.retire(made.id)
     with pytest.raises(GeneratorUnfit, match="is retired"):
-        offer_named(ledger, other, ledger.version("o"), Recipe(), made.id)
+        offer_named(ledger, other, ledger.models.version("o"), Recipe(), made.id)
 
 
 def test_a_transfer_makes_a_generator_of_the_line(line: Any, new_line: Any) -> None:
@@ -154,21 +155,21 @@ def test_a_transfer_makes_a_generator_of_the_line(line: Any, new_line: Any) -> N
     request = asked(other, source.id)
     claimed = other.claim()
     outcome = other.outcome(request, generator_use="transferred", generator_weights=source.weights)
-    other.ledger.commit(claimed, outcome, other.ledger.version("o"), transferred_from=source.id)
-    (own,) = other.ledger.generators("o")
+    other.ledger.commit(claimed, outcome, other.ledger.models.version("o"), transferred_from=source.id)
+    (own,) = other.ledger.generators.all("o")
     assert (own.origin, own.transferred_from, own.weights) == ("transferred", source.id, source.weights)
-    (erasure,) = other.ledger.erasures("o")
+    (erasure,) = other.ledger.models.erasures("o")
     assert (erasure.generator, erasure.generator_use) == (own.id, "transferred")
-    details = {event["event"]: event["detail"] for event in other.ledger.history("o")}
+    details = {event["event"]: event["detail"] for event in other.ledger.models.history("o")}
     assert details["generator_transferred"] == {"generator": own.id, "from": source.id}
 
-    assert line.ledger.retire(source.id)[1] == [source.dataset]
+    assert line.ledger.generators.retire(source.id)[1] == [source.dataset]
     needed, removed = line.ledger.references()
     assert {own.weights, own.dataset} <= needed
     assert removed == {source.dataset}
-    assert set(line.ledger.retire(own.id)[1]) == {own.weights, own.dataset}
+    assert set(line.ledger.generators.retire(own.id)[1]) == {own.weights, own.dataset}
     assert line.ledger.references()[1] == {own.weights, own.dataset, source.dataset}
-    assert audit.verify(line.ledger).findings == ()
+    assert line.ledger.audit.verify().findings == ()
 
 
 def test_a_transfer_that_the_gate_refused_leaves_no_generator(line: Any, new_line: Any) -> None:
@@ -179,9 +180,9 @@ def test_a_transfer_that_the_gate_refused_leaves_no_generator(line: Any, new_lin
     outcome = other.outcome(
         claimed, generator_use="transferred", refused=("coverage 0.1 < 0.3",), reason="generator_refused", report={}
     )
-    base = other.ledger.version("o")
+    base = other.ledger.models.version("o")
     ended = other.ledger.reject(claimed, "generator_refused", outcome, base, transferred_from=source.id)
-    assert other.ledger.generators("o") == []
+    assert other.ledger.generators.all("o") == []
     assert ended.report is not None
     said = ended.report["generator"]
     assert (said["id"], said["refused"]) == (source.id, ["coverage 0.1 < 0.3"])
@@ -197,9 +198,9 @@ def test_a_generator_in_use_is_left_alone(line: Any, new_line: Any) -> None:
     asked(other, source.id)
     claimed = other.claim()
     with pytest.raises(TransitionRefused, match=f"request {claimed.id} of 'o' is running"):
-        line.ledger.retire(source.id)
+        line.ledger.generators.retire(source.id)
     with pytest.raises(TransitionRefused, match=f"request {claimed.id} of 'o' is running"):
-        line.ledger.seal(source, line.ledger.version("digits"), "5" * 64)
+        line.ledger.generators.seal(source, line.ledger.models.version("digits"), "5" * 64)
 
 
 def test_who_asks_for_a_generator_runs_alone(line: Any) -> None:
@@ -207,9 +208,9 @@ def test_who_asks_for_a_generator_runs_alone(line: Any) -> None:
     made = imported(line)
     for number, generator in ((4, None), (5, made.id), (6, None)):
         asked(line, generator, f"c{number}", number)
-    led = line.ledger.claim("w", 60.0, along=9)
-    assert [each.behaviour.name for each in line.ledger.companions(led)] == ["c6"]
-    line.ledger.cancel(led.id)
-    line.ledger.stop(led)
-    led = line.ledger.claim("w", 60.0, along=9)
-    assert (led.behaviour.name, line.ledger.companions(led)) == ("c5", [])
+    led = line.ledger.requests.claim("w", 60.0, along=9)
+    assert [each.behaviour.name for each in line.ledger.requests.batch_members(led)] == ["c6"]
+    line.ledger.requests.cancel(led.id)
+    line.ledger.requests.stop(led)
+    led = line.ledger.requests.claim("w", 60.0, along=9)
+    assert (led.behaviour.name, line.ledger.requests.batch_members(led)) == ("c5", [])

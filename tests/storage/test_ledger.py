@@ -26,64 +26,64 @@ SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 class TestModels:
     def test_a_new_model_has_one_version_that_is_its_own_root(self, ledger: Ledger) -> None:
         before = datetime.now(UTC)
-        model = ledger.register_model("m-1.a", SPEC, "w" * 64, "mnist")
+        model = ledger.models.register("m-1.a", SPEC, "w" * 64, "mnist")
 
-        assert ledger.model("m-1.a") == model
+        assert ledger.models.get("m-1.a") == model
         assert (model.spec, model.test_set) == (SPEC, "mnist")
         assert before <= model.created_at <= datetime.now(UTC)
-        (first,) = ledger.versions("m-1.a")
+        (first,) = ledger.models.versions("m-1.a")
         assert (first.model, first.number, first.parent, first.root) == ("m-1.a", 1, None, 1)
         assert (first.weights, first.request) == ("w" * 64, None)
 
     def test_a_name_is_taken_once(self, ledger: Ledger) -> None:
-        ledger.check_name_free("m")
-        ledger.register_model("m", SPEC, "w")
-        for refused in (lambda: ledger.register_model("m", SPEC, "other"), lambda: ledger.check_name_free("m")):
+        ledger.models.check_name_free("m")
+        ledger.models.register("m", SPEC, "w")
+        for refused in (lambda: ledger.models.register("m", SPEC, "other"), lambda: ledger.models.check_name_free("m")):
             with pytest.raises(AlreadyExists, match=r"^model 'm' exists already; choose another name$"):
                 refused()
-        assert [version.weights for version in ledger.versions("m")] == ["w"]
+        assert [version.weights for version in ledger.models.versions("m")] == ["w"]
 
     @pytest.mark.parametrize("name", ["", ".m", "-m", "a b", "a/b", "m\n", "ä", "m" * 101])
     def test_what_is_no_name_is_refused(self, ledger: Ledger, name: str) -> None:
-        for refused in (lambda: ledger.register_model(name, SPEC, "w"), lambda: ledger.check_name_free(name)):
+        for refused in (lambda: ledger.models.register(name, SPEC, "w"), lambda: ledger.models.check_name_free(name)):
             with pytest.raises(InvalidConfig, match="no name for a model"):
                 refused()
-        assert ledger.models() == []
+        assert ledger.models.all() == []
 
     def test_models_come_by_name(self, ledger: Ledger) -> None:
         for name in ("b", "c", "a"):
-            ledger.register_model(name, SPEC, "w")
-        assert [model.name for model in ledger.models()] == ["a", "b", "c"]
+            ledger.models.register(name, SPEC, "w")
+        assert [model.name for model in ledger.models.all()] == ["a", "b", "c"]
 
     def test_what_is_not_there_says_how_to_find_it(self, line: Any) -> None:
         ledger = line.ledger
         behaviour = Behaviour(name="x", kind="class", targets=(1,))
         for missing in (
-            lambda: ledger.model("x"),
-            lambda: ledger.versions("x"),
-            lambda: ledger.version("x"),
-            lambda: ledger.add_version("x", "w"),
-            lambda: ledger.requests("x"),
-            lambda: ledger.erasures("x"),
-            lambda: ledger.generators("x"),
-            lambda: ledger.history("x"),
-            lambda: ledger.claim("w", 1, "x"),
-            lambda: ledger.claimable("x"),
-            lambda: ledger.check_behaviour("x", behaviour),
-            lambda: ledger.submit("x", behaviour, "s", 1, Recipe()),
+            lambda: ledger.models.get("x"),
+            lambda: ledger.models.versions("x"),
+            lambda: ledger.models.version("x"),
+            lambda: ledger.models.add_version("x", "w"),
+            lambda: ledger.requests.all("x"),
+            lambda: ledger.models.erasures("x"),
+            lambda: ledger.generators.all("x"),
+            lambda: ledger.models.history("x"),
+            lambda: ledger.requests.claim("w", 1, "x"),
+            lambda: ledger.requests.claimable("x"),
+            lambda: ledger.requests.check_behaviour("x", behaviour),
+            lambda: ledger.requests.submit("x", behaviour, "s", 1, Recipe()),
         ):
             with pytest.raises(NotFound, match="no model 'x'; `fsu model list`"):
                 missing()
-        for missing in (lambda: ledger.version("digits", 7), lambda: ledger.erasures("digits", 7)):
+        for missing in (lambda: ledger.models.version("digits", 7), lambda: ledger.models.erasures("digits", 7)):
             with pytest.raises(NotFound, match="'digits' has no version 7; its latest is 1"):
                 missing()
 
     def test_a_version_trained_outside_is_a_child_and_a_root(self, line: Any) -> None:
         line.erase()
-        added = line.ledger.add_version("digits", "from outside")
+        added = line.ledger.models.add_version("digits", "from outside")
 
         assert (added.number, added.parent, added.root, added.request) == (3, 2, 3, None)
-        assert line.ledger.version("digits") == added
+        assert line.ledger.models.version("digits") == added
         assert line.erase("four", 4).root == 3
 
     def test_no_version_is_added_under_a_running_request(self, line: Any) -> None:
@@ -91,18 +91,18 @@ class TestModels:
         line.claim()
 
         with pytest.raises(TransitionRefused, match=f"request {request.id} of 'digits' is running"):
-            line.ledger.add_version("digits", "w")
-        assert len(line.ledger.versions("digits")) == 1
+            line.ledger.models.add_version("digits", "w")
+        assert len(line.ledger.models.versions("digits")) == 1
 
 
 class TestSubmitting:
     def test_a_new_request_is_queued(self, line: Any) -> None:
         behaviour = Behaviour(name="nine", kind="class", targets=(9,))
         recipe = Recipe(relearn=RelearnRecipe(epochs=3))
-        request, new = line.ledger.submit("digits", behaviour, "s" * 64, 7, recipe)
+        request, new = line.ledger.requests.submit("digits", behaviour, "s" * 64, 7, recipe)
 
         assert new
-        assert line.ledger.request(request.id) == request
+        assert line.ledger.requests.get(request.id) == request
         assert (request.model, request.behaviour, request.samples, request.sample_count, request.recipe) == (
             "digits",
             behaviour,
@@ -116,23 +116,23 @@ class TestSubmitting:
 
     def test_the_same_again_is_the_same_request_until_it_has_ended(self, line: Any) -> None:
         behaviour = Behaviour(name="nine", kind="class", targets=(9,))
-        submit = lambda samples: line.ledger.submit("digits", behaviour, samples, 7, Recipe())  # noqa: E731
+        submit = lambda samples: line.ledger.requests.submit("digits", behaviour, samples, 7, Recipe())  # noqa: E731
         first, _ = submit("a")
 
         assert submit("a") == (first, False)
         assert submit("b")[1], "other samples make another request"
         line.claim()
         assert submit("a")[1] is False
-        line.ledger.fail(line.ledger.request(first.id), "broke")
+        line.ledger.requests.fail(line.ledger.requests.get(first.id), "broke")
         again, new = submit("a")
         assert new
         assert again.id != first.id
 
     def test_the_same_for_another_model_is_another_request(self, line: Any) -> None:
-        line.ledger.register_model("other", SPEC, "w")
+        line.ledger.models.register("other", SPEC, "w")
         behaviour = Behaviour(name="nine", kind="class", targets=(9,))
 
-        assert all(line.ledger.submit(model, behaviour, "a", 7, Recipe())[1] for model in ("digits", "other"))
+        assert all(line.ledger.requests.submit(model, behaviour, "a", 7, Recipe())[1] for model in ("digits", "other"))
 
     @pytest.mark.parametrize(
         ("targets", "message"),
@@ -146,12 +146,12 @@ class TestSubmitting:
     def test_targets_must_be_classes_and_leave_some(self, line: Any, targets: tuple[int, ...], message: str) -> None:
         behaviour = Behaviour(name="x", kind="class", targets=targets)
         for refused in (
-            lambda: line.ledger.check_behaviour("digits", behaviour),
-            lambda: line.ledger.submit("digits", behaviour, "s", 1, Recipe()),
+            lambda: line.ledger.requests.check_behaviour("digits", behaviour),
+            lambda: line.ledger.requests.submit("digits", behaviour, "s", 1, Recipe()),
         ):
             with pytest.raises(InvalidBehaviour, match=message):
                 refused()
-        assert line.ledger.requests() == []
+        assert line.ledger.requests.all() == []
 
     def test_earlier_erasures_count_among_what_must_be_left(self, line: Any) -> None:
         line.erase("seven of them", *range(7))
@@ -183,7 +183,7 @@ class TestSubmitting:
         line.erase("nine", 9)
         behaviour = Behaviour(name="nine", kind="subset", targets=(1,))
         with pytest.raises(AlreadyErased, match="'nine' of 'digits' is already erased in version 2; give another name"):
-            line.ledger.check_behaviour("digits", behaviour)
+            line.ledger.requests.check_behaviour("digits", behaviour)
 
 
 class TestLookingUp:
@@ -193,24 +193,27 @@ class TestLookingUp:
             [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first.id, second.id, strict=True))]
         )
 
-        assert line.ledger.request(second.id) == second
-        assert line.ledger.request(second.id[: same + 1]) == second
+        assert line.ledger.requests.get(second.id) == second
+        assert line.ledger.requests.get(second.id[: same + 1]) == second
         with pytest.raises(NotFound, match="more than one request begins with"):
-            line.ledger.request(second.id[:same])
+            line.ledger.requests.get(second.id[:same])
         for nobody in ("r-zzz", "", "%", "_" * len(first.id)):
             with pytest.raises(NotFound, match=r"no request .*; `fsu request list`"):
-                line.ledger.request(nobody)
+                line.ledger.requests.get(nobody)
 
     def test_requests_come_in_the_order_of_their_submission(self, line: Any) -> None:
-        line.ledger.register_model("other", SPEC, "w")
+        line.ledger.models.register("other", SPEC, "w")
         made = [line.submit(f"b{number}", number) for number in range(5)]
-        elsewhere, _ = line.ledger.submit("other", made[0].behaviour, "s", 1, Recipe())
+        elsewhere, _ = line.ledger.requests.submit("other", made[0].behaviour, "s", 1, Recipe())
         claimed = line.claim()
 
-        assert [request.id for request in line.ledger.requests()] == [*(request.id for request in made), elsewhere.id]
-        assert line.ledger.requests("other") == [elsewhere]
-        assert line.ledger.requests(status=Status.RUNNING) == [claimed]
-        assert line.ledger.requests("digits", Status.QUEUED) == made[1:]
+        assert [request.id for request in line.ledger.requests.all()] == [
+            *(request.id for request in made),
+            elsewhere.id,
+        ]
+        assert line.ledger.requests.all("other") == [elsewhere]
+        assert line.ledger.requests.all(status=Status.RUNNING) == [claimed]
+        assert line.ledger.requests.all("digits", Status.QUEUED) == made[1:]
 
     def test_ids_are_made_in_the_order_of_time(self, line: Any) -> None:
         ids = [line.submit(f"b{number}", number).id for number in range(9)]

@@ -17,7 +17,7 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Policy, Terms
 from fsu_ray.storage import rows
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.storage.lineage import Measured
+from fsu_ray.storage.models import Measured
 from fsu_ray.storage.rows import now
 
 BRANCH = (
@@ -41,141 +41,148 @@ def set_back(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestAliases:
     def test_the_first_move_and_one_forward(self, line: Any) -> None:
         line.erase("nine", 9)
-        first = line.ledger.move_alias("digits", "production", 2, "ann")
+        first = line.ledger.models.move_alias("digits", "production", 2, "ann")
         line.erase("four", 4)
-        second = line.ledger.move_alias("digits", "production", 3, "bob", reason="T-7")
+        second = line.ledger.models.move_alias("digits", "production", 3, "bob", reason="T-7")
 
         assert (first.model, first.alias, first.version, first.previous) == ("digits", "production", 2, None)
         assert (first.forced, first.reason, first.actor) == (False, None, "ann")
         assert (second.version, second.previous, second.forced, second.reason) == (3, 2, False, "T-7")
-        assert line.ledger.alias_moves("digits") == [first, second]
-        assert line.ledger.aliases("digits") == {"production": second}
+        assert line.ledger.models.alias_moves("digits") == [first, second]
+        assert line.ledger.models.aliases("digits") == {"production": second}
         assert [row["version"] for row in chained(line.ledger, "alias_moved")] == [2, 3]
 
     def test_aliases_and_models_do_not_mix(self, line: Any, new_line: Callable[..., Any]) -> None:
         other = new_line("other")
-        line.ledger.add_version("digits", "w")
-        candidate = line.ledger.move_alias("digits", "candidate", 2)
-        production = line.ledger.move_alias("digits", "production", 1)
-        elsewhere = line.ledger.move_alias("other", "production", 1)
+        line.ledger.models.add_version("digits", "w")
+        candidate = line.ledger.models.move_alias("digits", "candidate", 2)
+        production = line.ledger.models.move_alias("digits", "production", 1)
+        elsewhere = line.ledger.models.move_alias("other", "production", 1)
 
-        assert line.ledger.aliases("digits") == {"candidate": candidate, "production": production}
-        assert other.ledger.aliases("other") == {"production": elsewhere}
+        assert line.ledger.models.aliases("digits") == {"candidate": candidate, "production": production}
+        assert other.ledger.models.aliases("other") == {"production": elsewhere}
         assert elsewhere.previous is None
 
     def test_a_version_that_still_has_a_behaviour_is_refused(self, line: Any) -> None:
         for number, name in enumerate(("nine", "four", "one", "two", "three"), 2):
             line.erase(name, number)
-        line.ledger.move_alias("digits", "production", 6)
+        line.ledger.models.move_alias("digits", "production", 6)
 
         with pytest.raises(TransitionRefused, match="version 5 of 'digits' still has 'three', erased as of version 6;"):
-            line.ledger.move_alias("digits", "production", 5)
+            line.ledger.models.move_alias("digits", "production", 5)
         with pytest.raises(
             TransitionRefused, match=r"'nine', 'four', 'one', \.\.\., erased as of version 2; .*--force"
         ):
-            line.ledger.move_alias("digits", "production", 1)
-        assert line.ledger.resolve("digits@production")[1].number == 6
-        assert len(line.ledger.alias_moves("digits")) == len(chained(line.ledger, "alias_moved")) == 1
+            line.ledger.models.move_alias("digits", "production", 1)
+        assert line.ledger.models.resolve("digits@production")[1].number == 6
+        assert len(line.ledger.models.alias_moves("digits")) == len(chained(line.ledger, "alias_moved")) == 1
 
     def test_a_forced_move_is_on_record(self, line: Any) -> None:
         line.erase("nine", 9)
-        line.ledger.move_alias("digits", "production", 2)
-        forced = line.ledger.move_alias("digits", "production", 1, "ann", force=True, reason="INC-42")
+        line.ledger.models.move_alias("digits", "production", 2)
+        forced = line.ledger.models.move_alias("digits", "production", 1, "ann", force=True, reason="INC-42")
 
         assert (forced.version, forced.previous, forced.forced, forced.reason) == (1, 2, True, "INC-42")
-        assert line.ledger.aliases("digits")["production"] == forced
+        assert line.ledger.models.aliases("digits")["production"] == forced
         row = chained(line.ledger, "alias_moved")[-1]
         assert (row["forced"], row["reason"], row["actor"], row["by"]) == (True, "INC-42", "ann", "ann")
-        needless = line.ledger.move_alias("digits", "production", 2, force=True, reason="INC-43")
+        needless = line.ledger.models.move_alias("digits", "production", 2, force=True, reason="INC-43")
         assert not needless.forced, "nothing stood against it"
 
     def test_a_version_from_outside_has_lost_what_its_parents_have(self, line: Any) -> None:
         line.erase("nine", 9)
-        line.ledger.add_version("digits", "from outside")
-        assert line.ledger.move_alias("digits", "production", 3).version == 3
+        line.ledger.models.add_version("digits", "from outside")
+        assert line.ledger.models.move_alias("digits", "production", 3).version == 3
 
     def test_a_sibling_still_has_it(self, line: Any, raw: Any) -> None:
         line.erase("nine", 9)
         raw.execute(BRANCH.format(number=3, parent=1))
         with pytest.raises(TransitionRefused, match="version 3 of 'digits' still has 'nine', erased as of version 2"):
-            line.ledger.move_alias("digits", "production", 3)
+            line.ledger.models.move_alias("digits", "production", 3)
 
     def test_a_reason_is_one_word(self, line: Any) -> None:
         for force, reason in itertools.product((True, False), ("two words", "a@b.example", "", "ä", "x" * 101)):
             with pytest.raises(UserError, match="no reason that history can keep"):
-                line.ledger.move_alias("digits", "production", 1, force=force, reason=reason)
-        assert line.ledger.alias_moves("digits") == []
+                line.ledger.models.move_alias("digits", "production", 1, force=force, reason=reason)
+        assert line.ledger.models.alias_moves("digits") == []
 
     def test_force_needs_a_reason_and_an_actor_is_opaque(self, line: Any) -> None:
         with pytest.raises(UserError, match="a forced move needs a reason"):
-            line.ledger.move_alias("digits", "production", 1, force=True)
+            line.ledger.models.move_alias("digits", "production", 1, force=True)
         with pytest.raises(UserError, match="no opaque id"):
-            line.ledger.move_alias("digits", "production", 1, "ann@example.org")
-        assert line.ledger.alias_moves("digits") == []
+            line.ledger.models.move_alias("digits", "production", 1, "ann@example.org")
+        assert line.ledger.models.alias_moves("digits") == []
 
     def test_what_is_no_name_for_an_alias(self, line: Any) -> None:
         for alias in ("", "7", "7up", "a b", "a@b", "-a", "ä", "a" * 51, "a\n"):
             with pytest.raises(UserError, match="is no name for an alias"):
-                line.ledger.move_alias("digits", alias, 1)
-        assert line.ledger.move_alias("digits", "a" * 50, 1).alias == "a" * 50
+                line.ledger.models.move_alias("digits", alias, 1)
+        assert line.ledger.models.move_alias("digits", "a" * 50, 1).alias == "a" * 50
 
     def test_what_is_not_there(self, line: Any) -> None:
         for version in (0, 2, -1, 2**31, 10**30):
             with pytest.raises(NotFound, match=f"'digits' has no version {version}; its latest is 1"):
-                line.ledger.move_alias("digits", "production", version)
-        for missing in (line.ledger.aliases, line.ledger.alias_moves, line.ledger.gone, line.ledger.behaviours):
+                line.ledger.models.move_alias("digits", "production", version)
+        for missing in (
+            line.ledger.models.aliases,
+            line.ledger.models.alias_moves,
+            line.ledger.models.erased,
+            line.ledger.models.behaviours,
+        ):
             with pytest.raises(NotFound, match="no model 'x'"):
                 missing("x")
 
     def test_the_last_move_counts_though_its_clock_is_slow(self, line: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two machines need not agree on the time; the alias points where it was told last."""
-        line.ledger.add_version("digits", "w")
-        line.ledger.move_alias("digits", "production", 1)
+        line.ledger.models.add_version("digits", "w")
+        line.ledger.models.move_alias("digits", "production", 1)
         set_back(monkeypatch)
-        last = line.ledger.move_alias("digits", "production", 2)
+        last = line.ledger.models.move_alias("digits", "production", 2)
 
-        assert line.ledger.aliases("digits") == {"production": last}
-        assert line.ledger.resolve("digits@production")[1].number == 2
-        assert [move.version for move in line.ledger.alias_moves("digits")] == [1, 2]
+        assert line.ledger.models.aliases("digits") == {"production": last}
+        assert line.ledger.models.resolve("digits@production")[1].number == 2
+        assert [move.version for move in line.ledger.models.alias_moves("digits")] == [1, 2]
 
 
 def test_a_reference_names_a_version(line: Any) -> None:
-    line.ledger.add_version("digits", "w")
-    line.ledger.move_alias("digits", "production", 1)
+    line.ledger.models.add_version("digits", "w")
+    line.ledger.models.move_alias("digits", "production", 1)
 
-    resolved = {each: line.ledger.resolve(each)[1].number for each in ("digits", "digits@1", "digits@2", "digits@02")}
+    resolved = {
+        each: line.ledger.models.resolve(each)[1].number for each in ("digits", "digits@1", "digits@2", "digits@02")
+    }
     assert resolved == {"digits": 2, "digits@1": 1, "digits@2": 2, "digits@02": 2}
-    model, version = line.ledger.resolve("digits@production")
-    assert (model, version) == (line.ledger.model("digits"), line.ledger.version("digits", 1))
+    model, version = line.ledger.models.resolve("digits@production")
+    assert (model, version) == (line.ledger.models.get("digits"), line.ledger.models.version("digits", 1))
     for missing in ("digits@staging", "digits@²", "digits@1.0", f"digits@{'9' * 5000}"):
         with pytest.raises(NotFound, match=r"model 'digits' has no alias .*; `fsu alias list digits`"):
-            line.ledger.resolve(missing)
+            line.ledger.models.resolve(missing)
     for missing in ("digits@3", "digits@99999999999"):
         with pytest.raises(NotFound, match="'digits' has no version"):
-            line.ledger.resolve(missing)
+            line.ledger.models.resolve(missing)
     with pytest.raises(UserError, match="'digits@' names no version"):
-        line.ledger.resolve("digits@")
+        line.ledger.models.resolve("digits@")
 
 
 def test_the_policy_set_last_is_in_force_though_its_clock_is_slow(line: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    line.ledger.set_policy("digits", Policy(approval=True))
+    line.ledger.models.set_policy("digits", Policy(approval=True))
     set_back(monkeypatch)
-    line.ledger.set_policy("digits", Policy(samples_days=3))
-    assert line.ledger.policy("digits") == Policy(samples_days=3)
+    line.ledger.models.set_policy("digits", Policy(samples_days=3))
+    assert line.ledger.models.policy("digits") == Policy(samples_days=3)
 
 
 class TestRechecks:
     def test_the_latest_of_each_erasure(self, line: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         line.erase("nine", 9)
         line.erase("four", 4)
-        nine, four = line.ledger.erasures("digits")
-        line.ledger.keep_rechecks("digits", 2, [Measured(nine.id, 5, 0.0, True)])
+        nine, four = line.ledger.models.erasures("digits")
+        line.ledger.models.record_rechecks("digits", 2, [Measured(nine.id, 5, 0.0, True)])
         both = [Measured(nine.id, 5, 0.4, False), Measured(four.id, 0, None, True)]
-        kept = line.ledger.keep_rechecks("digits", 3, both, "ann")
+        kept = line.ledger.models.record_rechecks("digits", 3, both, "ann")
 
-        assert line.ledger.rechecks("digits") == {nine.id: kept[0], four.id: kept[1]}
-        assert {id: each.version for id, each in line.ledger.rechecks("digits", 2).items()} == {nine.id: 2}
-        assert line.ledger.rechecks("digits", 1) == {}
+        assert line.ledger.models.rechecks("digits") == {nine.id: kept[0], four.id: kept[1]}
+        assert {id: each.version for id, each in line.ledger.models.rechecks("digits", 2).items()} == {nine.id: 2}
+        assert line.ledger.models.rechecks("digits", 1) == {}
         assert (kept[0].share, kept[0].passed, kept[0].actor, kept[1].share) == (0.4, False, "ann", None)
         assert [len(chained(line.ledger, f"recheck_{word}")) for word in ("passed", "failed")] == [2, 1]
         (failed,) = chained(line.ledger, "recheck_failed")
@@ -186,31 +193,31 @@ class TestRechecks:
         line.erase("nine", 9)
         line.erase("four", 4)
         new_line("other").erase("one", 1)
-        nine, four = line.ledger.erasures("digits")
-        (one,) = line.ledger.erasures("other")
+        nine, four = line.ledger.models.erasures("digits")
+        (one,) = line.ledger.models.erasures("other")
         for stranger in (four, one):
             measured = [Measured(each.id, 5, 0.0, True) for each in (nine, stranger)]
             with pytest.raises(NotFound, match=f"erasure {stranger.id} is not in force at version 2 of 'digits'"):
-                line.ledger.keep_rechecks("digits", 2, measured)
-        assert line.ledger.rechecks("digits") == {}
+                line.ledger.models.record_rechecks("digits", 2, measured)
+        assert line.ledger.models.rechecks("digits") == {}
 
 
 class TestGone:
     def test_what_is_gone_with_its_measures_then_and_now(self, line: Any) -> None:
         line.erase("nine", 9, report={"forgetting": {"samples_in_target": 0.25, "probes_in_target": 0.125}})
         line.erase("crossed", 2, 3, kind="subset", report={"forgetting": {"samples_in_target": None}})
-        line.ledger.add_version("digits", "from outside")
-        nine, crossed = line.ledger.erasures("digits")
-        line.ledger.keep_rechecks("digits", 2, [Measured(nine.id, 5, 0.0, True)])
-        (again,) = line.ledger.keep_rechecks("digits", 4, [Measured(nine.id, 5, 0.5, False)])
+        line.ledger.models.add_version("digits", "from outside")
+        nine, crossed = line.ledger.models.erasures("digits")
+        line.ledger.models.record_rechecks("digits", 2, [Measured(nine.id, 5, 0.0, True)])
+        (again,) = line.ledger.models.record_rechecks("digits", 4, [Measured(nine.id, 5, 0.5, False)])
 
-        first, second = line.ledger.gone("digits")
+        first, second = line.ledger.models.erased("digits")
         assert (first.erasure, first.version, first.request) == (nine.id, 2, nine.request)
         assert (first.behaviour, first.created_at) == (nine.behaviour, nine.created_at)
         assert (first.samples_in_target, first.probes_in_target, first.recheck) == (0.25, 0.125, again)
         assert (second.erasure, second.behaviour) == (crossed.id, crossed.behaviour)
         assert (second.samples_in_target, second.probes_in_target, second.recheck) == (None, None, None)
-        assert [[each.version for each in line.ledger.gone("digits", number)] for number in (1, 2, 3)] == [
+        assert [[each.version for each in line.ledger.models.erased("digits", number)] for number in (1, 2, 3)] == [
             [],
             [2],
             [2, 3],
@@ -222,9 +229,9 @@ class TestGone:
         raw.execute(BRANCH.format(number=3, parent=1))
         nine = Behaviour(name="nine", kind="class", targets=(9,))
 
-        assert (line.ledger.gone("digits"), line.ledger.erasures("digits")) == ([], [])
-        assert line.ledger.behaviours("digits") == {2: [nine]}
-        assert [each.behaviour for each in line.ledger.every_erasure("digits")] == [nine]
+        assert (line.ledger.models.erased("digits"), line.ledger.models.erasures("digits")) == ([], [])
+        assert line.ledger.models.behaviours("digits") == {2: [nine]}
+        assert [each.behaviour for each in line.ledger.models.all_erasures("digits")] == [nine]
 
 
 def plan(ledger: Ledger, query: sa.Select[Any]) -> list[str]:
@@ -244,7 +251,7 @@ def test_what_is_inherited_is_found_by_indexes(ledger: Ledger, raw: Any, analyse
     fill(ledger, "line", 300)
     if analysed:
         raw.execute("ANALYZE")
-    model = ledger.model("line")
+    model = ledger.models.get("line")
     checks, gone, once = "ix_rechecks_erasure_id_created_at", "ix_erasures_model_id_version", "hashed SubPlan"
     parents = "AND (number = line"
     if raw.engine == "sqlite":
@@ -262,7 +269,7 @@ def test_what_is_inherited_is_found_by_indexes(ledger: Ledger, raw: Any, analyse
         read = [step for step in found if "Seq Scan" in step or (step.startswith("SCAN") and step != "SCAN line")]
         assert not read, whole
         assert not [words for words in expected if words not in whole], whole
-    assert len(ledger.gone("line")) == len(ledger.rechecks("line")) == 299
+    assert len(ledger.models.erased("line")) == len(ledger.models.rechecks("line")) == 299
 
 
 class TestHistory:
@@ -270,24 +277,24 @@ class TestHistory:
         ledger = line.ledger
         behaviours = {name: Behaviour(name=name, kind="class", targets=(n,)) for name, n in (("four", 4), ("one", 1))}
         line.erase("nine", 9)
-        (nine,) = ledger.erasures("digits")
-        ledger.set_policy("digits", Policy(approval=True, samples_days=0), "ann")
+        (nine,) = ledger.models.erasures("digits")
+        ledger.models.set_policy("digits", Policy(approval=True, samples_days=0), "ann")
         terms = Terms(requested_by="bob")
-        ask = [ledger.submit("digits", each, "a" * 64, 8, Recipe(), terms)[0] for each in behaviours.values()]
-        ledger.deny(ask[0].id, "ann")
-        ledger.approve(ask[1].id, "ann")
-        ledger.cancel(ask[1].id, "bob")
-        ledger.keep_rechecks("digits", 2, [Measured(nine.id, 5, 0.5, False)], "cron")
-        ledger.move_alias("digits", "production", 2, "ann")
-        ledger.move_alias("digits", "production", 1, "ann", force=True, reason="T-1")
-        ledger.purge(ledger.request(ask[0].id), "ann")
-        (generator,) = ledger.generators("digits")
-        ledger.seal(generator, ledger.version("digits"), "d" * 64, "ann")
-        ledger.register_model("other", line.ledger.model("digits").spec, "w")
-        ledger.set_policy("other", Policy(approval=True))
-        ledger.move_alias("other", "production", 1)
+        ask = [ledger.requests.submit("digits", each, "a" * 64, 8, Recipe(), terms)[0] for each in behaviours.values()]
+        ledger.requests.deny(ask[0].id, "ann")
+        ledger.requests.approve(ask[1].id, "ann")
+        ledger.requests.cancel(ask[1].id, "bob")
+        ledger.models.record_rechecks("digits", 2, [Measured(nine.id, 5, 0.5, False)], "cron")
+        ledger.models.move_alias("digits", "production", 2, "ann")
+        ledger.models.move_alias("digits", "production", 1, "ann", force=True, reason="T-1")
+        ledger.requests.purge(ledger.requests.get(ask[0].id), "ann")
+        (generator,) = ledger.generators.all("digits")
+        ledger.generators.seal(generator, ledger.models.version("digits"), "d" * 64, "ann")
+        ledger.models.register("other", line.ledger.models.get("digits").spec, "w")
+        ledger.models.set_policy("other", Policy(approval=True))
+        ledger.models.move_alias("other", "production", 1)
 
-        events = ledger.history("digits")
+        events = ledger.models.history("digits")
 
         told = [(event["event"], event["version"], event["request"]) for event in events]
         assert told[:4] == [
@@ -322,31 +329,33 @@ class TestHistory:
         assert details["sealed"] == {"generator": generator.id, "by": "ann"}
 
     def test_to_cancel_what_awaits_approval_is_no_decision(self, line: Any) -> None:
-        line.ledger.set_policy("digits", Policy(approval=True))
+        line.ledger.models.set_policy("digits", Policy(approval=True))
         behaviour, terms = Behaviour(name="four", kind="class", targets=(4,)), Terms(requested_by="bob")
-        line.ledger.cancel(line.ledger.submit("digits", behaviour, "a" * 64, 8, Recipe(), terms)[0].id, "bob")
-        told = [event["event"] for event in line.ledger.history("digits")]
+        line.ledger.requests.cancel(
+            line.ledger.requests.submit("digits", behaviour, "a" * 64, 8, Recipe(), terms)[0].id, "bob"
+        )
+        told = [event["event"] for event in line.ledger.models.history("digits")]
         assert told == ["registered", "policy_set", "submitted", "cancelled"]
 
     def test_a_retirement_is_told(self, line: Any) -> None:
         line.erase("nine", 9)
-        (generator,) = line.ledger.generators("digits")
-        line.ledger.retire(generator.id, "age", "policy")
-        last = line.ledger.history("digits")[-1]
+        (generator,) = line.ledger.generators.all("digits")
+        line.ledger.generators.retire(generator.id, "age", "policy")
+        last = line.ledger.models.history("digits")[-1]
         assert (last["event"], last["version"], last["request"]) == ("generator_retired", None, None)
         assert last["detail"] == {"generator": generator.id, "reason": "age", "by": "policy"}
 
     def test_one_summary_of_what_was_measured_at_once(self, line: Any) -> None:
         for number, name in enumerate(("nine", "four", "one")):
             line.erase(name, number)
-        found = [Measured(each.id, 5, 0.0, True) for each in line.ledger.erasures("digits")]
-        line.ledger.keep_rechecks("digits", 4, found)
-        line.ledger.keep_rechecks("digits", 4, found[:2])
-        rechecked = [event["detail"] for event in line.ledger.history("digits") if "recheck" in event["event"]]
+        found = [Measured(each.id, 5, 0.0, True) for each in line.ledger.models.erasures("digits")]
+        line.ledger.models.record_rechecks("digits", 4, found)
+        line.ledger.models.record_rechecks("digits", 4, found[:2])
+        rechecked = [event["detail"] for event in line.ledger.models.history("digits") if "recheck" in event["event"]]
         assert [(each["erasures"], each["failed"]) for each in rechecked] == [(3, 0), (2, 0)]
 
 
 def test_moments_of_history_are_aware(line: Any) -> None:
-    line.ledger.move_alias("digits", "production", 1)
-    assert all(event["at"].tzinfo is UTC for event in line.ledger.history("digits"))
-    assert line.ledger.aliases("digits")["production"].created_at <= datetime.now(UTC)
+    line.ledger.models.move_alias("digits", "production", 1)
+    assert all(event["at"].tzinfo is UTC for event in line.ledger.models.history("digits"))
+    assert line.ledger.models.aliases("digits")["production"].created_at <= datetime.now(UTC)

@@ -104,16 +104,16 @@ def first(url: str) -> str:
 
 def test_everything_is_there_and_adopted(first: str, raw: Any) -> None:
     with open_ledger(first) as ledger:
-        states = [request.status.value for request in ledger.requests("digits")]
+        states = [request.status.value for request in ledger.requests.all("digits")]
         assert states == ["succeeded", "rejected", "failed", "cancelled", "queued", "running"]
-        assert [version.number for version in ledger.versions("digits")] == [1, 2]
-        assert ledger.erasures("digits")[0].report == ledger.requests("digits")[1].report == REPORT
-        assert ledger.generators("digits")[0].figures == {"agreement": 0.99, "starved": []}
-        assert all(len(ledger.events(request.id)) == 1 for request in ledger.requests())
+        assert [version.number for version in ledger.models.versions("digits")] == [1, 2]
+        assert ledger.models.erasures("digits")[0].report == ledger.requests.all("digits")[1].report == REPORT
+        assert ledger.generators.all("digits")[0].figures == {"agreement": 0.99, "starved": []}
+        assert all(len(ledger.requests.events(request.id)) == 1 for request in ledger.requests.all())
 
-        found = audit.verify(ledger)
+        found = ledger.audit.verify()
         assert found.findings == ()
-        events = audit.log(ledger)
+        events = ledger.audit.log()
         rows = sum(raw.execute(f"SELECT count(*) FROM {table}").scalar() for table in audit.AUDITED)
         assert {event.event for event in events} == {"adopted"}
         assert len(events) == found.events == rows == 17
@@ -123,12 +123,12 @@ def test_everything_is_there_and_adopted(first: str, raw: Any) -> None:
 def test_it_goes_on_working(first: str) -> None:
     """What ran is taken over, what waited is claimed, and what is new enters the same chain."""
     with open_ledger(first) as ledger:
-        taken = ledger.claim("w1", 60.0)
+        taken = ledger.requests.claim("w1", 60.0)
         assert taken is not None
         assert (taken.behaviour.name, taken.attempt) == ("class 6", 2)
-        ledger.release(taken, "stopped")
-        ledger.submit("digits", Behaviour(name="seven", kind="class", targets=(7,)), digest("s"), 8, Recipe())
-        claimed = ledger.claim("w1", 60.0, "digits")
+        ledger.requests.release(taken, "stopped")
+        ledger.requests.submit("digits", Behaviour(name="seven", kind="class", targets=(7,)), digest("s"), 8, Recipe())
+        claimed = ledger.requests.claim("w1", 60.0, "digits")
         assert claimed is not None
         assert claimed.behaviour.name == "class 5"
         outcome = Outcome(
@@ -136,12 +136,12 @@ def test_it_goes_on_working(first: str) -> None:
             figures={"agreement": 0.99}, refused=(), weights=digest("w3"), mask=digest("m3"), probes=digest("p3"),
             report=REPORT, seconds={"relearn": 1.0},
         )  # fmt: skip
-        ledger.commit(claimed, outcome, ledger.version("digits"), generator_id="g-1")
+        ledger.commit(claimed, outcome, ledger.models.version("digits"), generator_id="g-1")
 
-        assert ledger.request(claimed.id).status is Status.SUCCEEDED
-        assert [erasure.version for erasure in ledger.erasures("digits")] == [2, 3]
+        assert ledger.requests.get(claimed.id).status is Status.SUCCEEDED
+        assert [erasure.version for erasure in ledger.models.erasures("digits")] == [2, 3]
     with open_ledger(first) as ledger:
-        found = audit.verify(ledger)
+        found = ledger.audit.verify()
         assert (found.findings, found.waiting) == ((), 0)
         assert found.events > 17
 
@@ -151,7 +151,7 @@ def test_what_was_adopted_cannot_change_unnoticed(first: str, raw: Any) -> None:
         name = "erasures_update"
         raw.execute(f"DROP TRIGGER {name}" + ("" if raw.engine == "sqlite" else " ON erasures"))
         raw.execute("UPDATE erasures SET report = '{}'")
-        (said,) = audit.verify(ledger).findings
+        (said,) = ledger.audit.verify().findings
         assert said.startswith("erasures e-1: column report is not what event ")
 
 
@@ -172,11 +172,11 @@ def third(first: str) -> str:
             "ALTER TABLE requests ADD COLUMN generator_id VARCHAR(40)"
         )  # today's code asks for it
     with Ledger(Database(connected)) as ledger:  # which nothing has brought up to date
-        ledger.set_policy("digits", Policy(samples_days=30.0))
-        taken = ledger.claim("w1", 60.0)
+        ledger.models.set_policy("digits", Policy(samples_days=30.0))
+        taken = ledger.requests.claim("w1", 60.0)
         assert taken is not None
-        ledger.fail(taken, "RuntimeError: broke")
-        assert ledger.claim("w1", -1.0) is not None
+        ledger.requests.fail(taken, "RuntimeError: broke")
+        assert ledger.requests.claim("w1", -1.0) is not None
     engine = sa.create_engine(first)
     with engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE requests DROP COLUMN generator_id")
@@ -203,32 +203,34 @@ def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str)
     assert all(before.values())
     with open_ledger(third) as ledger:
         assert every_row(third) == before
-        events = audit.log(ledger)
-        found = audit.verify(ledger, None, audit.Head(events[-1].seq, events[-1].hash))
+        events = ledger.audit.log()
+        found = ledger.audit.verify(None, audit.Head(events[-1].seq, events[-1].hash))
         assert (found.findings, found.waiting, found.events) == ((), 0, len(before["audit_events"]))
-        assert ledger.searches("digits") == []
-        assert [each.recipe_origin for each in ledger.gone("digits")] == [None]
-        assert "recipe_origin" not in next(e for e in ledger.history("digits") if e["event"] == "erased")["detail"]
+        assert ledger.recipes.all("digits") == []
+        assert [each.recipe_origin for each in ledger.models.erased("digits")] == [None]
+        assert (
+            "recipe_origin" not in next(e for e in ledger.models.history("digits") if e["event"] == "erased")["detail"]
+        )
 
 
 def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) -> None:
     """Though a search finds its very recipe before it has ended; what comes after has."""
     with open_ledger(third) as ledger:
-        kept = ledger.keep_recipe("digits", "class", Recipe(), 0.9, {})
+        kept = ledger.recipes.keep("digits", "class", Recipe(), 0.9, {})
         behaviour = Behaviour(name="seven", kind="class", targets=(7,))
-        ledger.submit("digits", behaviour, digest("s"), 8, Recipe())
+        ledger.requests.submit("digits", behaviour, digest("s"), 8, Recipe())
         for number in (3, 4):
-            claimed = ledger.claim("w1", 60.0, "digits")
+            claimed = ledger.requests.claim("w1", 60.0, "digits")
             assert claimed is not None
             outcome = Outcome(
                 reason=None, generator_use="reused", generator_weights=digest("g"), dataset=digest("d"), figures={},
                 refused=(), weights=digest(f"w{number}"), mask=digest("m"), probes=digest("p"), report=REPORT,
                 seconds={},
             )  # fmt: skip
-            ledger.commit(claimed, outcome, ledger.version("digits"), generator_id="g-1")
-        gone = [(each.behaviour.name, each.recipe_origin) for each in ledger.gone("digits")]
+            ledger.commit(claimed, outcome, ledger.models.version("digits"), generator_id="g-1")
+        gone = [(each.behaviour.name, each.recipe_origin) for each in ledger.models.erased("digits")]
         assert gone == [("class 1", None), ("class 5", None), ("seven", kept.id)]
-        found = audit.verify(ledger)
+        found = ledger.audit.verify()
         assert (found.findings, found.waiting) == ((), 0)
 
 
@@ -261,10 +263,10 @@ def test_tables_that_are_made_again_keep_rows_references_and_guards(fourth: str,
     before = every_row(fourth, tables)
     with open_ledger(fourth) as ledger:
         assert every_row(fourth, tables) == before
-        kept, retired = ledger.generators("digits")
+        kept, retired = ledger.generators.all("digits")
         assert (kept.origin, kept.transferred_from, kept.retired) == ("trained", None, None)
         assert (retired.warm_started_from, retired.retired) == ("g-1", "operator")
-        assert {request.generator for request in ledger.requests()} == {None}
+        assert {request.generator for request in ledger.requests.all()} == {None}
     if raw.engine == "sqlite":
         assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
         assert not [name for (name,) in raw.execute("SELECT name FROM sqlite_master") if name.endswith("_before")]
@@ -293,10 +295,10 @@ def test_what_the_chain_has_not_recorded_stays_empty(fourth: str, raw: Any, tabl
             raw.execute("PRAGMA ignore_check_constraints = ON")
         elif table == "generators":
             raw.execute("ALTER TABLE generators DROP CONSTRAINT ck_generators_transferred_from")
-        known = set(audit.verify(ledger).findings)  # g-2, which no ledger of that time wrote
+        known = set(ledger.audit.verify().findings)  # g-2, which no ledger of that time wrote
         where = "id = 'g-1'" if table == "generators" else "behaviour_name = 'class 5'"
         raw.execute(f"UPDATE {table} SET {column} = 'g-2' WHERE {where}")
-        (said,) = set(audit.verify(ledger).findings) - known
+        (said,) = set(ledger.audit.verify().findings) - known
         assert said.startswith(f"{table} ")
         assert f"column {column} is not what event " in said
 
@@ -309,4 +311,4 @@ def test_an_empty_ledger_of_the_first_revision_has_an_empty_chain(url: str) -> N
         command.upgrade(config, "0001")
     connected.dispose()
     with open_ledger(url) as ledger:
-        assert audit.verify(ledger).events == 0
+        assert ledger.audit.verify().events == 0

@@ -33,13 +33,13 @@ class TestOpening:
     def test_makes_the_folders_of_a_new_ledger(self, tmp_path: Path) -> None:
         file = tmp_path / "a folder" / "below" / "ledger.db"
         with open_ledger(f"sqlite:///{file}") as ledger:
-            assert ledger.models() == []
+            assert ledger.models.all() == []
         assert file.exists()
 
     def test_several_processes_open_a_new_postgresql_ledger_at_once(self, postgresql: str, in_processes: Any) -> None:
         script = """
 with open_ledger(sys.argv[1]) as ledger:
-    print(len(ledger.models()))
+    print(len(ledger.models.all()))
 """
         assert in_processes(script, postgresql, processes=4) == ["0\n"] * 4
 
@@ -65,7 +65,7 @@ import os
 folder, number = sys.argv[1:]
 for turn in range(6):
     with open_ledger(f"sqlite:///{folder}/{turn}/ledger.db") as ledger:
-        print(len(ledger.models()))
+        print(len(ledger.models.all()))
 """
         assert in_processes(script, str(tmp_path), processes=4) == ["0\n" * 6] * 4
 
@@ -76,7 +76,7 @@ for turn in range(6):
         later = threading.Timer(0.3, other.execute, ["COMMIT"])
         later.start()
         with open_ledger(f"sqlite:///{file}") as ledger:
-            assert ledger.models() == []
+            assert ledger.models.all() == []
         later.join()
         other.close()
 
@@ -128,7 +128,7 @@ for turn in range(6):
         file.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
 
         with pytest.raises(StorageError, match=r"ledger\.db: .+ then try again") as caught:
-            ledger.models()
+            ledger.models.all()
         assert one_line(caught)
 
     def test_a_ledger_that_somebody_holds_is_waited_for_and_then_explained(
@@ -141,9 +141,9 @@ for turn in range(6):
             with pytest.raises(
                 LedgerUnavailable, match=r"ledger\.db: database is locked; check .+ then try again"
             ) as caught:
-                ledger.set_policy("digits", Policy())
+                ledger.models.set_policy("digits", Policy())
             assert one_line(caught)
-            assert ledger.models() == [], "reading waits for nobody"
+            assert ledger.models.all() == [], "reading waits for nobody"
             other.execute("ROLLBACK")
             other.close()
 
@@ -152,7 +152,7 @@ for turn in range(6):
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
             with open_ledger(f"sqlite:///{folder}/ledger.db") as ledger:
-                ledger.register_model("m", ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10), "w")
+                ledger.models.register("m", ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10), "w")
             for each in folder.iterdir():
                 each.chmod(0o444)
             folder.chmod(0o555)

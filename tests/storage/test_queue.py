@@ -29,7 +29,7 @@ def ask(line: Any) -> Callable[..., Any]:
     def submit(target: int, recipe: Recipe | None = None, samples: str = "", **terms: Any) -> Any:
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
         given = digest(samples or f"samples of {target}")
-        return line.ledger.submit("digits", behaviour, given, 8, recipe or Recipe(), Terms(**terms))
+        return line.ledger.requests.submit("digits", behaviour, given, 8, recipe or Recipe(), Terms(**terms))
 
     return submit
 
@@ -49,7 +49,7 @@ class TestKeys:
         first, new = ask(9, key="ticket-1")
         again, second = ask(9, key="ticket-1")
         assert (new, second, again.id) == (True, False, first.id)
-        line.ledger.cancel(first.id)
+        line.ledger.requests.cancel(first.id)
         ended, third = ask(9, key="ticket-1")
         assert (ended.id, ended.status, third) == (first.id, Status.CANCELLED, False)
 
@@ -62,19 +62,19 @@ class TestKeys:
         ):
             with pytest.raises(AlreadyExists, match=f"'ticket-1' of 'digits' stands for request {first.id}"):
                 other()
-        assert len(line.ledger.requests()) == 1
+        assert len(line.ledger.requests.all()) == 1
 
     def test_a_key_belongs_to_its_model(self, ask: Callable[..., Any], new_line: Callable[..., Any]) -> None:
         ask(9, key="ticket-1")
         other = new_line("other")
         behaviour = Behaviour(name="x", kind="class", targets=(1,))
-        _, new = other.ledger.submit("other", behaviour, digest("s"), 1, Recipe(), Terms(key="ticket-1"))
+        _, new = other.ledger.requests.submit("other", behaviour, digest("s"), 1, Recipe(), Terms(key="ticket-1"))
         assert new
 
     def test_a_derived_key_stands_for_its_request_while_it_lives(self, line: Any, ask: Callable[..., Any]) -> None:
         first, _ = ask(9)
         assert ask(9)[1] is False
-        line.ledger.cancel(first.id)
+        line.ledger.requests.cancel(first.id)
         again, new = ask(9)
         assert new
         assert again.id != first.id
@@ -92,37 +92,37 @@ class TestOrder:
     def test_the_more_urgent_comes_first_and_then_the_older(self, line: Any, ask: Callable[..., Any]) -> None:
         ids = [ask(target, priority=priority)[0].id for target, priority in ((1, 0), (2, 5), (3, 5), (4, -1))]
         claimed = []
-        while (request := line.ledger.claim("w", 60)) is not None:
+        while (request := line.ledger.requests.claim("w", 60)) is not None:
             claimed.append(request.id)
-            line.ledger.fail(request, "no-op")
+            line.ledger.requests.fail(request, "no-op")
         assert claimed == [ids[1], ids[2], ids[0], ids[3]]
 
     def test_nothing_runs_before_its_time(self, line: Any, ask: Callable[..., Any]) -> None:
         ask(1, not_before=NOW + timedelta(hours=1))
         ready, _ = ask(2, not_before=NOW - timedelta(seconds=1))
         assert line.claim().id == ready.id
-        line.ledger.fail(line.ledger.request(ready.id), "no-op")
-        assert line.ledger.claim("w", 60) is None
-        assert not line.ledger.claimable()
+        line.ledger.requests.fail(line.ledger.requests.get(ready.id), "no-op")
+        assert line.ledger.requests.claim("w", 60) is None
+        assert not line.ledger.requests.claimable()
 
     def test_what_is_late_says_so(self, line: Any, ask: Callable[..., Any]) -> None:
         overdue, _ = ask(1, due_at=NOW - timedelta(seconds=1))
         in_time, _ = ask(2, due_at=NOW + timedelta(hours=1))
         moment = datetime.now(UTC)
         assert (overdue.overdue(moment), in_time.overdue(moment)) == (True, False)
-        ended = line.ledger.cancel(in_time.id)
+        ended = line.ledger.requests.cancel(in_time.id)
         assert not ended.overdue(moment + timedelta(days=9)), "it had ended by then"
 
     def test_a_worker_has_as_many_runs_as_its_cap(self, line: Any, new_line: Callable[..., Any]) -> None:
         for name in ("digits", "second", "third"):
             own = line if name == "digits" else new_line(name)
             own.submit("nine", 9)
-        claim = line.ledger.claim
+        claim = line.ledger.requests.claim
         first = claim("w", 60, cap=2)
         assert claim("w", 60, cap=2) is not None
         assert claim("w", 60, cap=2) is None
         assert claim("other", 60, cap=2) is not None
-        line.ledger.fail(first, "no-op")
+        line.ledger.requests.fail(first, "no-op")
         line.submit("four", 4)
         assert claim("w", 60, cap=2) is not None
 
@@ -130,34 +130,34 @@ class TestOrder:
 class TestApproval:
     @pytest.fixture(autouse=True)
     def _policy(self, line: Any) -> None:
-        line.ledger.set_policy("digits", Policy(approval=True), "head")
+        line.ledger.models.set_policy("digits", Policy(approval=True), "head")
 
     def test_a_request_waits_until_somebody_else_approves(self, line: Any, ask: Callable[..., Any]) -> None:
         request, _ = ask(9, requested_by="alice")
         assert request.status is Status.AWAITING_APPROVAL
-        assert line.ledger.claim("w", 60) is None
+        assert line.ledger.requests.claim("w", 60) is None
         with pytest.raises(UserError, match=f"alice asked for request {request.id}: somebody else"):
-            line.ledger.approve(request.id, "alice")
-        approved = line.ledger.approve(request.id, "bob")
+            line.ledger.requests.approve(request.id, "alice")
+        approved = line.ledger.requests.approve(request.id, "bob")
         assert approved.status is Status.QUEUED
-        assert line.ledger.events(request.id)[-1].actor == "bob"
+        assert line.ledger.requests.events(request.id)[-1].actor == "bob"
         with pytest.raises(TransitionRefused, match="it awaits no approval"):
-            line.ledger.deny(request.id, "bob")
+            line.ledger.requests.deny(request.id, "bob")
 
     def test_a_denied_request_is_rejected(self, line: Any, ask: Callable[..., Any]) -> None:
         request, _ = ask(9, requested_by="alice")
-        denied = line.ledger.deny(request.id, "bob")
+        denied = line.ledger.requests.deny(request.id, "bob")
         assert (denied.status, denied.reason) == (Status.REJECTED, "denied")
 
     def test_nobody_asks_without_a_name(self, line: Any, ask: Callable[..., Any]) -> None:
         with pytest.raises(UserError, match="say who asks"):
             ask(9)
-        assert line.ledger.requests() == []
+        assert line.ledger.requests.all() == []
 
     def test_an_actor_is_an_opaque_id(self, line: Any, ask: Callable[..., Any]) -> None:
         request, _ = ask(9, requested_by="alice")
         with pytest.raises(UserError, match="no opaque id"):
-            line.ledger.approve(request.id, "bob@example.org")
+            line.ledger.requests.approve(request.id, "bob@example.org")
 
 
 class TestFailures:
@@ -167,15 +167,15 @@ class TestFailures:
         request, _ = ask(9)
         for failure in range(1, MOST_FAILURES):
             before = datetime.now(UTC)
-            waiting = line.ledger.retry(line.claim(), f"broke {failure}")
+            waiting = line.ledger.requests.retry(line.claim(), f"broke {failure}")
             pause = timedelta(seconds=BACKOFF_SECONDS * 2 ** (failure - 1))
             assert (waiting.status, waiting.failures) == (Status.QUEUED, failure)
             assert before + pause <= waiting.retry_at <= datetime.now(UTC) + pause
-            assert line.ledger.claim("w", 60) is None
+            assert line.ledger.requests.claim("w", 60) is None
             raw.execute("UPDATE requests SET retry_at = :then", {"then": _text(raw, -1)})
-        failed = line.ledger.retry(line.claim(), "broke again")
+        failed = line.ledger.requests.retry(line.claim(), "broke again")
         assert (failed.status, failed.failures, failed.reason) == (Status.FAILED, MOST_FAILURES, "broke again")
-        reasons = [event.reason for event in line.ledger.events(request.id) if event.reason]
+        reasons = [event.reason for event in line.ledger.requests.events(request.id) if event.reason]
         assert reasons == ["broke 1", "broke 2", "broke again"]
 
     def test_a_request_that_costs_its_workers_fails(self, line: Any, ask: Callable[..., Any], raw: Any) -> None:
@@ -183,12 +183,12 @@ class TestFailures:
         for attempt in range(1, MOST_FAILURES + 1):
             assert line.claim(f"w{attempt}").attempt == attempt
             late(raw)
-        line.ledger._looked_at = 0.0
-        assert line.ledger.claim("w9", 60) is None
-        ended = line.ledger.request(request.id)
+        line.ledger.requests._looked_at = 0.0
+        assert line.ledger.requests.claim("w9", 60) is None
+        ended = line.ledger.requests.get(request.id)
         assert (ended.status, ended.attempt, ended.failures) == (Status.FAILED, MOST_FAILURES, MOST_FAILURES)
         assert ended.reason == "lease_expired: 3 workers have vanished"
-        steps = [(event.actor, event.reason) for event in line.ledger.events(request.id)][3:]
+        steps = [(event.actor, event.reason) for event in line.ledger.requests.events(request.id)][3:]
         assert steps == [("w2", "lease_expired"), ("w3", "lease_expired"), ("w9", ended.reason)]
 
     def test_nobody_takes_over_what_is_to_end(self, line: Any, ask: Callable[..., Any], raw: Any) -> None:
@@ -196,18 +196,18 @@ class TestFailures:
         doomed, _ = ask(9)
         line.claim()
         late(raw)
-        line.ledger._looked_at = time.monotonic()
-        line.ledger.cancel(doomed.id, "alice")
-        assert line.ledger.claim("w2", 60) is None
+        line.ledger.requests._looked_at = time.monotonic()
+        line.ledger.requests.cancel(doomed.id, "alice")
+        assert line.ledger.requests.claim("w2", 60) is None
         raw.execute("UPDATE requests SET cancel_by = NULL, failures = 2")
-        assert line.ledger.claim("w2", 60) is None
+        assert line.ledger.requests.claim("w2", 60) is None
         raw.execute("UPDATE requests SET failures = 1")
         assert line.claim("w2").failures == 2
 
     def test_a_release_is_no_failure(self, line: Any, ask: Callable[..., Any]) -> None:
         ask(9)
         for _ in range(MOST_FAILURES + 1):
-            assert line.ledger.release(line.claim(), "interrupted").failures == 0
+            assert line.ledger.requests.release(line.claim(), "interrupted").failures == 0
 
     @pytest.mark.parametrize(
         ("said", "kept"),
@@ -228,34 +228,34 @@ class TestFailures:
 
     def test_reasons_are_kept_without_places(self, line: Any, ask: Callable[..., Any]) -> None:
         ask(9)
-        assert line.ledger.fail(line.claim(), "none at /home/alice/me.png").reason == "none at <path>"
+        assert line.ledger.requests.fail(line.claim(), "none at /home/alice/me.png").reason == "none at <path>"
 
 
 class TestCancelling:
     def test_a_running_request_is_asked_to_stop(self, line: Any, ask: Callable[..., Any]) -> None:
         ask(9)
         request = line.claim()
-        assert not line.ledger.cancelling(request)
-        asked = line.ledger.cancel(request.id, "alice")
+        assert not line.ledger.requests.cancel_requested(request)
+        asked = line.ledger.requests.cancel(request.id, "alice")
         assert (asked.status, asked.cancel_by) == (Status.RUNNING, "alice")
-        assert line.ledger.cancelling(request)
-        assert line.ledger.heartbeat(request, 60)
-        stopped = line.ledger.stop(request)
+        assert line.ledger.requests.cancel_requested(request)
+        assert line.ledger.requests.heartbeat(request, 60)
+        stopped = line.ledger.requests.stop(request)
         assert (stopped.status, stopped.lease_until) == (Status.CANCELLED, None)
-        assert line.ledger.events(request.id)[-1].actor == "alice"
+        assert line.ledger.requests.events(request.id)[-1].actor == "alice"
         with pytest.raises(LeaseLost):
-            line.ledger.heartbeat(request, 60)
+            line.ledger.requests.heartbeat(request, 60)
 
     def test_a_request_whose_worker_died_before_it_could_stop_is_not_run_again(
         self, line: Any, ask: Callable[..., Any], raw: Any
     ) -> None:
         ask(9)
         request = line.claim()
-        line.ledger.cancel(request.id, "alice")
+        line.ledger.requests.cancel(request.id, "alice")
         late(raw)
-        line.ledger._looked_at = 0.0
-        assert line.ledger.claim("w2", 60) is None
-        assert line.ledger.request(request.id).status is Status.CANCELLED
+        line.ledger.requests._looked_at = 0.0
+        assert line.ledger.requests.claim("w2", 60) is None
+        assert line.ledger.requests.get(request.id).status is Status.CANCELLED
 
 
 class TestTogether:
@@ -266,95 +266,97 @@ class TestTogether:
         ask(4, Recipe(relearn=RelearnRecipe(epochs=1)))
         line.submit("crossed", 7, kind="subset")
         line.submit("one and five", 1, 5)
-        lead = line.ledger.claim("w", 60, along=9)
-        assert (lead.id, [each.id for each in line.ledger.companions(lead)]) == (ids[0], ids[1:])
+        lead = line.ledger.requests.claim("w", 60, along=9)
+        assert (lead.id, [each.id for each in line.ledger.requests.batch_members(lead)]) == (ids[0], ids[1:])
         return lead
 
     def commit(self, line: Any, lead: Any) -> Any:
         parts = tuple(
             Part(each.id, digest(f"mask of {each.id}"), digest(f"probes of {each.id}"),
                  {"forgetting": {"probes_in_target": 0.02}})
-            for each in line.ledger.companions(lead)
+            for each in line.ledger.requests.batch_members(lead)
         )  # fmt: skip
-        return line.ledger.commit(lead, line.outcome(lead, also=parts), line.ledger.version("digits"))
+        return line.ledger.commit(lead, line.outcome(lead, also=parts), line.ledger.models.version("digits"))
 
     def test_they_run_as_one(self, line: Any, run: Any) -> None:
-        for each in line.ledger.companions(run):
+        for each in line.ledger.requests.batch_members(run):
             assert (each.status, each.lead, each.worker, each.attempt) == (Status.RUNNING, run.id, "w", 1)
-        assert line.ledger.claim("w2", 60) is None, "one run of a model at a time"
+        assert line.ledger.requests.claim("w2", 60) is None, "one run of a model at a time"
         version = self.commit(line, run)
         assert (version.number, version.request) == (2, run.id)
-        erasures = line.ledger.erasures("digits")
+        erasures = line.ledger.models.erasures("digits")
         assert [(e.behaviour.targets, e.version) for e in erasures] == [((1,), 2), ((2,), 2), ((3,), 2)]
         assert len({e.mask for e in erasures}) == 3
         assert erasures[1].report["forgetting"] == {"probes_in_target": 0.02}
         assert erasures[1].report["coalesced"] == [e.request for e in erasures]
-        ended = [line.ledger.request(e.request) for e in erasures]
+        ended = [line.ledger.requests.get(e.request) for e in erasures]
         assert {(r.status, r.version) for r in ended} == {(Status.SUCCEEDED, 2)}
 
     def test_their_lease_is_one(self, line: Any, run: Any, raw: Any) -> None:
-        line.ledger.heartbeat(run, 3600)
-        leases = {each.lease_until for each in (line.ledger.request(run.id), *line.ledger.companions(run))}
+        line.ledger.requests.heartbeat(run, 3600)
+        leases = {
+            each.lease_until for each in (line.ledger.requests.get(run.id), *line.ledger.requests.batch_members(run))
+        }
         assert len(leases) == 1
         late(raw)
-        again = line.ledger.claim("w2", 60)
-        assert (again.id, again.attempt, len(line.ledger.companions(again))) == (run.id, 2, 2)
-        assert {each.worker for each in line.ledger.companions(again)} == {"w2"}
+        again = line.ledger.requests.claim("w2", 60)
+        assert (again.id, again.attempt, len(line.ledger.requests.batch_members(again))) == (run.id, 2, 2)
+        assert {each.worker for each in line.ledger.requests.batch_members(again)} == {"w2"}
         with pytest.raises(LeaseLost):
             self.commit(line, run)
         self.commit(line, again)
 
     @pytest.mark.parametrize("end", ["release", "retry", "fail", "separate"])
     def test_none_is_left_behind(self, line: Any, run: Any, end: str) -> None:
-        others = [each.id for each in line.ledger.companions(run)]
-        ended = getattr(line.ledger, end)(run, "some reason")
+        others = [each.id for each in line.ledger.requests.batch_members(run)]
+        ended = getattr(line.ledger.requests, end)(run, "some reason")
         assert ended.status is (Status.FAILED if end == "fail" else Status.QUEUED)
-        for each in map(line.ledger.request, others):
+        for each in map(line.ledger.requests.get, others):
             assert (each.status, each.lead, each.worker, each.alone) == (Status.QUEUED, None, None, end == "separate")
         if end == "separate":
-            assert line.ledger.companions(line.ledger.claim("w", 60, along=9)) == []
+            assert line.ledger.requests.batch_members(line.ledger.requests.claim("w", 60, along=9)) == []
 
     def test_who_is_to_run_alone_does_not_run_along(self, line: Any, run: Any, ask: Callable[..., Any]) -> None:
-        line.ledger.separate(run, "coalesced run refused")
+        line.ledger.requests.separate(run, "coalesced run refused")
         fresh, _ = ask(0, priority=9)
-        lead = line.ledger.claim("w", 60, along=9)
+        lead = line.ledger.requests.claim("w", 60, along=9)
         assert lead.id == fresh.id
-        assert [each.behaviour.name for each in line.ledger.companions(lead)] == ["one and five"]
+        assert [each.behaviour.name for each in line.ledger.requests.batch_members(lead)] == ["one and five"]
 
     def test_a_result_must_be_of_all_of_them(self, line: Any, run: Any) -> None:
         """Else one would stay running for ever."""
         with pytest.raises(LeaseLost):
-            line.ledger.commit(run, line.outcome(run), line.ledger.version("digits"))
-        assert len(line.ledger.versions("digits")) == 1
+            line.ledger.commit(run, line.outcome(run), line.ledger.models.version("digits"))
+        assert len(line.ledger.models.versions("digits")) == 1
         self.commit(line, run)
 
     def test_one_of_them_is_cancelled(self, line: Any, run: Any) -> None:
-        second, third = line.ledger.companions(run)
-        line.ledger.cancel(second.id, "alice")
-        assert line.ledger.cancelling(run)
-        assert line.ledger.stop(run).status is Status.QUEUED
-        assert line.ledger.request(second.id).status is Status.CANCELLED
-        assert line.ledger.request(third.id).status is Status.QUEUED
+        second, third = line.ledger.requests.batch_members(run)
+        line.ledger.requests.cancel(second.id, "alice")
+        assert line.ledger.requests.cancel_requested(run)
+        assert line.ledger.requests.stop(run).status is Status.QUEUED
+        assert line.ledger.requests.get(second.id).status is Status.CANCELLED
+        assert line.ledger.requests.get(third.id).status is Status.QUEUED
 
     def test_at_least_two_classes_stay(self, new_line: Callable[..., Any]) -> None:
         small = new_line("small", classes=4)
         for target in range(4):
             small.submit(f"class-{target}", target)
-        lead = small.ledger.claim("w", 60, "small", along=9)
-        assert len(small.ledger.companions(lead)) == 1
+        lead = small.ledger.requests.claim("w", 60, "small", along=9)
+        assert len(small.ledger.requests.batch_members(lead)) == 1
 
     def test_no_more_than_wanted_run_along(self, line: Any, ask: Callable[..., Any]) -> None:
         for target in (1, 2, 3):
             ask(target)
-        assert len(line.ledger.companions(line.ledger.claim("w", 60, along=1))) == 1
+        assert len(line.ledger.requests.batch_members(line.ledger.requests.claim("w", 60, along=1))) == 1
 
 
 class TestEvents:
     def test_every_step_is_on_record(self, line: Any, ask: Callable[..., Any]) -> None:
         request, _ = ask(9, requested_by="alice")
-        line.ledger.release(line.claim("w1"), "interrupted")
-        line.ledger.fail(line.claim("w2"), "broke")
-        events = line.ledger.events(request.id)
+        line.ledger.requests.release(line.claim("w1"), "interrupted")
+        line.ledger.requests.fail(line.claim("w2"), "broke")
+        events = line.ledger.requests.events(request.id)
         assert [(e.number, e.old, e.new, e.actor, e.attempt, e.reason) for e in events] == [
             (1, None, Status.SUBMITTED, "alice", 0, None),
             (2, Status.SUBMITTED, Status.QUEUED, "alice", 0, None),
@@ -376,7 +378,7 @@ class TestEvents:
         request = line.submit()
         by_hand = "changes = changes + 1, changed_by = 'mallory', changed_at = '2026-01-01T00:00:00.000000+00:00'"
         raw.execute(f"UPDATE requests SET status = 'cancelled', finished_at = '2030-01-01', {by_hand}")
-        assert line.ledger.events(request.id)[-1].actor == "mallory"
+        assert line.ledger.requests.events(request.id)[-1].actor == "mallory"
 
 
 @pytest.mark.slow
@@ -384,30 +386,30 @@ def test_four_workers_carry_out_a_thousand_requests(ledger: Ledger, url: str, in
     """1,000 no-op requests over 20 models: none lost, none twice, never two at once on a model."""
     behaviour = {"kind": "subset", "targets": (1,)}
     for number in range(20):
-        ledger.register_model(f"m{number}", SPEC, digest("w"))
+        ledger.models.register(f"m{number}", SPEC, digest("w"))
     for number in range(1000):
         asked = Behaviour.model_validate({"name": f"b{number}", **behaviour})
-        ledger.submit(f"m{number % 20}", asked, digest(f"s{number}"), 1, Recipe())
+        ledger.requests.submit(f"m{number % 20}", asked, digest(f"s{number}"), 1, Recipe())
     script = """
 import time
 url, number = sys.argv[1:]
 ledger = open_ledger(url)
 idle = 0
 while idle < 20:
-    request = ledger.claim(f"w{number}", 60)
+    request = ledger.requests.claim(f"w{number}", 60)
     if request is None:
         idle += 1
         time.sleep(0.01)
         continue
     idle = 0
-    assert len(ledger.requests(request.model, "running")) == 1
+    assert len(ledger.requests.all(request.model, "running")) == 1
     ledger.reject(request, "no-op", None, None)
     print(request.id)
 ledger.close()
 """
     answers = [answer.split() for answer in in_processes(script, url, processes=4)]
     done = [request for answer in answers for request in answer]
-    requests = ledger.requests()
+    requests = ledger.requests.all()
     assert sorted(done) == sorted(request.id for request in requests)
     assert {(request.status, request.attempt) for request in requests} == {(Status.REJECTED, 1)}
     assert all(len(answer) > 50 for answer in answers), "one worker did it all: nothing was shown"

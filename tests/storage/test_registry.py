@@ -12,13 +12,15 @@ from fsu_ray.storage.registry import Offer, offer, priors
 
 
 def offered(line: Any, recipe: Recipe | None = None) -> Offer:
-    ledger, base = line.ledger, line.ledger.version(line.name)
-    return offer(ledger, ledger.model(line.name), base, ledger.sealed_root(line.name, base), recipe or Recipe())
+    ledger, base = line.ledger, line.ledger.models.version(line.name)
+    return offer(
+        ledger, ledger.models.get(line.name), base, ledger.models.sealed_root(line.name, base), recipe or Recipe()
+    )
 
 
 def in_force(ledger: Any, number: int | None = None) -> Any:
-    base = ledger.version("digits", number)
-    return priors(ledger, ledger.model("digits"), base, ledger.sealed_root("digits", base))
+    base = ledger.models.version("digits", number)
+    return priors(ledger, ledger.models.get("digits"), base, ledger.models.sealed_root("digits", base))
 
 
 def test_a_new_line_is_offered_nothing(line: Any) -> None:
@@ -27,7 +29,7 @@ def test_a_new_line_is_offered_nothing(line: Any) -> None:
 
 def test_the_generator_of_the_line_is_offered_with_its_dataset(line: Any) -> None:
     line.erase()
-    (generator,) = line.ledger.generators()
+    (generator,) = line.ledger.generators.all()
 
     reuse = offered(line).reuse
     assert reuse is not None
@@ -40,7 +42,7 @@ def test_the_newest_is_offered(line: Any) -> None:
     line.erase("nine", 9)
     line.erase("four", 4)
 
-    _, newest = line.ledger.generators()
+    _, newest = line.ledger.generators.all()
     found = offered(line)
     assert found.reuse == found.warm
     assert found.reuse is not None
@@ -65,8 +67,8 @@ def test_another_recipe_of_generator_or_dataset_is_not_reused(line: Any, recipe:
 
 def test_a_new_root_asks_for_a_new_dataset(line: Any) -> None:
     line.erase("nine", 9)
-    line.ledger.add_version("digits", "from outside")
-    (old,) = line.ledger.generators()
+    line.ledger.models.add_version("digits", "from outside")
+    (old,) = line.ledger.generators.all()
 
     found = offered(line)
     assert found.reuse is None
@@ -75,7 +77,7 @@ def test_a_new_root_asks_for_a_new_dataset(line: Any) -> None:
     line.erase("four", 4, generator_use="warm_started", warm_started_from=old.id)
     reuse = offered(line).reuse
     assert reuse is not None
-    assert reuse.id == line.ledger.generators()[-1].id
+    assert reuse.id == line.ledger.generators.all()[-1].id
 
 
 def test_a_generator_that_starved_a_class_is_passed_over(line: Any) -> None:
@@ -83,8 +85,8 @@ def test_a_generator_that_starved_a_class_is_passed_over(line: Any) -> None:
     line.submit("four", 4)
     request = line.claim()
     outcome = line.outcome(request, figures={"starved": [4]}, weights=None, mask=None, probes=None, reason="starved")
-    line.ledger.reject(request, "starved_class", outcome, line.ledger.version("digits"))
-    good, starved = line.ledger.generators()
+    line.ledger.reject(request, "starved_class", outcome, line.ledger.models.version("digits"))
+    good, starved = line.ledger.generators.all()
 
     found = offered(line)
     assert found.reuse is not None
@@ -100,11 +102,11 @@ def test_generators_serve_their_own_line(line: Any, new_line: Callable[..., Any]
 @pytest.mark.parametrize("changes", [{"channels": 3}, {"height": 28}, {"classes": 11}])
 def test_generators_serve_their_own_shape_and_classes(line: Any, changes: dict[str, int]) -> None:
     line.erase()
-    model = line.ledger.model("digits")
+    model = line.ledger.models.get("digits")
     spec = model.spec.model_copy(update=changes)
     grown = type(model)(model.id, model.name, spec, model.test_set, model.created_at)
 
-    base = line.ledger.version("digits")
+    base = line.ledger.models.version("digits")
     assert offer(line.ledger, grown, base, base, Recipe()) == Offer(None, None)
 
 
@@ -119,11 +121,11 @@ def test_priors_are_the_erasures_in_force(line: Any) -> None:
     assert in_force(ledger) == ()
     recipe = Recipe(filter=FilterRecipe(policy="knee", metric="cosine"))
     line.erase("crossed", 7, kind="subset", recipe=recipe, report={"forgetting": {"probes_in_target": 0.04}})
-    (generator,) = ledger.generators()
+    (generator,) = ledger.generators.all()
     unmeasured = {"forgetting": {"probes_in_target": None}}
     line.erase("nine", 9, generator_use="reused", generator_id=generator.id, report=unmeasured)
 
-    first, second = ledger.erasures("digits")
+    first, second = ledger.models.erasures("digits")
     found = in_force(ledger)
 
     assert [(prior.request, prior.behaviour, prior.samples) for prior in found] == [

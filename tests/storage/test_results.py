@@ -23,24 +23,24 @@ class TestResults:
         line.submit("nine", 9)
         request = line.claim("w1")
         outcome = line.outcome(request, refused=("agreement 0.9 < 0.95",))
-        base = line.ledger.version("digits")
+        base = line.ledger.models.version("digits")
         version = line.ledger.commit(request, outcome, base)
 
         assert (version.number, version.parent, version.root) == (2, 1, 1)
         assert (version.weights, version.request) == (outcome.weights, request.id)
-        assert line.ledger.versions("digits") == [base, version]
-        (generator,) = line.ledger.generators()
+        assert line.ledger.models.versions("digits") == [base, version]
+        (generator,) = line.ledger.generators.all()
         assert (generator.model, generator.root, generator.spec) == ("digits", 1, SPEC)
         assert (generator.weights, generator.dataset) == (outcome.generator_weights, outcome.dataset)
         assert generator.recipe_digest == request.recipe.generator_digest
         assert (generator.origin, generator.warm_started_from) == ("trained", None)
         assert (generator.figures, generator.request) == (outcome.figures, request.id)
-        (erasure,) = line.ledger.erasures("digits")
+        (erasure,) = line.ledger.models.erasures("digits")
         assert (erasure.model, erasure.version, erasure.request) == ("digits", 2, request.id)
         assert (erasure.behaviour, erasure.samples) == (request.behaviour, request.samples)
         assert (erasure.mask, erasure.probes) == (outcome.mask, outcome.probes)
         assert (erasure.generator, erasure.generator_use) == (generator.id, "trained")
-        ended = line.ledger.request(request.id)
+        ended = line.ledger.requests.get(request.id)
         assert (ended.status, ended.version, ended.worker) == (Status.SUCCEEDED, 2, "w1")
         assert ended.lease_until is None
         assert ended.finished_at == version.created_at == erasure.created_at
@@ -57,24 +57,24 @@ class TestResults:
             "seconds": {"invert": 60.0},
             "resumed": [],
         }
-        assert line.ledger.generator(generator.id[:-1]) == generator
+        assert line.ledger.generators.get(generator.id[:-1]) == generator
 
     def test_a_reused_generator_makes_no_new_row(self, line: Any) -> None:
         line.erase("nine", 9)
-        (generator,) = line.ledger.generators("digits")
+        (generator,) = line.ledger.generators.all("digits")
         line.erase("four", 4, generator_use="reused", generator_id=generator.id, warm_started_from=generator.id)
 
-        assert line.ledger.generators("digits") == [replace(generator, taints=2)]
-        uses = [(erasure.generator, erasure.generator_use) for erasure in line.ledger.erasures("digits")]
+        assert line.ledger.generators.all("digits") == [replace(generator, taints=2)]
+        uses = [(erasure.generator, erasure.generator_use) for erasure in line.ledger.models.erasures("digits")]
         assert uses == [(generator.id, "trained"), (generator.id, "reused")]
 
     def test_a_warm_started_generator_names_the_first_one(self, line: Any) -> None:
         line.erase("nine", 9)
-        (first,) = line.ledger.generators()
+        (first,) = line.ledger.generators.all()
         line.erase("four", 4, generator_use="warm_started", generator_id=first.id, warm_started_from=first.id)
         line.erase("one", 1, warm_started_from=first.id)
 
-        origins = [(made.origin, made.warm_started_from) for made in line.ledger.generators()]
+        origins = [(made.origin, made.warm_started_from) for made in line.ledger.generators.all()]
         assert origins == [("trained", None), ("warm_started", first.id), ("trained", None)]
 
     @pytest.mark.parametrize(
@@ -85,26 +85,26 @@ class TestResults:
     def test_an_outcome_that_lacks_something_is_no_version(self, line: Any, changes: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="request r-"):
             line.erase(**changes)
-        assert line.ledger.requests()[0].status is Status.RUNNING
+        assert line.ledger.requests.all()[0].status is Status.RUNNING
 
     @pytest.mark.parametrize("table", ["generators", "model_versions", "erasures"])
     def test_a_commit_is_whole_or_nothing(self, line: Any, raw: Any, table: str) -> None:
         line.submit()
         request = line.claim()
         raw.execute(Trigger("broken", "INSERT", table, "broken").sql(raw.engine))
-        base = line.ledger.version("digits")
+        base = line.ledger.models.version("digits")
 
         with pytest.raises(sa.exc.IntegrityError, match="broken"):
             line.ledger.commit(request, line.outcome(request), base)
 
-        assert line.ledger.request(request.id) == request
-        assert line.ledger.versions("digits") == [base]
-        assert (line.ledger.generators(), line.ledger.erasures("digits")) == ([], [])
+        assert line.ledger.requests.get(request.id) == request
+        assert line.ledger.models.versions("digits") == [base]
+        assert (line.ledger.generators.all(), line.ledger.models.erasures("digits")) == ([], [])
         raw.execute("DROP TRIGGER broken" + (f" ON {table}" if raw.engine == "postgresql" else ""))
         assert line.ledger.commit(request, line.outcome(request), base).number == 2
 
     def test_a_commit_upon_an_older_version_is_refused(self, line: Any) -> None:
-        base = line.ledger.version("digits")
+        base = line.ledger.models.version("digits")
         line.erase("nine", 9)
         line.submit("four", 4)
         request = line.claim()
@@ -112,50 +112,50 @@ class TestResults:
         with pytest.raises(TransitionRefused, match="version 1 of 'digits' is no longer the latest, 2 is") as caught:
             line.ledger.commit(request, line.outcome(request), base)
         assert not isinstance(caught.value, LeaseLost)
-        assert line.ledger.request(request.id) == request
-        assert len(line.ledger.versions("digits")) == 2
+        assert line.ledger.requests.get(request.id) == request
+        assert len(line.ledger.models.versions("digits")) == 2
 
     def test_a_second_commit_is_refused(self, line: Any) -> None:
-        base = line.ledger.version("digits")
+        base = line.ledger.models.version("digits")
         line.submit()
         request = line.claim()
         line.ledger.commit(request, line.outcome(request), base)
 
         with pytest.raises(LeaseLost):
             line.ledger.commit(request, line.outcome(request), base)
-        assert len(line.ledger.erasures("digits")) == 1
+        assert len(line.ledger.models.erasures("digits")) == 1
 
     def test_a_rejected_request_keeps_its_evidence_and_makes_no_version(self, line: Any) -> None:
         line.submit()
         request = line.claim()
         outcome = line.outcome(request, reason="starved_class: 4", weights=None, mask=None, probes=None)
-        rejected = line.ledger.reject(request, "starved_class: 4", outcome, line.ledger.version("digits"))
+        rejected = line.ledger.reject(request, "starved_class: 4", outcome, line.ledger.models.version("digits"))
 
         assert (rejected.status, rejected.reason, rejected.version) == (Status.REJECTED, "starved_class: 4", None)
-        (generator,) = line.ledger.generators()
+        (generator,) = line.ledger.generators.all()
         assert generator.request == request.id
         assert rejected.report["generator"]["id"] == generator.id
         assert rejected.report["forgetting"] == outcome.report["forgetting"]
-        assert len(line.ledger.versions("digits")) == 1
-        assert line.ledger.erasures("digits") == []
+        assert len(line.ledger.models.versions("digits")) == 1
+        assert line.ledger.models.erasures("digits") == []
         assert line.submit().status is Status.QUEUED, "it may be asked for again"
 
     def test_a_request_may_be_rejected_without_an_outcome(self, line: Any) -> None:
         line.submit()
-        rejected = line.ledger.reject(line.claim(), "nothing_found", None, line.ledger.version("digits"))
+        rejected = line.ledger.reject(line.claim(), "nothing_found", None, line.ledger.models.version("digits"))
         assert (rejected.status, rejected.report) == (Status.REJECTED, None)
-        assert line.ledger.generators() == []
+        assert line.ledger.generators.all() == []
 
     def test_erasures_are_inherited_along_the_parents(self, line: Any) -> None:
         line.erase("nine", 9)
-        line.ledger.add_version("digits", "from outside")
+        line.ledger.models.add_version("digits", "from outside")
         line.erase("four", 4)
-        line.ledger.register_model("other", SPEC, "w")
+        line.ledger.models.register("other", SPEC, "w")
 
-        names = lambda version=None: [gone.behaviour.name for gone in line.ledger.erasures("digits", version)]  # noqa: E731
+        names = lambda version=None: [gone.behaviour.name for gone in line.ledger.models.erasures("digits", version)]  # noqa: E731
         assert [names(number) for number in (1, 2, 3, 4)] == [[], ["nine"], ["nine"], ["nine", "four"]]
         assert names() == ["nine", "four"]
-        assert line.ledger.erasures("other") == []
+        assert line.ledger.models.erasures("other") == []
 
     def test_a_sibling_does_not_inherit(self, line: Any, raw: Any) -> None:
         """No method makes branches yet; the query follows parents, not numbers, all the same."""
@@ -164,27 +164,27 @@ class TestResults:
             "INSERT INTO model_versions SELECT 'v-x', model_id, 3, 1, 1, weights, NULL, created_at "
             "FROM model_versions WHERE number = 1"
         )
-        assert line.ledger.erasures("digits", 3) == []
+        assert line.ledger.models.erasures("digits", 3) == []
 
 
 class TestHistory:
     def test_tells_everything_in_its_order(self, line: Any) -> None:
         first = line.erase("nine", 9).request
-        (generator,) = line.ledger.generators()
+        (generator,) = line.ledger.generators.all()
         second = line.erase("four", 4, generator_use="reused", generator_id=generator.id).request
-        line.ledger.add_version("digits", "from outside")
+        line.ledger.models.add_version("digits", "from outside")
         third = line.erase("one", 1, generator_use="warm_started", warm_started_from=generator.id).request
         cancelled = line.submit("two", 2)
-        line.ledger.cancel(cancelled.id)
+        line.ledger.requests.cancel(cancelled.id)
         failed = line.submit("three", 3)
-        line.ledger.fail(line.claim(), "out of memory")
+        line.ledger.requests.fail(line.claim(), "out of memory")
         rejected = line.submit("five", 5)
-        request, base = line.claim(), line.ledger.version("digits")
+        request, base = line.claim(), line.ledger.models.version("digits")
         outcome = line.outcome(request, generator_use="reused")
         line.ledger.reject(request, "retention_lost", outcome, base, generator_id=generator.id)
-        line.ledger.register_model("other", SPEC, "w")
+        line.ledger.models.register("other", SPEC, "w")
 
-        events = line.ledger.history("digits")
+        events = line.ledger.models.history("digits")
 
         assert [(event["event"], event["version"], event["request"]) for event in events] == [
             ("registered", 1, None),
@@ -208,7 +208,10 @@ class TestHistory:
         ]
         assert [event["at"] for event in events] == sorted(event["at"] for event in events)
         details = {(event["event"], event["request"]): event["detail"] for event in events}
-        assert details["registered", None] == {"weights": line.ledger.version("digits", 1).weights, "arch": "lenet5"}
+        assert details["registered", None] == {
+            "weights": line.ledger.models.version("digits", 1).weights,
+            "arch": "lenet5",
+        }
         asked = {"behaviour": "nine", "kind": "class", "targets": [9]}
         assert details["submitted", first] == {**asked, "sample_count": 8}
         assert details["erased", first] == asked

@@ -194,7 +194,7 @@ def test_nothing_cascades(ledger: Ledger, raw: Any) -> None:
 
 def test_foreign_keys_hold(line: Any) -> None:
     line.erase()
-    database = line.ledger._database
+    database = line.ledger.database
     for broken in (
         "INSERT INTO model_versions SELECT 'x', 'nobody', number, parent, root, weights, NULL, created_at "
         "FROM model_versions WHERE number = 1",
@@ -238,7 +238,7 @@ def submitted(line: Any, raw: Any) -> Any:
     raw.execute("UPDATE copied SET status = 'submitted', changes = 1")
     raw.execute("DELETE FROM requests")
     raw.execute("INSERT INTO requests SELECT * FROM copied")
-    assert line.ledger.request(request.id).status is Status.SUBMITTED
+    assert line.ledger.requests.get(request.id).status is Status.SUBMITTED
     return raw
 
 
@@ -354,7 +354,7 @@ def test_json_of_the_ledger_is_json(line: Any, raw: Any) -> None:
     assert "NaN" not in json.dumps(text)
     if raw.engine == "sqlite":
         assert raw.execute("SELECT json_valid(:text)", {"text": text}).fetchone() == (1,)
-    report = line.ledger.erasures("digits")[0].report
+    report = line.ledger.models.erasures("digits")[0].report
     assert (report["kl"], report["deep"]) == (None, [{"x": None}, 1.5])
 
 

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from fsu_ray.errors import AlreadyExists, NotFound, UserError
 from fsu_ray.recipes import Recipe, RelearnRecipe, SynthesizeRecipe
 from fsu_ray.records import Behaviour, Request, Terms
-from fsu_ray.storage import audit, rows
+from fsu_ray.storage import rows
 from fsu_ray.storage.rows import now
 from fsu_ray.work import Part
 from tests.storage.conftest import digest
@@ -30,90 +30,90 @@ def set_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chained(line: Any, event: str) -> list[dict[str, Any]]:
     """The rows that events of this kind brought into the audit chain."""
-    return [json.loads(each.detail)["row"] for each in audit.log(line.ledger) if each.event == event]
+    return [json.loads(each.detail)["row"] for each in line.ledger.audit.log() if each.event == event]
 
 
 class TestInForce:
     def test_what_was_found_comes_back(self, line: Any) -> None:
-        kept = line.ledger.keep_recipe("digits", "class", FOUND, 1, EVIDENCE, "u-1")
+        kept = line.ledger.recipes.keep("digits", "class", FOUND, 1, EVIDENCE, "u-1")
 
         assert kept.id.startswith("s-")
         assert (kept.model, kept.kind, kept.recipe, kept.score, kept.actor) == ("digits", "class", FOUND, 1.0, "u-1")
         assert kept.evidence == {**EVIDENCE, "parts": {"forgetting": 0.99, "coverage": None}}
-        assert line.ledger.searched("digits", "class") == kept
-        assert line.ledger.searches("digits") == [kept]
+        assert line.ledger.recipes.in_force("digits", "class") == kept
+        assert line.ledger.recipes.all("digits") == [kept]
 
     def test_it_is_of_one_model_and_one_kind(self, line: Any, new_line: Callable[..., Any]) -> None:
         new_line("other")
-        kept = line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
-        subset = line.ledger.keep_recipe("digits", "subset", OTHER, 0.8, {})
+        kept = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
+        subset = line.ledger.recipes.keep("digits", "subset", OTHER, 0.8, {})
 
-        assert line.ledger.searched("digits", "class") == kept
-        assert line.ledger.searched("digits", "subset") == subset
-        assert (line.ledger.searched("other", "class"), line.ledger.searches("other")) == (None, [])
+        assert line.ledger.recipes.in_force("digits", "class") == kept
+        assert line.ledger.recipes.in_force("digits", "subset") == subset
+        assert (line.ledger.recipes.in_force("other", "class"), line.ledger.recipes.all("other")) == (None, [])
 
     def test_the_one_found_last_is_in_force_though_its_clock_is_slow(
         self, line: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """And though its score is lower: scores of two searches are not of one measure."""
-        first = line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
+        first = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         set_back(monkeypatch)
-        second = line.ledger.keep_recipe("digits", "class", OTHER, 0.8, {})
+        second = line.ledger.recipes.keep("digits", "class", OTHER, 0.8, {})
 
-        assert line.ledger.searched("digits", "class") == second
-        assert line.ledger.searches("digits") == [first, second]
+        assert line.ledger.recipes.in_force("digits", "class") == second
+        assert line.ledger.recipes.all("digits") == [first, second]
 
     def test_a_reset_puts_presets_in_force_until_the_next_one(self, line: Any) -> None:
-        line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
-        subset = line.ledger.keep_recipe("digits", "subset", OTHER, 0.8, {})
-        reset = line.ledger.reset_recipe("digits", "class", "u-2")
+        line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
+        subset = line.ledger.recipes.keep("digits", "subset", OTHER, 0.8, {})
+        reset = line.ledger.recipes.reset("digits", "class", "u-2")
 
         assert (reset.kind, reset.recipe, reset.score, reset.evidence) == ("class", None, None, {})
         assert reset.actor == "u-2"
-        assert line.ledger.searched("digits", "class") is None
-        assert line.ledger.searched("digits", "subset") == subset
-        assert [each.recipe for each in line.ledger.searches("digits")] == [FOUND, OTHER, None]
-        again = line.ledger.keep_recipe("digits", "class", FOUND, 0.7, {})
-        assert line.ledger.searched("digits", "class") == again
+        assert line.ledger.recipes.in_force("digits", "class") is None
+        assert line.ledger.recipes.in_force("digits", "subset") == subset
+        assert [each.recipe for each in line.ledger.recipes.all("digits")] == [FOUND, OTHER, None]
+        again = line.ledger.recipes.keep("digits", "class", FOUND, 0.7, {})
+        assert line.ledger.recipes.in_force("digits", "class") == again
 
     def test_what_is_refused_leaves_nothing(self, line: Any) -> None:
         ledger = line.ledger
         for score in (float("nan"), float("inf")):
             with pytest.raises(UserError, match="it measured nothing"):
-                ledger.keep_recipe("digits", "class", FOUND, score, {})
+                ledger.recipes.keep("digits", "class", FOUND, score, {})
         with pytest.raises(UserError, match="no kind 'all' of requests: use class or subset"):
-            ledger.keep_recipe("digits", "all", FOUND, 0.9, {})
+            ledger.recipes.keep("digits", "all", FOUND, 0.9, {})
         with pytest.raises(UserError, match="no kind 'all'"):
-            ledger.searched("digits", "all")
+            ledger.recipes.in_force("digits", "all")
         with pytest.raises(UserError, match="no opaque id"):
-            ledger.keep_recipe("digits", "class", FOUND, 0.9, {}, "ann@example.org")
+            ledger.recipes.keep("digits", "class", FOUND, 0.9, {}, "ann@example.org")
         with pytest.raises(UserError, match="class requests of 'digits' have no searched recipe to reset"):
-            ledger.reset_recipe("digits", "class")
+            ledger.recipes.reset("digits", "class")
         for asked in (
-            lambda: ledger.keep_recipe("x", "class", FOUND, 0.9, {}),
-            lambda: ledger.reset_recipe("x", "class"),
-            lambda: ledger.searched("x", "class"),
-            lambda: ledger.searches("x"),
+            lambda: ledger.recipes.keep("x", "class", FOUND, 0.9, {}),
+            lambda: ledger.recipes.reset("x", "class"),
+            lambda: ledger.recipes.in_force("x", "class"),
+            lambda: ledger.recipes.all("x"),
         ):
             with pytest.raises(NotFound, match="no model 'x'"):
                 asked()
-        assert ledger.searches("digits") == []
+        assert ledger.recipes.all("digits") == []
         assert chained(line, "recipe_found") == chained(line, "recipe_reset") == []
 
-        ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
-        ledger.reset_recipe("digits", "class")
+        ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
+        ledger.recipes.reset("digits", "class")
         with pytest.raises(UserError, match="no searched recipe to reset"):
-            ledger.reset_recipe("digits", "class")
+            ledger.recipes.reset("digits", "class")
 
     def test_the_chain_has_both(self, line: Any) -> None:
-        line.ledger.keep_recipe("digits", "class", FOUND, 0.9, EVIDENCE, "u-1")
-        line.ledger.reset_recipe("digits", "class", "u-2")
+        line.ledger.recipes.keep("digits", "class", FOUND, 0.9, EVIDENCE, "u-1")
+        line.ledger.recipes.reset("digits", "class", "u-2")
 
         (found,), (reset,) = chained(line, "recipe_found"), chained(line, "recipe_reset")
         assert (found["recipe"], found["recipe_digest"]) == (FOUND.model_dump(mode="json"), FOUND.digest)
         assert (found["score"], found["evidence"]["trials"], found["actor"]) == (0.9, 24, "u-1")
         assert (reset["recipe"], reset["score"], reset["kind"], reset["actor"]) == (None, None, "class", "u-2")
-        assert audit.verify(line.ledger).findings == ()
+        assert line.ledger.audit.verify().findings == ()
 
     @pytest.mark.parametrize(
         ("change", "constraint"),
@@ -127,7 +127,7 @@ class TestInForce:
         ],
     )
     def test_a_row_is_consistent(self, line: Any, raw: Any, change: dict[str, str], constraint: str) -> None:
-        line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
+        line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         if raw.engine == "sqlite":
             raw.execute("PRAGMA foreign_keys = ON")
         chosen = ", ".join({"id": "'s-x'", **change}.get(name, name) for name in raw.columns("searches"))
@@ -140,46 +140,48 @@ class TestOrigin:
         """Not one that found it later, one of another kind or model, or one that found another recipe."""
         other = new_line("other")
         before = line.submit("nine", 9, recipe=FOUND)
-        line.ledger.keep_recipe("digits", "class", OTHER, 0.8, {})
-        kept = line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
+        line.ledger.recipes.keep("digits", "class", OTHER, 0.8, {})
+        kept = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         asked = line.submit("four", 4, recipe=FOUND)
 
-        assert line.ledger.origin(asked) == kept
-        assert line.ledger.origin(before) is None
-        assert line.ledger.origin(line.submit("some", 3, kind="subset", recipe=FOUND)) is None
-        assert line.ledger.origin(other.submit("four", 4, recipe=FOUND)) is None
-        assert line.ledger.origin(line.submit("one", 1)) is None
+        assert line.ledger.recipes.origin(asked) == kept
+        assert line.ledger.recipes.origin(before) is None
+        assert line.ledger.recipes.origin(line.submit("some", 3, kind="subset", recipe=FOUND)) is None
+        assert line.ledger.recipes.origin(other.submit("four", 4, recipe=FOUND)) is None
+        assert line.ledger.recipes.origin(line.submit("one", 1)) is None
 
     def test_a_reset_changes_no_origin(self, line: Any) -> None:
-        kept = line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
+        kept = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         before = line.submit("nine", 9, recipe=FOUND)
-        line.ledger.reset_recipe("digits", "class")
+        line.ledger.recipes.reset("digits", "class")
 
-        assert line.ledger.origin(before) == kept
-        assert line.ledger.origin(line.submit("four", 4, recipe=FOUND)) == kept, "somebody asked for that very recipe"
+        assert line.ledger.recipes.origin(before) == kept
+        assert line.ledger.recipes.origin(line.submit("four", 4, recipe=FOUND)) == kept, (
+            "somebody asked for that very recipe"
+        )
 
     def test_of_two_searches_with_one_recipe_it_is_the_later(self, line: Any) -> None:
-        first = line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
+        first = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         between = line.submit("nine", 9, recipe=FOUND)
-        second = line.ledger.keep_recipe("digits", "class", FOUND, 0.95, {})
+        second = line.ledger.recipes.keep("digits", "class", FOUND, 0.95, {})
 
-        assert line.ledger.origin(between) == first
-        assert line.ledger.origin(line.submit("four", 4, recipe=FOUND)) == second
+        assert line.ledger.recipes.origin(between) == first
+        assert line.ledger.recipes.origin(line.submit("four", 4, recipe=FOUND)) == second
 
     def test_slow_clocks_change_no_order(self, line: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Neither that of the machine which asks nor that of the one which searched."""
         before = line.submit("nine", 9, recipe=FOUND)
         set_back(monkeypatch)
-        kept = line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
+        kept = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         monkeypatch.setattr(rows, "now", lambda: now() - timedelta(hours=2))
         after = line.submit("four", 4, recipe=FOUND)
 
-        assert line.ledger.origin(before) is None
-        assert line.ledger.origin(after) == kept
+        assert line.ledger.recipes.origin(before) is None
+        assert line.ledger.recipes.origin(after) == kept
 
     def test_a_recipe_from_before_a_field_was_there_is_the_same(self, line: Any, raw: Any) -> None:
         """What is compared is what both mean now: the digest of then is not that of now."""
-        kept = line.ledger.keep_recipe("digits", "class", OTHER, 0.9, {})
+        kept = line.ledger.recipes.keep("digits", "class", OTHER, 0.9, {})
         older = FOUND.model_dump(mode="json")
         del older["relearn"]["augment"]
         own = {"id": "'s-old'", "recipe": ":recipe", "recipe_digest": f"'{digest('of then')}'"}
@@ -187,26 +189,26 @@ class TestOrigin:
         chosen = chosen.replace(":recipe", "CAST(:recipe AS JSON)" if raw.engine == "postgresql" else ":recipe")
         raw.execute(f"INSERT INTO searches SELECT {chosen} FROM searches", {"recipe": json.dumps(older)})
 
-        found = line.ledger.origin(line.submit("nine", 9, recipe=FOUND))
+        found = line.ledger.recipes.origin(line.submit("nine", 9, recipe=FOUND))
         assert (found.id, found.recipe, found.created_at) == ("s-old", FOUND, kept.created_at)
 
 
 class TestErasures:
     def test_it_is_in_the_report_in_what_is_gone_and_in_history(self, line: Any) -> None:
         line.erase("nine", 9)
-        kept = line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {}, "u-1")
+        kept = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {}, "u-1")
         line.erase("four", 4, recipe=FOUND)
-        line.ledger.reset_recipe("digits", "class", "u-2")
+        line.ledger.recipes.reset("digits", "class", "u-2")
 
-        plain, searched = line.ledger.erasures("digits")
+        plain, searched = line.ledger.models.erasures("digits")
         assert plain.report["recipe"] == {"digest": Recipe().digest, "origin": None}
         assert searched.report["recipe"] == {"digest": FOUND.digest, "origin": kept.id}
-        assert line.ledger.request(searched.request).report == searched.report
-        assert [each.recipe_origin for each in line.ledger.gone("digits")] == [None, kept.id]
+        assert line.ledger.requests.get(searched.request).report == searched.report
+        assert [each.recipe_origin for each in line.ledger.models.erased("digits")] == [None, kept.id]
         (recorded,) = [row for row in chained(line, "erased") if row["request_id"] == searched.request]
         assert recorded["report"]["recipe"]["origin"] == kept.id
 
-        told = [(event["event"], event["request"], event["detail"]) for event in line.ledger.history("digits")]
+        told = [(event["event"], event["request"], event["detail"]) for event in line.ledger.models.history("digits")]
         asked = {"behaviour": "four", "kind": "class", "targets": [4]}
         assert told[4:] == [
             ("recipe_found", None, {"search": kept.id, "kind": "class", "score": 0.9, "by": "u-1"}),
@@ -220,29 +222,31 @@ class TestErasures:
     def test_each_of_a_coalesced_run_has_its_own(self, line: Any) -> None:
         """One was asked for with this recipe by hand, the other one when it had been found."""
         line.submit("nine", 9, recipe=FOUND)
-        kept = line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
+        kept = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         line.submit("four", 4, recipe=FOUND)
-        lead = line.ledger.claim("w1", 60.0, "digits", along=9)
-        (other,) = line.ledger.companions(lead)
+        lead = line.ledger.requests.claim("w1", 60.0, "digits", along=9)
+        (other,) = line.ledger.requests.batch_members(lead)
         part = Part(other.id, digest("mask"), digest("probes"), {"forgetting": {}})
-        line.ledger.commit(lead, line.outcome(lead, also=(part,)), line.ledger.version("digits"))
+        line.ledger.commit(lead, line.outcome(lead, also=(part,)), line.ledger.models.version("digits"))
 
-        origins = {each.request: each.report["recipe"]["origin"] for each in line.ledger.erasures("digits")}
+        origins = {each.request: each.report["recipe"]["origin"] for each in line.ledger.models.erasures("digits")}
         assert origins == {lead.id: None, other.id: kept.id}
-        assert line.ledger.request(other.id).report["recipe"]["origin"] == kept.id
+        assert line.ledger.requests.get(other.id).report["recipe"]["origin"] == kept.id
 
     def test_a_rejected_request_shows_it_too(self, line: Any) -> None:
-        kept = line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
+        kept = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         line.submit("nine", 9, recipe=FOUND)
         request = line.claim()
-        rejected = line.ledger.reject(request, "starved_class: 4", line.outcome(request), line.ledger.version("digits"))
+        rejected = line.ledger.reject(
+            request, "starved_class: 4", line.outcome(request), line.ledger.models.version("digits")
+        )
         assert rejected.report["recipe"] == {"digest": FOUND.digest, "origin": kept.id}
 
 
 class TestRepeats:
     def submit(self, line: Any, recipe: Recipe, named: bool) -> tuple[Request, bool]:
         behaviour, terms = Behaviour(name="nine", kind="class", targets=(9,)), Terms(key="t-1")
-        found: tuple[Request, bool] = line.ledger.submit(
+        found: tuple[Request, bool] = line.ledger.requests.submit(
             "digits", behaviour, digest("samples"), 8, recipe, terms, named=named
         )
         return found
@@ -250,7 +254,7 @@ class TestRepeats:
     def test_a_recipe_found_meanwhile_makes_no_other_request(self, line: Any) -> None:
         """Who tries again with one key, and names no recipe, asks for the same."""
         first, _ = self.submit(line, Recipe(), named=False)
-        line.ledger.keep_recipe("digits", "class", FOUND, 0.9, {})
+        line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
 
         assert self.submit(line, FOUND, named=False) == (first, False)
         assert self.submit(line, Recipe(), named=True) == (first, False)

@@ -15,19 +15,19 @@ from fsu_ray.records import Figures, Status, Terms
 def test_what_comes_next_is_what_would_be_claimed(line: Any, new_line: Callable[..., Any]) -> None:
     """By priority and age, of one model or of all, and a request whose lease is over comes first."""
     ledger = line.ledger
-    assert ledger.upcoming() is None
+    assert ledger.requests.upcoming() is None
     first, other = line.submit("nine", 9), new_line("other").submit("four", 4)
-    assert ledger.upcoming().id == first.id
-    assert ledger.upcoming("other").id == other.id
+    assert ledger.requests.upcoming().id == first.id
+    assert ledger.requests.upcoming("other").id == other.id
     with pytest.raises(NotFound):
-        ledger.upcoming("nobody")
+        ledger.requests.upcoming("nobody")
     claimed = line.claim(lease=-1)
-    coming = ledger.upcoming("digits")
+    coming = ledger.requests.upcoming("digits")
     assert (coming.id, coming.attempt, coming.status) == (claimed.id, 1, Status.RUNNING)
-    assert ledger.request(first.id).attempt == 1, "looking changes nothing"
-    again = ledger.claim("w2", 60.0)
+    assert ledger.requests.get(first.id).attempt == 1, "looking changes nothing"
+    again = ledger.requests.claim("w2", 60.0)
     assert (again.id, again.attempt) == (coming.id, coming.attempt + 1)
-    assert ledger.upcoming("digits") is None
+    assert ledger.requests.upcoming("digits") is None
 
 
 def test_the_claim_of_a_dead_worker_ends_at_once(line: Any) -> None:
@@ -35,45 +35,45 @@ def test_the_claim_of_a_dead_worker_ends_at_once(line: Any) -> None:
     line.submit("nine", 9)
     claimed = line.claim("dead", 3600.0)
     ledger = line.ledger
-    assert not ledger.claimable()
-    assert ledger.expire(claimed)
-    taken = ledger.claim("w2", 60.0)
+    assert not ledger.requests.claimable()
+    assert ledger.requests.expire(claimed)
+    taken = ledger.requests.claim("w2", 60.0)
     assert (taken.id, taken.attempt, taken.failures, taken.worker) == (claimed.id, 2, 1, "w2")
-    assert [event.reason for event in ledger.events(claimed.id)][-1] == "lease_expired"
+    assert [event.reason for event in ledger.requests.events(claimed.id)][-1] == "lease_expired"
     with pytest.raises(LeaseLost):
-        ledger.heartbeat(claimed, 60.0)
-    assert not ledger.expire(claimed), "as it was read, it is of another attempt"
-    assert ledger.request(taken.id).lease_until > datetime.now(UTC)
+        ledger.requests.heartbeat(claimed, 60.0)
+    assert not ledger.requests.expire(claimed), "as it was read, it is of another attempt"
+    assert ledger.requests.get(taken.id).lease_until > datetime.now(UTC)
 
 
 def test_those_that_run_along_come_with_it(line: Any) -> None:
     """A coalesced run has one worker: all its requests are taken over together."""
     line.submit("nine", 9)
     line.submit("four", 4)
-    claimed = line.ledger.claim("dead", 3600.0, line.name, along=5)
-    assert len(line.ledger.companions(claimed)) == 1
-    assert line.ledger.expire(claimed)
+    claimed = line.ledger.requests.claim("dead", 3600.0, line.name, along=5)
+    assert len(line.ledger.requests.batch_members(claimed)) == 1
+    assert line.ledger.requests.expire(claimed)
     now = datetime.now(UTC)
-    assert all(each.lease_until <= now for each in line.ledger.requests(status=Status.RUNNING))
-    taken = line.ledger.claim("w2", 60.0, line.name, along=5)
-    assert [each.worker for each in line.ledger.companions(taken)] == ["w2"]
+    assert all(each.lease_until <= now for each in line.ledger.requests.all(status=Status.RUNNING))
+    taken = line.ledger.requests.claim("w2", 60.0, line.name, along=5)
+    assert [each.worker for each in line.ledger.requests.batch_members(taken)] == ["w2"]
 
 
 def test_a_worker_that_lives_after_all_keeps_its_request(line: Any) -> None:
     """Its next heartbeat renews the lease, as long as nobody was faster."""
     line.submit("nine", 9)
     claimed = line.claim("alive", 3600.0)
-    assert line.ledger.expire(claimed)
-    line.ledger.heartbeat(claimed, 3600.0)
-    assert line.ledger.claim("w2", 60.0) is None
+    assert line.ledger.requests.expire(claimed)
+    line.ledger.requests.heartbeat(claimed, 3600.0)
+    assert line.ledger.requests.claim("w2", 60.0) is None
 
 
 def test_figures(line: Any, new_line: Callable[..., Any]) -> None:
     """Every state of every model, what could begin now, and what generators were used for."""
     other = new_line("other")
-    assert line.ledger.figures().reuse_ratio is None
+    assert line.ledger.requests.stats().reuse_ratio is None
     line.erase("one", 1)
-    line.erase("two", 2, generator_use="reused", generator_id=line.ledger.generators("digits")[0].id)
+    line.erase("two", 2, generator_use="reused", generator_id=line.ledger.generators.all("digits")[0].id)
     line.submit("three", 3)
     line.claim()
     line.submit("four", 4)
@@ -81,8 +81,8 @@ def test_figures(line: Any, new_line: Callable[..., Any]) -> None:
     six = other.submit("six", 6)
     later = Terms(not_before=datetime.now(UTC) + timedelta(hours=1))
     seven = six.behaviour.model_copy(update={"name": "seven", "targets": (7,)})
-    line.ledger.submit("other", seven, "0" * 64, 8, six.recipe, later)
-    found = line.ledger.figures()
+    line.ledger.requests.submit("other", seven, "0" * 64, 8, six.recipe, later)
+    found = line.ledger.requests.stats()
     assert found.requests["digits", "succeeded"] == 2
     assert (found.requests["digits", "running"], found.requests["digits", "queued"]) == (1, 1)
     assert (found.requests["other", "queued"], found.requests["other", "failed"]) == (3, 0)

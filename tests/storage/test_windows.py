@@ -15,7 +15,8 @@ from fsu_ray.errors import LeaseLost, LedgerUnavailable, NotFound, RunFailed, Tr
 from fsu_ray.pipeline import Drain, Result, drain, run_request
 from fsu_ray.records import Request, Schedule, Status, Window
 from fsu_ray.schedule import Carry, Fired, run_due
-from fsu_ray.storage import rows, windows
+from fsu_ray.storage import rows
+from fsu_ray.storage import schedules as windows
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger
 
@@ -47,7 +48,7 @@ def add(line: Any, at: Callable[..., None]) -> Callable[..., Schedule]:
     def make(cron: str = "0 2 * * *", days: float = 0, **changes: Any) -> Schedule:
         at(datetime.now(UTC) - days * DAY)
         terms = {"timezone": "Europe/Berlin", "max_requests": None, "minutes": None, **changes}
-        made: Schedule = line.ledger.add_schedule(line.name, cron, **terms)
+        made: Schedule = line.ledger.schedules.add(line.name, cron, **terms)
         at(None)
         return made
 
@@ -61,8 +62,8 @@ def carry(line: Any) -> Callable[..., Carry]:
     def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> Carry:
         def commit(request: Request) -> list[Result]:
             ledger = line.ledger
-            version = ledger.commit(request, line.outcome(request), ledger.version(line.name))
-            return [Result(ledger.request(request.id), version, None)]
+            version = ledger.commit(request, line.outcome(request), ledger.models.version(line.name))
+            return [Result(ledger.requests.get(request.id), version, None)]
 
         return lambda wanted: drain(line.ledger, worker, wanted, lambda request, _: (run or commit)(request))
 
@@ -85,7 +86,7 @@ def the(fired: list[Fired]) -> Fired:
 
 
 def window_of(ledger: Ledger, schedule: Schedule) -> Window:
-    found = ledger.last_window(schedule.id)
+    found = ledger.schedules.last_window(schedule.id)
     assert found is not None
     return found
 
@@ -96,22 +97,22 @@ class TestSchedules:
         terms = (made.model, made.cron, made.timezone, made.max_requests, made.minutes, made.state, made.actor)
         assert terms == ("digits", "0 2 * * *", "Europe/Berlin", 20, 240, "active", "alice")
         ledger = line.ledger
-        paused = ledger.set_schedule(made.id[:6], "paused", "bob")
+        paused = ledger.schedules.set_state(made.id[:6], "paused", "bob")
         assert (paused.state, paused.changed_at > made.changed_at) == ("paused", True)
-        assert ledger.set_schedule(made.id, "active").state == "active"
-        assert ledger.set_schedule(made.id, "removed").state == "removed"
-        assert ledger.schedules() == []
-        assert [each.state for each in ledger.schedules("digits", removed=True)] == ["removed"]
-        assert ledger.schedule(made.id).state == "removed", "it stays on record"
+        assert ledger.schedules.set_state(made.id, "active").state == "active"
+        assert ledger.schedules.set_state(made.id, "removed").state == "removed"
+        assert ledger.schedules.all() == []
+        assert [each.state for each in ledger.schedules.all("digits", removed=True)] == ["removed"]
+        assert ledger.schedules.get(made.id).state == "removed", "it stays on record"
 
     @on_sqlite
     def test_a_state_that_it_is_in_already_is_refused(self, line: Any, add: Callable[..., Schedule]) -> None:
         made = add()
         with pytest.raises(TransitionRefused, match="is active already"):
-            line.ledger.set_schedule(made.id, "active")
-        line.ledger.set_schedule(made.id, "removed")
+            line.ledger.schedules.set_state(made.id, "active")
+        line.ledger.schedules.set_state(made.id, "removed")
         with pytest.raises(TransitionRefused, match="is removed; `fsu schedule add` makes another"):
-            line.ledger.set_schedule(made.id, "active")
+            line.ledger.schedules.set_state(made.id, "active")
 
     @on_sqlite
     def test_the_last_state_stays_the_last_where_clocks_disagree(
@@ -119,21 +120,21 @@ class TestSchedules:
     ) -> None:
         made = add()
         at(datetime.now(UTC) - DAY)
-        assert line.ledger.set_schedule(made.id, "paused").state == "paused"
+        assert line.ledger.schedules.set_state(made.id, "paused").state == "paused"
 
     @on_sqlite
     def test_what_is_not_there_or_has_a_full_name_is_refused(self, line: Any, add: Callable[..., Schedule]) -> None:
         made = add()
-        for wrong in (lambda: line.ledger.schedule("s-none"), lambda: line.ledger.schedules("nobody")):
+        for wrong in (lambda: line.ledger.schedules.get("s-none"), lambda: line.ledger.schedules.all("nobody")):
             with pytest.raises(NotFound):
                 wrong()
         with pytest.raises(UserError, match="no opaque id"):
-            line.ledger.set_schedule(made.id, "paused", "a@example.org")
+            line.ledger.schedules.set_state(made.id, "paused", "a@example.org")
 
     def test_all_of_it_is_in_the_audit_chain(self, line: Any, add: Callable[..., Schedule], raw: Any) -> None:
         made = add()
-        line.ledger.fire(made, datetime(2027, 1, 1, 2, tzinfo=UTC), 0, "w1", 60)
-        line.ledger.set_schedule(made.id, "paused", "bob")
+        line.ledger.schedules.fire(made, datetime(2027, 1, 1, 2, tzinfo=UTC), 0, "w1", 60)
+        line.ledger.schedules.set_state(made.id, "paused", "bob")
         found = raw.execute("SELECT event, actor, model FROM audit_events WHERE event LIKE '%_d' ORDER BY seq").all()
         known = [tuple(row) for row in found if row.event in ("schedule_added", "schedule_paused", "window_fired")]
         assert known == [
@@ -147,21 +148,21 @@ class TestFiring:
 
     def test_a_window_is_fired_once(self, line: Any, add: Callable[..., Schedule]) -> None:
         made = add()
-        fired = line.ledger.fire(made, self.START, 3, "w1", 60)
+        fired = line.ledger.schedules.fire(made, self.START, 3, "w1", 60)
         assert fired is not None
         assert (fired.starts_at, fired.missed, fired.worker, fired.requests) == (self.START, 3, "w1", 0)
-        assert line.ledger.windows(made.id) == [fired]
-        line.ledger.close_window(fired, 5)
-        assert line.ledger.fire(made, self.START, 0, "w2", 60) is None
+        assert line.ledger.schedules.windows(made.id) == [fired]
+        line.ledger.schedules.close_window(fired, 5)
+        assert line.ledger.schedules.fire(made, self.START, 0, "w2", 60) is None
 
     def test_the_database_itself_refuses_a_window_that_was_fired(
         self, line: Any, add: Callable[..., Schedule], raw: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Without a look at the windows first, and from any other program."""
         made = add()
-        line.ledger.fire(made, self.START, 0, "w1", 60)
+        line.ledger.schedules.fire(made, self.START, 0, "w1", 60)
         monkeypatch.setattr(windows, "_may_fire", lambda *_: True)
-        assert line.ledger.fire(made, self.START, 0, "w2", 60) is None
+        assert line.ledger.schedules.fire(made, self.START, 0, "w2", 60) is None
         for verb in ("INSERT", "INSERT OR REPLACE") if raw.engine == "sqlite" else ("INSERT",):
             again = f"{verb} INTO schedule_windows SELECT * FROM schedule_windows"
             with pytest.raises(sa.exc.IntegrityError):
@@ -171,53 +172,53 @@ class TestFiring:
     def test_an_older_window_is_not_fired_after_a_newer_one(self, line: Any, add: Callable[..., Schedule]) -> None:
         """A scheduler whose clock is late does not run a missed window besides the one that stands for it."""
         made = add()
-        line.ledger.close_window(line.ledger.fire(made, self.START, 1, "w1", 60), 0)
-        assert line.ledger.fire(made, self.START - DAY, 0, "w2", 60) is None
-        assert line.ledger.fire(made, self.START + DAY, 0, "w2", 60) is not None
+        line.ledger.schedules.close_window(line.ledger.schedules.fire(made, self.START, 1, "w1", 60), 0)
+        assert line.ledger.schedules.fire(made, self.START - DAY, 0, "w2", 60) is None
+        assert line.ledger.schedules.fire(made, self.START + DAY, 0, "w2", 60) is not None
 
     def test_one_window_of_a_schedule_is_open_at_a_time(self, line: Any, add: Callable[..., Schedule]) -> None:
         made = add()
-        line.ledger.fire(made, self.START, 0, "w1", 60)
-        assert line.ledger.fire(made, self.START + DAY, 0, "w2", 60) is None
+        line.ledger.schedules.fire(made, self.START, 0, "w1", 60)
+        assert line.ledger.schedules.fire(made, self.START + DAY, 0, "w2", 60) is None
 
     @pytest.mark.parametrize("state", ["paused", "removed"])
     def test_a_schedule_that_was_stopped_meanwhile_fires_nothing(
         self, line: Any, add: Callable[..., Schedule], state: str
     ) -> None:
         seen = add()
-        line.ledger.set_schedule(seen.id, state)
-        assert line.ledger.fire(seen, self.START, 0, "w1", 60) is None
+        line.ledger.schedules.set_state(seen.id, state)
+        assert line.ledger.schedules.fire(seen, self.START, 0, "w1", 60) is None
 
     def test_an_abandoned_window_is_resumed_by_one(self, line: Any, add: Callable[..., Schedule]) -> None:
         """Its first scheduler, should it come back, has lost it."""
         ledger, made = line.ledger, add()
-        first = ledger.fire(made, self.START, 2, "w1", 60)
-        assert ledger.resume_window(made, "w2", 60) is None
-        ledger.renew_window(first, 0, requests=4)
-        second = ledger.resume_window(made, "w2", 60)
+        first = ledger.schedules.fire(made, self.START, 2, "w1", 60)
+        assert ledger.schedules.resume_window(made, "w2", 60) is None
+        ledger.schedules.renew_window(first, 0, requests=4)
+        second = ledger.schedules.resume_window(made, "w2", 60)
         assert (second.worker, second.requests, second.missed, second.fired_at) == ("w2", 4, 2, first.fired_at)
-        assert ledger.resume_window(made, "w3", 60) is None
+        assert ledger.schedules.resume_window(made, "w3", 60) is None
         for late in (
-            lambda: ledger.renew_window(first, 60),
-            lambda: ledger.release_window(first, 1),
-            lambda: ledger.close_window(first, 1),
+            lambda: ledger.schedules.renew_window(first, 60),
+            lambda: ledger.schedules.release_window(first, 1),
+            lambda: ledger.schedules.close_window(first, 1),
         ):
             with pytest.raises(LeaseLost, match=r"the window of 2027-01-02 01:00 UTC.*another scheduler"):
                 late()
-        ledger.close_window(second, 5)
+        ledger.schedules.close_window(second, 5)
         assert window_of(ledger, made).requests == 5
-        assert ledger.resume_window(made, "w3", 60) is None
+        assert ledger.schedules.resume_window(made, "w3", 60) is None
         with pytest.raises(LeaseLost):
-            ledger.close_window(second, 6)
+            ledger.schedules.close_window(second, 6)
 
     def test_a_change_of_state_closes_what_nobody_holds(self, line: Any, add: Callable[..., Schedule]) -> None:
         """Else a window from before a pause would run right when the schedule is resumed, at any hour."""
         ledger, made = line.ledger, add()
-        ledger.fire(made, self.START, 0, "w1", 60)
-        ledger.set_schedule(made.id, "paused")
+        ledger.schedules.fire(made, self.START, 0, "w1", 60)
+        ledger.schedules.set_state(made.id, "paused")
         assert window_of(ledger, made).finished_at is None, "its scheduler closes it"
-        ledger.renew_window(window_of(ledger, made), 0)
-        ledger.set_schedule(made.id, "active")
+        ledger.schedules.renew_window(window_of(ledger, made), 0)
+        ledger.schedules.set_state(made.id, "active")
         assert window_of(ledger, made).finished_at is not None
 
 
@@ -228,7 +229,7 @@ class TestPasses:
         made = add(max_requests=3)
         waiting = [line.submit(f"b{k}", k) for k in range(4)]
         assert one_pass() == []
-        assert line.ledger.requests(status=Status.RUNNING) == [], "by day nothing runs"
+        assert line.ledger.requests.all(status=Status.RUNNING) == [], "by day nothing runs"
 
         night = datetime.now(UTC) + 2 * DAY
         fired = the(one_pass(moment=night))
@@ -251,7 +252,7 @@ class TestPasses:
         assert fired.window.missed in (3, 4)
         assert len(fired.results) == 1
         assert one_pass() == []
-        assert len(line.ledger.windows(made.id)) == 1
+        assert len(line.ledger.schedules.windows(made.id)) == 1
 
     def test_half_past_two_fires_once_on_the_days_the_clocks_change(
         self, line: Any, add: Callable[..., Schedule], at: Callable[..., None], one_pass: Callable[..., list[Fired]]
@@ -260,11 +261,11 @@ class TestPasses:
         starts = []
         for midnight in (datetime(2027, 3, 27, 23, tzinfo=UTC), datetime(2027, 10, 30, 22, tzinfo=UTC)):
             at(midnight)
-            made = line.ledger.add_schedule(line.name, "30 2 * * *", "Europe/Berlin", None, None)
+            made = line.ledger.schedules.add(line.name, "30 2 * * *", "Europe/Berlin", None, None)
             for halves in range(12):
                 one_pass(moment=midnight + timedelta(minutes=30 * halves))
-            line.ledger.set_schedule(made.id, "removed")
-            starts += [[window.starts_at.isoformat() for window in line.ledger.windows(made.id)]]
+            line.ledger.schedules.set_state(made.id, "removed")
+            starts += [[window.starts_at.isoformat() for window in line.ledger.schedules.windows(made.id)]]
         assert starts == [["2027-03-28T01:00:00+00:00"], ["2027-10-31T00:30:00+00:00"]]
 
     @on_sqlite
@@ -276,7 +277,7 @@ class TestPasses:
         line.submit()
         start = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
         at(start)
-        line.ledger.renew_window(line.ledger.fire(made, start, 0, "gone", 0), 0, requests=7)
+        line.ledger.schedules.renew_window(line.ledger.schedules.fire(made, start, 0, "gone", 0), 0, requests=7)
         at(None)
         fired = run_due(line.ledger, artifacts, lambda _: pytest.fail("it is over"), "w1", start + timedelta(minutes=1))
         assert (the(fired).resumed, the(fired).closed) == (True, True)
@@ -319,13 +320,13 @@ class TestPasses:
             line.submit(f"b{k}", k)
 
         def pausing(request: Request) -> list[Result]:
-            line.ledger.set_schedule(made.id, "paused")
-            return [Result(line.ledger.fail(request, "x"), None, None)]
+            line.ledger.schedules.set_state(made.id, "paused")
+            return [Result(line.ledger.requests.fail(request, "x"), None, None)]
 
         fired = the(one_pass(pausing))
         assert (len(fired.results), fired.closed) == (1, True)
         assert one_pass(moment=datetime.now(UTC) + 2 * DAY) == []
-        line.ledger.set_schedule(made.id, "active")
+        line.ledger.schedules.set_state(made.id, "active")
         assert one_pass() == [], "what passed meanwhile is not made up"
 
     def test_an_interrupted_window_goes_on_where_it_was(
@@ -340,19 +341,19 @@ class TestPasses:
         def interrupted(request: Request) -> list[Result]:
             seen.append(request)
             if len(seen) == 1:
-                return [Result(line.ledger.fail(request, "x"), None, None)]
+                return [Result(line.ledger.requests.fail(request, "x"), None, None)]
             return run_request(line.ledger, artifacts, _ctrl_c, request)
 
         with pytest.raises(KeyboardInterrupt):
             one_pass(interrupted)
-        assert line.ledger.request(seen[1].id).status is Status.QUEUED
+        assert line.ledger.requests.get(seen[1].id).status is Status.QUEUED
         left = window_of(line.ledger, made)
         assert (left.finished_at, left.requests) == (None, 1)
 
         fired = the(one_pass(worker="w2"))
         assert (fired.resumed, fired.closed, len(fired.results)) == (True, True, 2)
         assert window_of(line.ledger, made).requests == 3
-        assert len(line.ledger.windows(made.id)) == 1
+        assert len(line.ledger.schedules.windows(made.id)) == 1
 
     @on_sqlite
     def test_a_window_stays_open_for_what_is_to_be_tried_again(
@@ -361,7 +362,7 @@ class TestPasses:
         """A run that broke is not put off until the next night."""
         made = add(days=2)
         line.submit()
-        fired = the(one_pass(lambda request: [Result(line.ledger.retry(request, "broke"), None, None)]))
+        fired = the(one_pass(lambda request: [Result(line.ledger.requests.retry(request, "broke"), None, None)]))
         assert (fired.closed, fired.results[0].request.status) == (False, Status.QUEUED)
         at(datetime.now(UTC) + timedelta(minutes=1))
         again = the(one_pass(worker="w2"))
@@ -378,7 +379,7 @@ class TestPasses:
         elsewhere = line.claim("somebody")
         line.submit("second", 2)
         assert not the(one_pass()).closed
-        line.ledger.fail(elsewhere, "x")
+        line.ledger.requests.fail(elsewhere, "x")
         fired = the(one_pass())
         assert [each.request.behaviour.name for each in fired.results] == ["second"]
 
@@ -389,7 +390,7 @@ class TestPasses:
         carry: Callable[..., Carry], error: Exception,
     ) -> None:  # fmt: skip
         bad, other = add(days=2), new_line("other")
-        good = line.ledger.add_schedule("other", "0 2 * * *", "UTC", None, None)
+        good = line.ledger.schedules.add("other", "0 2 * * *", "UTC", None, None)
         line.submit()
         other.submit()
 
@@ -421,9 +422,11 @@ class TestPasses:
 
         def slow(request: Request) -> list[Result]:
             module.time.sleep(1.0)
-            assert line.ledger.resume_window(made, "w2", 60) is None
+            assert line.ledger.schedules.resume_window(made, "w2", 60) is None
             return [
-                Result(line.ledger.reject(request, "nothing_found", None, line.ledger.version("digits")), None, None)
+                Result(
+                    line.ledger.reject(request, "nothing_found", None, line.ledger.models.version("digits")), None, None
+                )
             ]
 
         assert the(one_pass(slow)).closed
@@ -437,9 +440,9 @@ class TestPasses:
             line.submit(f"b{k}", k)
 
         def losing(request: Request) -> list[Result]:
-            line.ledger.renew_window(window_of(line.ledger, made), 0)
-            assert line.ledger.resume_window(made, "w2", 60) is not None
-            return [Result(line.ledger.fail(request, "x"), None, None)]
+            line.ledger.schedules.renew_window(window_of(line.ledger, made), 0)
+            assert line.ledger.schedules.resume_window(made, "w2", 60) is not None
+            return [Result(line.ledger.requests.fail(request, "x"), None, None)]
 
         fired = the(one_pass(losing))
         assert isinstance(fired.error, LeaseLost)
@@ -474,7 +477,7 @@ url, folder, moment, number = sys.argv[1:]
 worker = "w" + number
 with open_ledger(url) as ledger:
     def run(request, _):
-        return [Result(ledger.reject(request, "nothing_found", None, ledger.version(request.model)), None, None)]
+        return [Result(ledger.reject(request, "nothing_found", None, ledger.models.version(request.model)), None, None)]
     fired = run_due(ledger, Artifacts.open(folder), lambda wanted: drain(ledger, worker, wanted, run), worker,
                     datetime.fromisoformat(moment))
     assert not [each.error for each in fired if each.error], fired
@@ -493,7 +496,7 @@ def test_two_schedulers_in_two_processes_fire_each_window_once(
     answers = in_processes(_RACE, url, folder, datetime.now(UTC).isoformat(), processes=2)
     counts = [tuple(map(int, answer.split()[-2:])) for answer in answers]
     assert (sum(n for n, _ in counts), sum(n for _, n in counts)) == (6, 5)
-    assert [len(line.ledger.windows(each.id)) for each in made] == [1] * 6
-    assert sum(w.requests for each in made for w in line.ledger.windows(each.id)) == 5
+    assert [len(line.ledger.schedules.windows(each.id)) for each in made] == [1] * 6
+    assert sum(w.requests for each in made for w in line.ledger.schedules.windows(each.id)) == 5
     assert raw.execute("SELECT count(*) FROM audit_events WHERE event = 'window_fired'").scalar() == 6
     assert raw.execute("SELECT max(attempt) FROM requests").scalar() == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,18 +11,21 @@ import sqlalchemy as sa
 from fsu_ray.config import BACKOFF_SECONDS, MOST_FAILURES
 from fsu_ray.errors import TransitionRefused, UserError
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Request, RequestEvent, Status, Terms
-from fsu_ray.storage import claims, rows, submissions
-from fsu_ray.storage.database import Part
+from fsu_ray.records import Behaviour, Figures, Request, RequestEvent, Status, Terms
+from fsu_ray.storage import claims, removals, rows, schema, submissions
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.policies import OPERATOR, check_actor, fetch_policy
-from fsu_ray.storage.schema import request_events, requests
+from fsu_ray.storage.schema import LIVE, TERMINAL, erasures, models, request_events, requests
 
 LOOK_SECONDS = 5.0
 """How often a worker that claims looks for requests that nobody is to take over."""
 
 
-class Queue(Part):
+class Requests:
     """The ledger's requests. Every change of state is on record with who made it (`events`)."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     _looked_at = -LOOK_SECONDS
 
@@ -79,12 +82,12 @@ class Queue(Part):
             asked = (behaviour, samples, sample_count, recipe, terms, actor, approval)
             return submissions.insert(connection, line, *asked), True
 
-    def request(self, id_or_prefix: str) -> Request:
+    def get(self, id_or_prefix: str) -> Request:
         """One request; raises NotFound where the prefix fits none or several."""
         with self._database.reading() as connection:
             return rows.to_request(rows.fetch_by_id(connection, rows.REQUESTS, requests, id_or_prefix))
 
-    def requests(self, model: str | None = None, status: Status | None = None) -> list[Request]:
+    def all(self, model: str | None = None, status: Status | None = None) -> list[Request]:
         """Requests in the order of their submission; raises NotFound for a model that is not there."""
         query = rows.REQUESTS.order_by(requests.c.submitted_at, requests.c.id)
         with self._database.reading() as connection:
@@ -162,12 +165,12 @@ class Queue(Part):
             for other in others:
                 claims.join(connection, other, request, worker, lease_seconds, rows.now())
 
-    def companions(self, request: Request) -> list[Request]:
+    def batch_members(self, request: Request) -> list[Request]:
         """The other requests that run along with a claimed one, oldest first."""
         with self._database.reading() as connection:
             return claims.followers(connection, request)
 
-    def cancelling(self, request: Request) -> bool:
+    def cancel_requested(self, request: Request) -> bool:
         """Whether somebody wants a claimed request, or one that runs along, cancelled."""
         with self._database.reading() as connection:
             own = sa.or_(requests.c.id == request.id, requests.c.lead == request.id)
@@ -263,6 +266,85 @@ class Queue(Part):
             if actor == request.requested_by:
                 raise UserError(f"{actor} asked for request {request.id}: somebody else must decide")
             return claims.step_waiting(connection, request, status, actor, rows.now(), reason=reason)
+
+    def due_samples(self, model: str | None = None) -> list[Request]:
+        """The requests whose target samples their model's policy wants purged now; raises NotFound.
+
+        Samples that another request, which has not ended, needs too are kept for it.
+        """
+        moment, due = rows.now(), []
+        with self._database.reading() as connection:
+            named = sa.select(models) if model is None else sa.select(models).where(models.c.name == model)
+            lines = [rows.to_model(row) for row in connection.execute(named).mappings()]
+            if model is not None and not lines:
+                rows.fetch_model(connection, model)
+            for line in lines:
+                days = fetch_policy(connection, line).samples_days
+                if days is None:
+                    continue
+                other = requests.alias("other")
+                needed = sa.exists().where(other.c.samples == requests.c.samples, other.c.status.in_(LIVE))
+                purged = sa.exists().where(schema.removals.c.request_id == requests.c.id)
+                ended = rows.REQUESTS.where(
+                    requests.c.model_id == line.id,
+                    requests.c.status.in_(TERMINAL),
+                    requests.c.finished_at <= moment - timedelta(days=days),
+                    ~needed,
+                    ~purged,
+                ).order_by(requests.c.submitted_at, requests.c.id)
+                due += [rows.to_request(row) for row in connection.execute(ended).mappings()]
+        return due
+
+    def purge(self, request: Request, actor: str = OPERATOR) -> list[str]:
+        """Record that a request's target samples are purged; the digests to be deleted now.
+
+        Its digest stays, and so do the synthetic probes. Raises TransitionRefused while a request needs them.
+        """
+        check_actor(actor)
+        with self._database.writing(f"request {request.id}") as connection:
+            needed = sa.select(requests.c.id).where(requests.c.samples == request.samples, requests.c.status.in_(LIVE))
+            other = connection.scalar(needed)
+            if other is not None:
+                raise TransitionRefused(f"the samples of request {request.id} are needed by {other}")
+            return removals.record(connection, {request.samples}, "purged", actor, request.model, request=request.id)
+
+    def oldest_run(self) -> datetime | None:
+        """When the oldest of the running requests began, None without one: what came later may be its work."""
+        with self._database.reading() as connection:
+            query = sa.select(sa.func.min(requests.c.started_at)).where(requests.c.status == Status.RUNNING)
+            oldest: datetime | None = connection.execute(query).scalar_one()
+            return oldest
+
+    def upcoming(self, model: str | None = None) -> Request | None:
+        """The request that `claim` would begin now, as it is; raises NotFound for a model that is not there."""
+        with self._database.reading() as connection:
+            line = None if model is None else rows.fetch_model(connection, model)
+            return claims.upcoming(connection, line, rows.now())
+
+    def expire(self, request: Request) -> bool:
+        """End the lease of a running request, as it was read, whose worker is known to be dead: the next claim takes it
+        over at once, and counts the failure. False where it has gone on or ended meanwhile.
+
+        A worker that lives after all renews its lease, as long as nobody has taken the request over.
+        """
+        with self._database.stepping(f"request {request.id}") as connection:
+            return claims.expire(connection, request, rows.now())
+
+    def stats(self) -> Figures:
+        """How many requests and erasures of each sort there are."""
+        states = sa.select(models.c.name, requests.c.status, sa.func.count()).join_from(requests, models)
+        uses = sa.select(models.c.name, erasures.c.generator_use, sa.func.count()).join_from(erasures, models)
+        with self._database.reading() as connection:
+            names = connection.scalars(sa.select(models.c.name)).all()
+            stated = connection.execute(states.group_by(models.c.name, requests.c.status)).all()
+            used = connection.execute(uses.group_by(models.c.name, erasures.c.generator_use)).all()
+            ready = claims.ready(connection, rows.now())
+            return Figures(
+                {(name, state.value): 0 for name in names for state in Status}
+                | {(name, str(Status(state).value)): number for name, state, number in stated},
+                dict.fromkeys(names, 0) | ready,
+                {(name, use): number for name, use, number in used},
+            )
 
 
 def _to_event(row: sa.RowMapping) -> RequestEvent:

@@ -11,15 +11,18 @@ from sqlalchemy.exc import IntegrityError
 from fsu_ray.errors import LeaseLost, TransitionRefused
 from fsu_ray.records import Schedule, Window
 from fsu_ray.storage import chain, engines, rows
-from fsu_ray.storage.database import Part
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.policies import OPERATOR, check_actor
 from fsu_ray.storage.schema import models, schedule_events, schedule_windows, schedules
 
 
-class Windows(Part):
+class Schedules:
     """Schedules: their terms never change, their states (active, paused, removed) are history."""
 
-    def add_schedule(
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(
         self, model: str, cron: str, timezone: str, max_requests: int | None, minutes: int | None, actor: str = OPERATOR
     ) -> Schedule:
         """A new, active schedule; `cron` and `timezone` must have been checked. Raises NotFound."""
@@ -32,7 +35,7 @@ class Windows(Part):
             _keep_state(connection, values["id"], model, "active", actor, moment)
             return _fetch(connection, str(values["id"]))
 
-    def set_schedule(self, id_or_prefix: str, state: str, actor: str = OPERATOR) -> Schedule:
+    def set_state(self, id_or_prefix: str, state: str, actor: str = OPERATOR) -> Schedule:
         """Pause, resume (`active`) or remove a schedule, for good; a window of it that nobody holds any more is closed.
 
         Raises NotFound, TransitionRefused where it is in that state already or removed.
@@ -49,12 +52,12 @@ class Windows(Part):
             _keep_state(connection, found.id, found.model, state, actor, moment)
             return _fetch(connection, found.id)
 
-    def schedule(self, id_or_prefix: str) -> Schedule:
+    def get(self, id_or_prefix: str) -> Schedule:
         """One schedule, be it removed; raises NotFound where the prefix fits none or several."""
         with self._database.reading() as connection:
             return _fetch(connection, id_or_prefix)
 
-    def schedules(self, model: str | None = None, *, removed: bool = False) -> list[Schedule]:
+    def all(self, model: str | None = None, *, removed: bool = False) -> list[Schedule]:
         """Schedules, oldest first, without those that are `removed`; raises NotFound for a model that is not there."""
         with self._database.reading() as connection:
             query = _SCHEDULES.order_by(schedules.c.created_at, schedules.c.id)

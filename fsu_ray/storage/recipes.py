@@ -18,15 +18,18 @@ from fsu_ray.errors import UserError
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Kind, Model, Request, Searched
 from fsu_ray.storage import chain, rows
-from fsu_ray.storage.database import Part
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.policies import OPERATOR, check_actor
 from fsu_ray.storage.schema import models, requests, searches
 
 
-class Searches(Part):
+class Recipes:
     """The ledger's searched recipes."""
 
-    def keep_recipe(
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def keep(
         self, model: str, kind: Kind, recipe: Recipe, score: float, evidence: Mapping[str, Any], actor: str = OPERATOR
     ) -> Searched:
         """Put a recipe that a search found in force for the requests of one kind; the earlier ones stay on record.
@@ -40,7 +43,7 @@ class Searches(Part):
         found = {"recipe": recipe.model_dump(mode="json"), "recipe_digest": recipe.digest, "score": float(score)}
         return self._keep(model, kind, "recipe_found", {**found, "evidence": dict(evidence)}, actor)
 
-    def reset_recipe(self, model: str, kind: Kind, actor: str = OPERATOR) -> Searched:
+    def reset(self, model: str, kind: Kind, actor: str = OPERATOR) -> Searched:
         """Have a preset serve the requests of one kind again. Requests that have a recipe already keep it.
 
         Raises NotFound, and UserError where no searched recipe is in force, for a kind that is none, and for an actor
@@ -61,7 +64,7 @@ class Searches(Part):
             kept = _SEARCHES.where(searches.c.id == values["id"])
             return _to_searched(connection.execute(kept).mappings().one())
 
-    def searched(self, model: str, kind: Kind) -> Searched | None:
+    def in_force(self, model: str, kind: Kind) -> Searched | None:
         """The searched recipe in force for the requests of one kind, None where a preset serves.
 
         Raises NotFound, and UserError for a kind that is none.
@@ -70,7 +73,7 @@ class Searches(Part):
         with self._database.reading() as connection:
             return _in_force(connection, rows.fetch_model(connection, model), kind)
 
-    def searches(self, model: str) -> list[Searched]:
+    def all(self, model: str) -> list[Searched]:
         """All recipes that were found for a model, and the resets between them, oldest first; raises NotFound."""
         with self._database.reading() as connection:
             query = _SEARCHES.where(searches.c.model_id == rows.fetch_model(connection, model).id)

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from fsu_ray.errors import AlreadyExists, InvalidConfig, NotFound, TransitionRefused, UserError
 from fsu_ray.records import AliasMove, Behaviour, Erasure, Model, ModelSpec, ModelVersion, Policy, Recheck, Status
-from fsu_ray.storage import chain, results, rows
-from fsu_ray.storage.database import Part
+from fsu_ray.storage import chain, history, results, rows
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.policies import OPERATOR, check_actor, check_word, fetch_policy
 from fsu_ray.storage.schema import (
     aliases_history,
@@ -57,8 +57,11 @@ class Gone:
     recipe_origin: str | None
 
 
-class Lineage(Part):
+class Models:
     """The ledger's models."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def check_name_free(self, name: str) -> None:
         """Raise what `register_model` would raise for this name."""
@@ -67,7 +70,7 @@ class Lineage(Part):
             if connection.scalar(sa.select(models.c.id).where(models.c.name == name)) is not None:
                 raise AlreadyExists(f"model {name!r} exists already; choose another name")
 
-    def register_model(
+    def register(
         self, name: str, spec: ModelSpec, weights: str, test_set: str | None = None, actor: str = OPERATOR
     ) -> Model:
         """A new model with version 1, its own root. `weights` is the digest of an artifact, `test_set` the name
@@ -102,13 +105,13 @@ class Lineage(Part):
             latest = rows.fetch_version(connection, line)
             return results.keep_version(connection, line, latest, weights, rows.now(), actor=actor)
 
-    def models(self) -> list[Model]:
+    def all(self) -> list[Model]:
         """All models, by name."""
         with self._database.reading() as connection:
             query = sa.select(models).order_by(models.c.name)
             return [rows.to_model(row) for row in connection.execute(query).mappings()]
 
-    def model(self, name: str) -> Model:
+    def get(self, name: str) -> Model:
         """The model of that name; raises NotFound."""
         with self._database.reading() as connection:
             return rows.fetch_model(connection, name)
@@ -173,7 +176,7 @@ class Lineage(Part):
             line = rows.fetch_model(connection, model)
             return rows.fetch_erasures(connection, line, rows.fetch_version(connection, line, version).number)
 
-    def every_erasure(self, model: str) -> list[Erasure]:
+    def all_erasures(self, model: str) -> list[Erasure]:
         """The erasures of all versions of a model, in whichever line of parents they are; raises NotFound."""
         with self._database.reading() as connection:
             query = rows.ERASURES.where(erasures.c.model_id == rows.fetch_model(connection, model).id)
@@ -192,7 +195,7 @@ class Lineage(Part):
                 found.setdefault(row["version"], []).append(rows.to_behaviour(row))
         return found
 
-    def gone(self, model: str, version: int | None = None) -> list[Gone]:
+    def erased(self, model: str, version: int | None = None) -> list[Gone]:
         """`erasures` in short, with their measures then and now, for lines of thousands; raises NotFound."""
         with self._database.reading() as connection:
             line = rows.fetch_model(connection, model)
@@ -209,7 +212,7 @@ class Lineage(Part):
             found = connection.execute(rows.latest_rechecks(line, version)).mappings()
             return {row["erasure_id"]: rows.to_recheck(row) for row in found}
 
-    def keep_rechecks(
+    def record_rechecks(
         self, model: str, version: int, measured: Sequence[Measured], actor: str = OPERATOR
     ) -> list[Recheck]:
         """Record what the probes of erasures gave on a version.
@@ -286,6 +289,36 @@ class Lineage(Part):
             values |= {"previous": previous, "forced": move.forced, "reason": word, "created_at": at, "actor": actor}
             chain.insert(connection, "alias_moved", aliases_history, values, actor=actor, model=model)
             return move
+
+    def sealed_root(self, model: str, base: ModelVersion) -> ModelVersion:
+        """The version that labels D' for requests on top of `base`: that of its root's latest seal, else its root."""
+        with self._database.reading() as connection:
+            line = rows.fetch_model(connection, model)
+            return rows.fetch_sealed_root(connection, line, base)
+
+    def history(self, model: str) -> list[dict[str, Any]]:
+        """What happened to a model, oldest first; raises NotFound.
+
+        Each event is `{"at": datetime, "event": str, "version": int | None, "request": str | None,
+        "detail": dict}`. The events and their details:
+
+        - `registered` (weights, arch) and `version_added` (weights): a version from outside;
+        - `submitted` (behaviour, kind, targets, sample_count);
+        - `generator_trained`, `generator_warm_started` and `generator_transferred` (generator; from),
+          `generator_imported` (generator; no request), `generator_reused` (generator);
+        - `erased` (behaviour, kind, targets; recipe_origin where a search found its recipe), with its version;
+        - `rejected`, `failed`, `cancelled` (behaviour, reason);
+        - `policy_set` (the policy's fields, by);
+        - `recipe_found` (search, kind, score, by), `recipe_reset` (kind, by);
+        - `approved`, `denied` (behaviour, by): a denied request has no `rejected` besides;
+        - `rechecked` (erasures, failed, by): one for all measured at once, with their version; `recheck_failed`
+          (behaviour, share, probes), one for each erasure that has come back;
+        - `alias_moved` (alias, previous, forced, reason, by), with its version;
+        - `generator_retired` (generator, reason, by), `sealed` (generator, by), with its version;
+        - `purged` (behaviour, by): a request's target samples are gone.
+        """
+        with self._database.reading() as connection:
+            return history.history(connection, rows.fetch_model(connection, model))
 
 
 def _to_gone(row: sa.RowMapping) -> Gone:
