@@ -18,21 +18,32 @@ from typing import Any
 
 from fsu_ray.config import CHECKPOINT_STEPS, Settings, change_recipe, differences, make_recipe, read_settings
 from fsu_ray.errors import AlreadyExists, FsuError, InvalidData, InvalidSamples, InvalidWeights, NotFound, UserError
-from fsu_ray.pipeline import Drain, Execute, Result, draft_order, drain, run_request
+from fsu_ray.pipeline import Execute, Result, WorkerOptions, draft_order, drain, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Generator, Kind, Model, ModelSpec, ModelVersion, Request, Searched, Status, Terms
+from fsu_ray.records import (
+    Behaviour,
+    Generator,
+    Kind,
+    Model,
+    ModelSpec,
+    ModelVersion,
+    Request,
+    SearchedRecipe,
+    Status,
+    Terms,
+)
+from fsu_ray.retention import destroy
 from fsu_ray.storage.artifacts import Artifacts, locate
 from fsu_ray.storage.ledger import Ledger, open_ledger
-from fsu_ray.storage.registry import priors
-from fsu_ray.upkeep import destroy
-from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
+from fsu_ray.storage.registry import earlier_erasures
+from fsu_ray.work import BlobStore, ErasureTarget, Outcome, WorkOrder
 
 log = logging.getLogger(__name__)
-Tell = Any  # (stage, done, total, figures) -> None
+ProgressCallback = Any  # (stage, done, total, figures) -> None
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ResolvedRecipe:
     """The recipe that a request is to have, and where it is from: a search of its model, else a preset.
 
     `named` says whether somebody asked for it, by a preset's name or by changes, and `changed` whether by these.
@@ -40,7 +51,7 @@ class Chosen:
     """
 
     recipe: Recipe
-    search: Searched | None
+    search: SearchedRecipe | None
     preset: str | None
     named: bool
     changed: bool
@@ -67,7 +78,7 @@ class App:
 
     def recipe_for(
         self, model: str, kind: Kind, preset: str | None = None, changes: tuple[dict[str, Any], ...] = ()
-    ) -> Chosen:
+    ) -> ResolvedRecipe:
         """The recipe of a request: `preset` where one is named, else what a search found for this kind of requests of
         the model, else the preset `default`; `changes` lie on top of any.
 
@@ -78,14 +89,14 @@ class App:
         named, changed = preset is not None or bool(changes), bool(changes)
         search = self.ledger.recipes.in_force(model, kind) if preset is None else None
         if search is None or search.recipe is None:
-            return Chosen(self.recipe(preset or "default", changes), None, preset or "default", named, changed)
+            return ResolvedRecipe(self.recipe(preset or "default", changes), None, preset or "default", named, changed)
         recipe = change_recipe(search.recipe, changes)
-        return Chosen(recipe, search, None, named, changed, tuple(differences(recipe, self.settings.recipe)))
+        return ResolvedRecipe(recipe, search, None, named, changed, tuple(differences(recipe, self.settings.recipe)))
 
     def register(self, name: str, spec: ModelSpec, weights: bytes, test_set: str | None = None) -> Model:
         """Register a model line; the weights are tried on the architecture before anything is written."""
         from fsu_ray.method.datasets import NAMED
-        from fsu_ray.method.networks import Classifier
+        from fsu_ray.models.networks import Classifier
 
         self.ledger.models.check_name_free(name)
         Classifier.from_bytes(spec, weights)
@@ -97,7 +108,7 @@ class App:
 
     def update(self, name: str, weights: bytes) -> ModelVersion:
         """Add a version that was trained further outside; it is the root of what is erased from now on."""
-        from fsu_ray.method.networks import Classifier
+        from fsu_ray.models.networks import Classifier
 
         model = self.ledger.models.get(name)
         Classifier.from_bytes(model.spec, weights)
@@ -117,11 +128,11 @@ class App:
         name: str,
         behaviour: Behaviour,
         samples: str,
-        recipe: Recipe | Chosen,
+        recipe: Recipe | ResolvedRecipe,
         terms: Terms | None = None,
     ) -> tuple[Request, bool]:
         """Queue a request; returns it and whether it is new. Samples are read and checked first."""
-        chosen, named = (recipe.recipe, recipe.named) if isinstance(recipe, Chosen) else (recipe, True)
+        chosen, named = (recipe.recipe, recipe.named) if isinstance(recipe, ResolvedRecipe) else (recipe, True)
         self.ledger.requests.check_behaviour(name, behaviour)
         self.ledger.requests.check_generator(name, chosen, terms or Terms())
         digest, number = self.keep_samples(name, samples)
@@ -136,14 +147,20 @@ class App:
         return self.artifacts.put(save_samples(pixels)), len(pixels)
 
     def import_generator(
-        self, name: str, weights: bytes, recipe: Recipe, latent: int | None, actor: str, tell: Tell = None
+        self,
+        name: str,
+        weights: bytes,
+        recipe: Recipe,
+        latent: int | None,
+        actor: str,
+        on_progress: ProgressCallback = None,
     ) -> Generator:
         """Keep the generator with these weights (safetensors) for the line `name`, with a D' drawn in this process.
 
         `latent`: the dimensions of its z, those of `recipe` where None. Raises InvalidWeights where it does not fit
         the model, and what `Ledger.generators.add_imported` raises.
         """
-        from fsu_ray.method.adopt import Standing, adopt
+        from fsu_ray.method.adopt import LineageState, adopt
         from fsu_ray.method.precision import default_device
 
         if recipe.form == "paper":
@@ -151,18 +168,20 @@ class App:
         self.ledger.generators.check_import(name, hashlib.sha256(weights).hexdigest(), recipe)
         base, model = self.ledger.models.version(name), self.ledger.models.get(name)
         root = self.ledger.models.sealed_root(name, base)
-        standing = Standing(model.spec, root.weights, base.weights, priors(self.ledger, model, base, root))
+        standing = LineageState(
+            model.spec, root.weights, base.weights, earlier_erasures(self.ledger, model, base, root)
+        )
         size, device = latent or recipe.invert.latent, default_device()
-        found = adopt(self.artifacts, standing, recipe, weights, size, device, tell)
+        found = adopt(self.artifacts, standing, recipe, weights, size, device, on_progress)
         return self.ledger.generators.add_imported(
-            name, root, recipe, found.weights, found.dataset, found.figures, actor
+            name, root, recipe, found.weights, found.dataset, found.metrics, actor
         )
 
     def seal(self, generator: str, actor: str) -> Generator:
         """Write the masks of a line into the D' of a generator, and destroy what could still draw the erased.
 
-        Raises NotFound, AlreadyExists, TransitionRefused as `Ledger.generators.seal` does, and UserError where there is no mask
-        to write, D' has the labels of an older root, or an alias points to the root that is to be destroyed.
+        Raises NotFound, AlreadyExists, TransitionRefused as `Ledger.generators.seal` does, and UserError where there is no
+        mask to write, D' has the labels of an older root, or an alias points to the root that is to be destroyed.
         """
         from fsu_ray.method.seal import seal
 
@@ -172,7 +191,7 @@ class App:
         model = self.ledger.models.get(found.model)
         if (found.sealed or found.root) != root.number:
             raise UserError(f"generator {found.id} has the labels of version {found.root}; seal one of {root.number}")
-        masks = priors(self.ledger, model, base, root)
+        masks = earlier_erasures(self.ledger, model, base, root)
         if not masks:
             raise UserError(f"nothing is erased from {model.name!r} yet: there is no mask to write")
         pointing = [
@@ -187,15 +206,21 @@ class App:
         return self.ledger.generators.get(found.id)
 
     def train(
-        self, data: str, arch: str, epochs: int, seed: int, shape: tuple[int, int, int] | None = None, tell: Tell = None
+        self,
+        data: str,
+        arch: str,
+        epochs: int,
+        seed: int,
+        shape: tuple[int, int, int] | None = None,
+        on_progress: ProgressCallback = None,
     ) -> tuple[ModelSpec, bytes]:
         """Train a classifier on `data` in this process: its spec and its weights as safetensors."""
         import torch
 
         from fsu_ray.method.datasets import load
-        from fsu_ray.method.fit import Schedule, fit
-        from fsu_ray.method.networks import Classifier
+        from fsu_ray.method.fit import TrainingSchedule, fit
         from fsu_ray.method.precision import default_device
+        from fsu_ray.models.networks import Classifier
 
         shape = shape or ((3, 32, 32) if data == "cifar10" else (1, 32, 32))
         images = load(data, "train", shape)
@@ -212,11 +237,11 @@ class App:
         )
         torch.manual_seed(seed)
         classifier = Classifier(spec).to(default_device())
-        schedule = Schedule(epochs=epochs, batch=min(128, max(16, len(images) // 20)), seed=seed)
-        fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, progress=tell)
+        schedule = TrainingSchedule(epochs=epochs, batch=min(128, max(16, len(images) // 20)), seed=seed)
+        fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, progress=on_progress)
         return spec, classifier.to_bytes()
 
-    def search_order(self, name: str, asked: Asked, recipe: Recipe) -> WorkOrder:
+    def search_order(self, name: str, asked: ErasureTarget, recipe: Recipe) -> WorkOrder:
         """What a search for a recipe to erase `asked` from the latest version of model `name` works on, `recipe`
         being the one that it begins with. Raises NotFound, and UserError for what cannot be searched."""
         from fsu_ray.method.context import load_samples
@@ -229,13 +254,21 @@ class App:
         base = self.ledger.models.version(name)
         return draft_order(self.ledger, name, asked, recipe, base, self.ledger.models.sealed_root(name, base))
 
-    def search(self, model: str, order: WorkOrder, wanted: Any, actor: str, tell: Tell, cpus: int | None = None) -> Any:
+    def search(
+        self,
+        model: str,
+        order: WorkOrder,
+        wanted: Any,
+        actor: str,
+        on_progress: ProgressCallback,
+        cpus: int | None = None,
+    ) -> Any:
         """Search for a recipe for `order` on Ray (`search.Wanted`), and keep what is better than the one it began with
         for the later requests of the line: what was found (`search.Found`), and its record or None."""
         from fsu_ray.search import search
 
-        with self.on_ray(tell, cpus, number=1):
-            found = search(order, self.artifacts, locate(self.settings.runs), wanted, tell)
+        with self.on_ray(on_progress, cpus, number=1):
+            found = search(order, self.artifacts, locate(self.settings.runs), wanted, on_progress)
         if not found.better:
             return found, None
         kind = order.behaviour.kind
@@ -246,23 +279,25 @@ class App:
 
     @contextmanager
     def on_ray(
-        self, tell: Tell, cpus: int | None = None, parallel: int = 1, number: int | None = None
+        self, on_progress: ProgressCallback, cpus: int | None = None, parallel: int = 1, number: int | None = None
     ) -> Iterator[Execute]:
         """An `execute` for the pipeline that runs on the cluster of RAY_ADDRESS, or on one of its own; `parallel` runs
         of `number` workers each (the settings' where it is None) share its CPUs. Raises UserError where it will never
         have as many."""
         size = number or self.settings.workers
         from fsu_ray.cluster import workers
-        from fsu_ray.cluster.metrics import Feed
+        from fsu_ray.cluster.metrics import MetricsExporter
 
         runs = locate(self.settings.runs)
         workers.connect(cpus)
         try:
             workers.resources(size, parallel)
-            with Feed(self.ledger.requests.stats) as feed:
+            with MetricsExporter(self.ledger.requests.stats) as feed:
 
                 def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
-                    outcome = workers.execute(order, store, runs, name, CHECKPOINT_STEPS, tell, stop, parallel, size)
+                    outcome = workers.execute(
+                        order, store, runs, name, CHECKPOINT_STEPS, on_progress, stop, parallel, size
+                    )
                     feed.stages(outcome.seconds)
                     return outcome
 
@@ -275,13 +310,13 @@ class App:
         requests, which can be claimed now. With Ray's own cluster of this process there is nothing to ask."""
         if not os.environ.get("RAY_ADDRESS"):
             return []
-        from fsu_ray.cluster.jobs import Head, job_of
+        from fsu_ray.cluster.jobs import JobsClient, job_of
         from fsu_ray.dispatch import reconcile
 
         if not any(job_of(request.worker) for request in self.ledger.requests.all(status=Status.RUNNING)):
             return []
         try:
-            return reconcile(self.ledger, Head())
+            return reconcile(self.ledger, JobsClient())
         except FsuError as error:  # a head without a Jobs API: the claims end with their leases
             log.info("jobs were not looked for: %s", error)
             return []
@@ -296,9 +331,9 @@ class App:
                 "the same FSU_LEDGER, or a folder (FSU_HOME) that it shares with the sender"
             ) from None
 
-    def run(self, execute: Execute, wanted: Drain | None = None, started: Any = None) -> list[Result]:
+    def run(self, execute: Execute, wanted: WorkerOptions | None = None, started: Any = None) -> list[Result]:
         """Claim and carry out what is ready; `started(request)` hears of each claim."""
-        wanted = wanted or Drain()
+        wanted = wanted or WorkerOptions()
         if wanted.model is not None:
             self.ledger.models.get(wanted.model)
 

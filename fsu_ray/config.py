@@ -40,6 +40,29 @@ BACKOFF_SECONDS = 30.0
 CHECKPOINT_STEPS = 100
 """Inversion steps between two checkpoints."""
 
+
+@dataclass(frozen=True)
+class Timings:
+    """How long the parts of the system wait, in seconds. Tests pass shorter times.
+
+    `lease`: how long a claim holds without a heartbeat; the driver renews it after a third of that. `poll`: how often
+    the driver checks whether a running request is to be cancelled. `ledger_wait`: how long the end of a run waits for
+    a ledger whose database is away. `halt`: how long parallel runs have for their next step after an interrupt.
+    `backoff`: how long a request waits after its first failure; each further failure doubles it. `flush`: how long a
+    step of a request waits for the audit chain. `abandoned`: how often a worker looks for requests that nobody may
+    take over. `scheduler_pass`: how often a resident scheduler looks at the schedules at least.
+    """
+
+    lease: float = 120.0
+    poll: float = 2.0
+    ledger_wait: float = 900.0
+    halt: float = 40.0
+    backoff: float = 30.0
+    flush: float = 1.0
+    abandoned: float = 5.0
+    scheduler_pass: float = 30.0
+
+
 # Literal presets: what differs from the defaults of `records.Recipe`.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -95,14 +95,14 @@ class Watcher:
         self._tasks.clear()
         self._spoken.clear()
 
-    def tell(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+    def tell(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         """A stage has come to `done` of `total`."""
-        said = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        said = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         if self._bars is not None:
             task = self._tasks.get(stage)
             if task is None:
-                task = self._tasks[stage] = self._bars.add_task(stage, total=total, figures="")
-            self._bars.update(task, completed=done, total=total, figures=said)
+                task = self._tasks[stage] = self._bars.add_task(stage, total=total, metrics="")
+            self._bars.update(task, completed=done, total=total, metrics=said)
             return
         now = time.monotonic()
         if done == total or now - self._spoken.setdefault(stage, now) >= QUIET_SECONDS:
@@ -144,11 +144,11 @@ def print_result(result: Any) -> None:
     use = {"trained": "trained", "reused": "reused", "warm_started": "trained from an older one's weights"}
     use["transferred"] = "as asked for, its D' drawn anew"
     refused = f" (the one on offer was refused: {'; '.join(outcome.refused)})" if outcome.refused else ""
-    figures = outcome.figures
+    metrics = outcome.metrics
     out.print(f"  generator {use[outcome.generator_use]}{refused}")
     out.print(
-        f"  D' for this version: acceptance >= {figures['acceptance']:.3f}, coverage {figures['coverage']:.3f}, "
-        f"BN distance {figures['bn_distance']:.3f}, agreement {figures['agreement']:.3f}"
+        f"  D' for this version: acceptance >= {metrics['acceptance']:.3f}, coverage {metrics['coverage']:.3f}, "
+        f"BN distance {metrics['bn_distance']:.3f}, agreement {metrics['agreement']:.3f}"
     )
     out.print("  seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in outcome.seconds.items()))
     if outcome.resumed:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fsu_ray import console
 from fsu_ray.app import App
-from fsu_ray.pipeline import Drain, Result
+from fsu_ray.pipeline import Result, WorkerOptions
 from fsu_ray.records import Behaviour, Model
 
 EPOCHS = 30
@@ -33,7 +33,11 @@ def demo(app: App, watcher: Any, seed: int = 0, cpus: int | None = None) -> Show
     console.err.print(f"1. train LeNet5 on scikit-learn's digits ({EPOCHS} epochs)")
     watcher.begin()
     spec, weights = app.train(
-        "digits", "lenet5", EPOCHS, seed, tell=lambda done, total, figures: watcher.tell("train", done, total, figures)
+        "digits",
+        "lenet5",
+        EPOCHS,
+        seed,
+        on_progress=lambda done, total, metrics: watcher.tell("train", done, total, metrics),
     )
     model = app.register(name, spec, weights, test_set="digits")
     console.err.print(f"2. registered as {name}, version 1")
@@ -51,7 +55,7 @@ def demo(app: App, watcher: Any, seed: int = 0, cpus: int | None = None) -> Show
         console.err.print(f"   request {request.id}: {request.behaviour.name}")
 
     with app.on_ray(watcher.tell, cpus) as execute:
-        results = app.run(execute, Drain(model=name), started)
+        results = app.run(execute, WorkerOptions(model=name), started)
     return Shown(model, results)
 
 

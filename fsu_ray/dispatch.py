@@ -17,9 +17,9 @@ from typing import Any
 
 from sqlalchemy.engine import make_url
 
-from fsu_ray.cluster.jobs import ATTEMPT, MODEL, REQUEST, Head, Job, job_of, package_env
+from fsu_ray.cluster.jobs import ATTEMPT, MODEL, REQUEST, Job, JobsClient, job_of, package_env
 from fsu_ray.config import Settings
-from fsu_ray.pipeline import Drain
+from fsu_ray.pipeline import WorkerOptions
 from fsu_ray.records import Request, Status
 from fsu_ray.storage.ledger import Ledger
 
@@ -37,7 +37,11 @@ class Sent:
 
 
 def send(
-    ledger: Ledger, settings: Settings, head: Head, wanted: Drain, runtime_env: Mapping[str, Any] | None = None
+    ledger: Ledger,
+    settings: Settings,
+    head: JobsClient,
+    wanted: WorkerOptions,
+    runtime_env: Mapping[str, Any] | None = None,
 ) -> Sent | None:
     """Send what `fsu run` would do now to a head; None where nothing is ready.
 
@@ -53,7 +57,7 @@ def send(
     labels = {REQUEST: request.id, ATTEMPT: str(attempt), MODEL: request.model}
     words = ["python", "-m", "fsu_ray", "run", "--json", "--expect", request.id, "--parallel", str(wanted.parallel)]
     words += [] if wanted.model is None else ["--model", wanted.model]
-    words += [] if wanted.most is None else ["--max", str(wanted.most)]
+    words += [] if wanted.max_requests is None else ["--max", str(wanted.max_requests)]
     words += ["--coalesce"] if wanted.coalesce else []
     env = package_env(variables(settings), runtime_env)
     job, new = head.submit(shlex.join(words), f"fsu-{request.id}-{attempt}", env, labels)
@@ -78,7 +82,7 @@ def variables(settings: Settings) -> dict[str, str]:
     return found if secret else found | {"FSU_LEDGER": settings.ledger}
 
 
-def reconcile(ledger: Ledger, head: Head) -> list[Request]:
+def reconcile(ledger: Ledger, head: JobsClient) -> list[Request]:
     """End the claims of jobs that the head knows to be over, and return their requests: the next attempt can begin.
 
     A job that the head does not know, or that another head had before it was started again, may be alive on another
@@ -88,10 +92,10 @@ def reconcile(ledger: Ledger, head: Head) -> list[Request]:
     if not claimed:
         return []
     over = {(head.mark, job.id) for job in head.jobs() if job.over}
-    return [r for r in claimed if r.lead is None and job_of(r.worker) in over and ledger.requests.expire(r)]
+    return [r for r in claimed if r.batch_leader is None and job_of(r.worker) in over and ledger.requests.expire(r)]
 
 
-def stop(ledger: Ledger, head: Head, name: str) -> tuple[Job, list[Request]]:
+def stop(ledger: Ledger, head: JobsClient, name: str) -> tuple[Job, list[Request]]:
     """Have a job end at its next step: the job, and the requests that it had, as they are then.
 
     Raises what `Head.stop` does.

@@ -12,7 +12,7 @@ from typing import Any
 from fsu_ray.recipes import GateRecipe
 
 
-def refuse_generator(figures: Mapping[str, Any], gate: GateRecipe) -> tuple[str, ...]:
+def refuse_generator(metrics: Mapping[str, Any], gate: GateRecipe) -> tuple[str, ...]:
     """Why D' and its generator may not serve the current version.
 
     `figures` are those of `method.evaluate.generator_figures`: `acceptance` (lowest share over the
@@ -20,16 +20,16 @@ def refuse_generator(figures: Mapping[str, Any], gate: GateRecipe) -> tuple[str,
     distance), `agreement` (with the current version outside all masks), `starved` (class numbers).
     """
     reasons = []
-    if figures["starved"]:
-        reasons.append(f"starved classes {figures['starved']}")
-    if not figures["agreement"] >= gate.dataset_agreement_min:
-        reasons.append(f"agreement {figures['agreement']:.3f} < {gate.dataset_agreement_min}")
-    if not figures["coverage"] >= gate.coverage_min:
-        reasons.append(f"coverage {figures['coverage']:.3f} < {gate.coverage_min}")
-    if not figures["acceptance"] >= gate.acceptance_min:
-        reasons.append(f"acceptance {figures['acceptance']:.3f} < {gate.acceptance_min}")
-    if not figures["bn_distance"] <= gate.bn_distance_max:
-        reasons.append(f"BN distance {figures['bn_distance']:.3f} > {gate.bn_distance_max}")
+    if metrics["starved"]:
+        reasons.append(f"starved classes {metrics['starved']}")
+    if not metrics["agreement"] >= gate.dataset_agreement_min:
+        reasons.append(f"agreement {metrics['agreement']:.3f} < {gate.dataset_agreement_min}")
+    if not metrics["coverage"] >= gate.coverage_min:
+        reasons.append(f"coverage {metrics['coverage']:.3f} < {gate.coverage_min}")
+    if not metrics["acceptance"] >= gate.acceptance_min:
+        reasons.append(f"acceptance {metrics['acceptance']:.3f} < {gate.acceptance_min}")
+    if not metrics["bn_distance"] <= gate.bn_distance_max:
+        reasons.append(f"BN distance {metrics['bn_distance']:.3f} > {gate.bn_distance_max}")
     return tuple(reasons)
 
 

@@ -28,11 +28,11 @@ from fsu_ray.errors import (
 from fsu_ray.gate import refuse_result
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelVersion, Request, Status
+from fsu_ray.retention import tidy
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.storage.registry import Offer, offer, offer_named, priors
-from fsu_ray.upkeep import tidy
-from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
+from fsu_ray.storage.registry import GeneratorCandidates, earlier_erasures, offer, offer_named
+from fsu_ray.work import BlobStore, ErasureTarget, Outcome, WorkOrder
 
 Execute = Callable[[WorkOrder, BlobStore, str, threading.Event], Outcome]
 """Runs the method: (order, store, name, stop). Raises Stopped soon after `stop` is set."""
@@ -53,11 +53,11 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Drain:
+class WorkerOptions:
     """What a worker takes out of the queue: how many requests at `most` (None: all), of one `model` or all, `parallel`
     models at a time, class requests of a model together where `coalesce` says so, nothing new after `until`."""
 
-    most: int | None = None
+    max_requests: int | None = None
     model: str | None = None
     parallel: int = 1
     coalesce: bool = False
@@ -68,7 +68,7 @@ Run = Callable[[Request, threading.Event], list[Result]]
 """Carries out a claimed request; the event is set once the worker is to end."""
 
 
-def drain(ledger: Ledger, worker: str, wanted: Drain, run: Run) -> list[Result]:
+def drain(ledger: Ledger, worker: str, wanted: WorkerOptions, run: Run) -> list[Result]:
     """Claim and run what is ready, until nothing is or the bounds of `wanted` are met.
 
     An interrupt ends all runs at their next step and is raised then. What waits for a node of the cluster has none:
@@ -81,16 +81,20 @@ def drain(ledger: Ledger, worker: str, wanted: Drain, run: Run) -> list[Result]:
     def claim() -> Request | None:
         nonlocal taken
         with turn:  # one thread claims at a time, so that `most` holds
-            left = None if wanted.most is None else wanted.most - taken
+            left = None if wanted.max_requests is None else wanted.max_requests - taken
             late = wanted.until is not None and datetime.now(UTC) >= wanted.until
             if halt.is_set() or late or (left is not None and left <= 0):
                 return None
-            along = (left or 1000) - 1 if wanted.coalesce else 0
-            request = patiently(
-                lambda: ledger.requests.claim(worker, LEASE_SECONDS, wanted.model, cap=wanted.parallel, along=along)
+            max_batch = (left or 1000) - 1 if wanted.coalesce else 0
+            request = retry_while_unavailable(
+                lambda: ledger.requests.claim(
+                    worker, LEASE_SECONDS, wanted.model, cap=wanted.parallel, max_batch=max_batch
+                )
             )
             if request is not None:
-                taken += 1 + (len(patiently(lambda: ledger.requests.batch_members(request))) if along else 0)
+                taken += 1 + (
+                    len(retry_while_unavailable(lambda: ledger.requests.batch_members(request))) if max_batch else 0
+                )
             return request
 
     def work() -> None:
@@ -128,7 +132,7 @@ class Plan:
 
     base: ModelVersion
     root: ModelVersion
-    offered: Offer
+    offered: GeneratorCandidates
     order: WorkOrder
 
 
@@ -149,29 +153,29 @@ def run_request(
         return (halt is not None and halt.is_set()) or ledger.requests.cancel_requested(request)
 
     try:
-        plan = patiently(lambda: prepare(ledger, request))
+        plan = retry_while_unavailable(lambda: prepare(ledger, request))
         with Heartbeat(lambda: ledger.requests.heartbeat(request, LEASE_SECONDS), asked, stop):
             outcome = execute(plan.order, store, run_name(plan.order), stop)
         results = settle(ledger, request, plan, outcome)
     except LeaseLost:
         raise
     except Stopped:
-        results = [Result(patiently(lambda: ledger.requests.stop(request)), None, None)]
+        results = [Result(retry_while_unavailable(lambda: ledger.requests.stop(request)), None, None)]
     except KeyboardInterrupt:
-        patiently(lambda: ledger.requests.release(request, "interrupted"), seconds=5)
+        retry_while_unavailable(lambda: ledger.requests.release(request, "interrupted"), seconds=5)
         raise
     except GeneratorUnfit as error:
         refusal = f"generator_unfit: {error}"
-        results = [Result(patiently(lambda: ledger.reject(request, refusal, None, None)), None, None)]
+        results = [Result(retry_while_unavailable(lambda: ledger.reject(request, refusal, None, None)), None, None)]
     except UserError as error:
         reason = f"{type(error).__name__}: {error}"
-        results = [Result(patiently(lambda: ledger.requests.fail(request, reason)), None, None)]
+        results = [Result(retry_while_unavailable(lambda: ledger.requests.fail(request, reason)), None, None)]
     except Exception as error:  # a bug is the request's end, not the end of the queue
         failure = error if isinstance(error, FsuError) else RunFailed(f"{type(error).__name__}: {error}")
         reason = str(failure)
-        results = [Result(patiently(lambda: ledger.requests.retry(request, reason)), None, None)]
+        results = [Result(retry_while_unavailable(lambda: ledger.requests.retry(request, reason)), None, None)]
     if any(result.request.status.is_terminal for result in results):
-        patiently(lambda: tidy(ledger, store, request.model))
+        retry_while_unavailable(lambda: tidy(ledger, store, request.model))
     return results
 
 
@@ -188,22 +192,26 @@ def prepare(ledger: Ledger, request: Request) -> Plan:
     return Plan(base, root, offered, make_order(ledger, request, base, root, offered))
 
 
-def make_order(ledger: Ledger, request: Request, base: ModelVersion, root: ModelVersion, offered: Offer) -> WorkOrder:
+def make_order(
+    ledger: Ledger, request: Request, base: ModelVersion, root: ModelVersion, offered: GeneratorCandidates
+) -> WorkOrder:
     """The work order of `request` on top of version `base`, whose D' has the labels of `root`."""
-    asked = Asked(request.id, request.behaviour, request.samples)
+    asked = ErasureTarget(request.id, request.behaviour, request.samples)
     return replace(
         draft_order(ledger, request.model, asked, request.recipe, base, root),
         reuse=offered.reuse,
         warm=offered.warm,
         transfer=offered.transfer,
-        bound=offered.bound,
+        required=offered.required,
         test_set=ledger.models.get(request.model).test_set,
-        also=tuple(Asked(each.id, each.behaviour, each.samples) for each in ledger.requests.batch_members(request)),
+        also=tuple(
+            ErasureTarget(each.id, each.behaviour, each.samples) for each in ledger.requests.batch_members(request)
+        ),
     )
 
 
 def draft_order(
-    ledger: Ledger, name: str, asked: Asked, recipe: Recipe, base: ModelVersion, root: ModelVersion
+    ledger: Ledger, name: str, asked: ErasureTarget, recipe: Recipe, base: ModelVersion, root: ModelVersion
 ) -> WorkOrder:
     """What erasing `asked` from version `base` of model `name` would begin with, whatever the registry offers."""
     model = ledger.models.get(name)
@@ -215,7 +223,7 @@ def draft_order(
         behaviour=asked.behaviour,
         samples=asked.samples,
         recipe=recipe,
-        priors=priors(ledger, model, base, root),
+        earlier_erasures=earlier_erasures(ledger, model, base, root),
     )
 
 
@@ -234,7 +242,7 @@ def settle(ledger: Ledger, request: Request, plan: Plan, outcome: Outcome) -> li
     reason = outcome.reason or next((why for why in refused if why is not None), None)
     if reason is not None and plan.order.also:
         apart = f"coalesced run refused: {reason}"
-        return [Result(patiently(lambda: ledger.requests.separate(request, apart)), None, None)]
+        return [Result(retry_while_unavailable(lambda: ledger.requests.separate(request, apart)), None, None)]
     reuse, transfer, warm = plan.offered.reuse, plan.offered.transfer, plan.offered.warm or plan.offered.reuse
     links: dict[str, Any] = {
         "generator_id": reuse.id if outcome.generator_use == "reused" and reuse else None,
@@ -243,10 +251,10 @@ def settle(ledger: Ledger, request: Request, plan: Plan, outcome: Outcome) -> li
         "root": plan.root.number,
     }
     if reason is not None:
-        rejected = patiently(lambda: ledger.reject(request, reason, outcome, plan.base, **links))
+        rejected = retry_while_unavailable(lambda: ledger.reject(request, reason, outcome, plan.base, **links))
         return [Result(rejected, None, outcome)]
     version = _commit(ledger, request, outcome, plan.base, links)
-    ended = patiently(lambda: [ledger.requests.get(asked.request) for asked in plan.order.asked])
+    ended = retry_while_unavailable(lambda: [ledger.requests.get(asked.request) for asked in plan.order.asked])
     own = (replace(outcome, report=part.report, mask=part.mask, probes=part.probes) for part in outcome.also)
     return [Result(each, version, found) for each, found in zip(ended, (outcome, *own), strict=True)]
 
@@ -256,17 +264,17 @@ def _commit(
 ) -> ModelVersion:
     """The commit, once: where the ledger went away in the middle of it, it is looked up whether it was made."""
     try:
-        return patiently(lambda: ledger.commit(request, outcome, base, **links))
+        return retry_while_unavailable(lambda: ledger.commit(request, outcome, base, **links))
     except LeaseLost:
-        now = patiently(lambda: ledger.requests.get(request.id))
+        now = retry_while_unavailable(lambda: ledger.requests.get(request.id))
         if now.status is Status.SUCCEEDED and now.attempt == request.attempt and now.version == base.number + 1:
-            version = patiently(lambda: ledger.models.version(request.model, base.number + 1))
+            version = retry_while_unavailable(lambda: ledger.models.version(request.model, base.number + 1))
             if version.weights == outcome.weights:
                 return version
         raise
 
 
-def patiently(act: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
+def retry_while_unavailable(act: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
     """The result of `act`, which is tried again for `seconds` while the ledger's database is away."""
     deadline, pause = time.monotonic() + seconds, 0.25
     while True:

@@ -15,9 +15,9 @@ from fsu_ray.storage.models import Measured
 from fsu_ray.storage.policies import check_actor
 
 if TYPE_CHECKING:
-    from fsu_ray.method.networks import Classifier
+    from fsu_ray.models.networks import Classifier
 
-Tell = Callable[[str, int, int, dict[str, float]], None]
+ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Rechecked:
 
 
 def recheck(
-    ledger: Ledger, artifacts: Artifacts, reference: str, actor: str, tell: Tell | None = None
+    ledger: Ledger, artifacts: Artifacts, reference: str, actor: str, on_progress: ProgressCallback | None = None
 ) -> tuple[Model, ModelVersion, list[Rechecked]]:
     """Measure every erasure in force at `reference` (`Ledger.models.resolve`) on that version's weights, oldest first.
 
@@ -51,16 +51,16 @@ def recheck(
     found = []
     for done, erasure in enumerate(erasures, 1):
         found.append(_measure(artifacts, classifier, erasure, gates[erasure.request]))
-        if tell:
-            tell("recheck", done, len(erasures), {})
+        if on_progress:
+            on_progress("recheck", done, len(erasures), {})
     measured = [Measured(each.erasure.id, each.probes, each.share, each.passed) for each in found]
     ledger.models.record_rechecks(model.name, version.number, measured, actor)
     return model, version, found
 
 
 def _classifier(artifacts: Artifacts, model: Model, version: ModelVersion) -> Classifier:
-    from fsu_ray.method.networks import Classifier
     from fsu_ray.method.precision import default_device
+    from fsu_ray.models.networks import Classifier
 
     return Classifier.from_bytes(model.spec, artifacts.get(version.weights)).to(default_device())
 

@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NewType
 
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from fsu_ray.recipes import Frozen, Recipe
+
+Digest = NewType("Digest", str)
+"""The SHA-256 of an artifact's bytes or of a recipe, as 64 hexadecimal digits."""
 
 Kind = Literal["class", "subset"]
 GeneratorUse = Literal["trained", "reused", "warm_started", "transferred"]
@@ -188,8 +191,8 @@ class Request:
     due_at: datetime | None
     requested_by: str | None
     generator: str | None
-    lead: str | None
-    alone: bool
+    batch_leader: str | None
+    no_coalesce: bool
     failures: int
     retry_at: datetime | None
     cancel_by: str | None
@@ -233,7 +236,7 @@ class Generator:
     origin: GeneratorOrigin
     warm_started_from: str | None
     transferred_from: str | None
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     request: str | None
     created_at: datetime
     retired: str | None = None
@@ -260,7 +263,7 @@ class Erasure:
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchedRecipe:
     """A recipe that a search found for the requests of one kind of a model, its score, and what the search measured.
 
     One without a recipe, and without a score, says that a preset serves again.
@@ -334,7 +337,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Figures:
+class QueueStats:
     """How many requests there are by (model, state), how many could begin now by model, and how many erasures by
     (model, use of their generator)."""
 

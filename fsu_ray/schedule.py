@@ -25,11 +25,11 @@ from cronsim import CronSim, CronSimError
 
 from fsu_ray.config import LEASE_SECONDS
 from fsu_ray.errors import FsuError, RunFailed, UserError
-from fsu_ray.pipeline import Drain, Heartbeat, Result, patiently
+from fsu_ray.pipeline import Heartbeat, Result, WorkerOptions, retry_while_unavailable
 from fsu_ray.records import Schedule, Status, Window
+from fsu_ray.retention import tidy
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.upkeep import tidy
 
 PASS_SECONDS = 30.0
 """A resident scheduler looks at the schedules at least this often."""
@@ -39,7 +39,7 @@ MOST_REQUESTS = 1_000_000
 MOST_CHARACTERS = 100  # of a cron expression, in the ledger
 
 Left = Literal["ready", "later", "nothing"]
-Carry = Callable[[Drain], list[Result]]
+Carry = Callable[[WorkerOptions], list[Result]]
 """Claims and carries out what a `Drain` wants, e.g. on Ray; it is only called where something is ready."""
 
 
@@ -154,11 +154,11 @@ def run_due(
             if not fired[-1].closed:
                 break
     if any(each.closed for each in fired):
-        patiently(lambda: tidy(ledger, artifacts))
+        retry_while_unavailable(lambda: tidy(ledger, artifacts))
     return fired
 
 
-def serve(ledger: Ledger, one_pass: Callable[[datetime], object], tell: Callable[[FsuError], None]) -> None:
+def serve(ledger: Ledger, one_pass: Callable[[datetime], object], on_progress: Callable[[FsuError], None]) -> None:
     """Pass after pass, until an interrupt; `tell` hears what kept one from its end, such as a database that is away."""
     while True:
         moment, seconds = datetime.now(UTC), PASS_SECONDS
@@ -166,7 +166,7 @@ def serve(ledger: Ledger, one_pass: Callable[[datetime], object], tell: Callable
             one_pass(moment)
             seconds = pause(ledger.schedules.all(), moment, datetime.now(UTC))
         except FsuError as error:
-            tell(error)
+            on_progress(error)
         time.sleep(seconds)
 
 
@@ -197,12 +197,12 @@ def _work(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resu
     stop = Event()
     try:
         with Heartbeat(lambda: ledger.schedules.renew_window(window, LEASE_SECONDS), stop=stop):
-            left = patiently(lambda: _left(ledger, schedule, window, 0))
+            left = retry_while_unavailable(lambda: _left(ledger, schedule, window, 0))
             while left == "ready" and not stop.is_set():
                 left = _one(ledger, carry, schedule, window, results)
         over, count = left == "nothing", window.requests + len(results)
         leave = ledger.schedules.close_window if over else ledger.schedules.release_window
-        patiently(lambda: leave(window, count))
+        retry_while_unavailable(lambda: leave(window, count))
         return Fired(schedule, replace(window, requests=count), resumed, tuple(results), over, None)
     except Exception as error:
         failure = error if isinstance(error, FsuError) else RunFailed(f"{type(error).__name__}: {error}")
@@ -216,11 +216,11 @@ def _work(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resu
 
 def _one(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, results: list[Result]) -> Left:
     """Carry out the next request of a window, add its result, keep the count in the ledger: what is left then."""
-    ended = carry(Drain(most=1, model=schedule.model, until=ends_at(schedule, window)))
+    ended = carry(WorkerOptions(max_requests=1, model=schedule.model, until=ends_at(schedule, window)))
     results += ended
     count = window.requests + len(results)
-    patiently(lambda: ledger.schedules.renew_window(window, LEASE_SECONDS, count))
-    left = patiently(lambda: _left(ledger, schedule, window, len(results)))
+    retry_while_unavailable(lambda: ledger.schedules.renew_window(window, LEASE_SECONDS, count))
+    left = retry_while_unavailable(lambda: _left(ledger, schedule, window, len(results)))
     return "later" if left == "ready" and not ended else left  # another worker was faster
 
 
@@ -245,7 +245,9 @@ def _left(ledger: Ledger, schedule: Schedule, window: Window, done: int) -> Left
 def _leave(ledger: Ledger, window: Window, results: list[Result]) -> None:
     """Leave a window open for the next pass; where the ledger is away, that can have it when its lease is over."""
     with suppress(FsuError):
-        patiently(lambda: ledger.schedules.release_window(window, window.requests + len(results)), seconds=5)
+        retry_while_unavailable(
+            lambda: ledger.schedules.release_window(window, window.requests + len(results)), seconds=5
+        )
 
 
 def _times(schedule: Schedule, after: datetime) -> Iterator[datetime]:

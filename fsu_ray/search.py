@@ -31,10 +31,10 @@ from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 
 from fsu_ray.cluster import workers
-from fsu_ray.cluster.line import Listener, new_line
+from fsu_ray.cluster.progress import ProgressListener, new_progress_actor
 from fsu_ray.errors import FsuError, InvalidConfig, RunFailed, UserError
 from fsu_ray.recipes import Recipe
-from fsu_ray.space import Choices, Range, Space, apply, draw
+from fsu_ray.search_space import Choices, Range, Space, apply, draw
 from fsu_ray.work import BlobStore, WorkOrder
 
 RUNGS = (0.25, 0.5, 1.0)
@@ -46,7 +46,7 @@ error of .001. A recipe that was better by .0002 was refused by the gate when a 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SearchOptions:
     """How to search: that many `trials` over `space`, by chance or by Optuna, `seed` for the draws."""
 
     space: Space
@@ -56,7 +56,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search came to.
 
     `evidence`: `name`, `trials`, `finished` (those that went to the end), `steps` (of inversion, of all trials, the
@@ -74,14 +74,16 @@ class Found:
         return bool(self.score > self.evidence["initial"]["score"])
 
 
-def search_name(order: WorkOrder, wanted: Wanted) -> str:
+def search_name(order: WorkOrder, wanted: SearchOptions) -> str:
     """The name under which a search keeps its trials: it stands for all that decides them."""
     told = json.dumps({key: repr(line) for key, line in sorted(wanted.space.items())})
     all_of_it = f"{order!r}{told}{wanted.optuna}{wanted.seed}{wanted.trials}"
     return f"search-{hashlib.sha256(all_of_it.encode()).hexdigest()[:16]}"
 
 
-def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: Wanted, tell: Any = None) -> Found:
+def search(
+    order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: SearchOptions, on_progress: Any = None
+) -> SearchResult:
     """Search for a recipe for `order` on the Ray that this process is connected to, `order.recipe` being the first.
 
     `place`: filesystem (None: this machine's) and folder of the trials. `tell(stage, done, total, figures)` hears of
@@ -94,20 +96,20 @@ def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: W
     use_gpu, each = workers.resources()
     if wanted.optuna:
         _optuna(wanted)  # whether it is there
-    line = new_line()
+    line = new_progress_actor()
     alone = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)}
     best, heard = 0.0, 0
 
-    def hear(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+    def hear(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         nonlocal best, heard
         if stage == "trial":
-            best, heard = max(best, figures["score"]), heard + 1
-            stage, done, total, figures = "rungs", heard, len(RUNGS) * wanted.trials, {**figures, "best": best}
-        if tell:
-            tell(stage, done, total, figures)
+            best, heard = max(best, metrics["score"]), heard + 1
+            stage, done, total, metrics = "rungs", heard, len(RUNGS) * wanted.trials, {**metrics, "best": best}
+        if on_progress:
+            on_progress(stage, done, total, metrics)
 
     never = threading.Event()  # Tune keeps what there is: nobody needs to stop before an interrupt ends it all
-    with Listener(line, hear, never):
+    with ProgressListener(line, hear, never):
         reference = ray.remote(**alone)(_reference).remote(order, store, line)
         ray.wait([reference])
         share = {"cpu": 1, "gpu": 1} if use_gpu else {"cpu": 1}
@@ -130,7 +132,7 @@ def search(order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: W
     return _best(order.recipe, initial, list(results), name, time.monotonic() - started)
 
 
-def _best(base: Recipe, initial: dict[str, Any], results: list[Any], name: str, seconds: float) -> Found:
+def _best(base: Recipe, initial: dict[str, Any], results: list[Any], name: str, seconds: float) -> SearchResult:
     """The best of the recipes that were trained to the end, and of the one that the search began with."""
     rows = [result.metrics for result in results if result.metrics and "score" in result.metrics]
     if not rows:
@@ -148,13 +150,13 @@ def _best(base: Recipe, initial: dict[str, Any], results: list[Any], name: str, 
     }
     top = max(whole, key=lambda row: float(row["score"]), default=None)
     if top is None or top["score"] <= initial["score"] + MARGIN:
-        return Found(base, initial["score"], {**evidence, "best": initial, "values": {}})
+        return SearchResult(base, initial["score"], {**evidence, "best": initial, "values": {}})
     values = _values(top["config"])
     best = {part: top[part] for part in initial}
-    return Found(apply(base, values), top["score"], {**evidence, "best": best, "values": values})
+    return SearchResult(apply(base, values), top["score"], {**evidence, "best": best, "values": values})
 
 
-def _tuner(trainable: Any, order: WorkOrder, place: tuple[Any, str], name: str, wanted: Wanted) -> Any:
+def _tuner(trainable: Any, order: WorkOrder, place: tuple[Any, str], name: str, wanted: SearchOptions) -> Any:
     """A new search, or the one of that name as it was left."""
     filesystem, folder = place
     path = f"{folder}/{name}"
@@ -188,13 +190,13 @@ def _tuner(trainable: Any, order: WorkOrder, place: tuple[Any, str], name: str, 
     )
 
 
-def _draws(wanted: Wanted) -> dict[str, Any]:
+def _draws(wanted: SearchOptions) -> dict[str, Any]:
     """All of the draws at once: the same for a seed, whoever runs them."""
     rng = random.Random(wanted.seed)
     return {"values": tune.grid_search([draw(wanted.space, rng) for _ in range(wanted.trials)])}
 
 
-def _optuna(wanted: Wanted) -> Any:
+def _optuna(wanted: SearchOptions) -> Any:
     try:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -241,13 +243,13 @@ def _ready(order: WorkOrder, store: BlobStore, reference: bytes, recipe: Recipe)
     from fsu_ray.method.synthesize import Synthetic
 
     objective = Objective(order, store, _device(), Synthetic.from_bytes(reference))
-    return objective, invert.begin(objective.labeller, recipe.invert)
+    return objective, invert.begin(objective.teacher, recipe.invert)
 
 
 def _train(objective: Any, run: Any, recipe: Recipe, until: int, progress: Any = None) -> Any:
     from fsu_ray.method import invert
 
-    return invert.invert(objective.labeller, recipe.invert, run, progress, until=until)
+    return invert.invert(objective.teacher, recipe.invert, run, progress, until=until)
 
 
 def _trial(config: dict[str, Any], order: WorkOrder, store: BlobStore, reference: bytes, line: Any) -> None:

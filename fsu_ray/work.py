@@ -24,7 +24,7 @@ class BlobStore(Protocol):
 
 
 @dataclass(frozen=True)
-class PriorErasure:
+class EarlierErasure:
     """An earlier erasure as a worker needs it: its mask is rebuilt on a new D', its probes are re-measured.
 
     `sealed`: the root of this run has erased it itself, so D' needs no mask of it any more.
@@ -42,7 +42,7 @@ class PriorErasure:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ErasureTarget:
     """A behaviour that a coalesced run erases besides that of its leading request."""
 
     request: str
@@ -57,7 +57,7 @@ class GeneratorRef:
     id: str
     weights: str
     dataset: str
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,18 @@ class WorkOrder:
     behaviour: Behaviour
     samples: str
     recipe: Recipe
-    priors: tuple[PriorErasure, ...] = ()
+    earlier_erasures: tuple[EarlierErasure, ...] = ()
     reuse: GeneratorRef | None = None
     warm: GeneratorRef | None = None
     test_set: str | None = None
-    also: tuple[Asked, ...] = ()
+    also: tuple[ErasureTarget, ...] = ()
     transfer: GeneratorRef | None = None
-    bound: bool = False
+    required: bool = False
 
     @property
-    def asked(self) -> tuple[Asked, ...]:
+    def asked(self) -> tuple[ErasureTarget, ...]:
         """Everything that this run is to erase: its own request first."""
-        return (Asked(self.request, self.behaviour, self.samples), *self.also)
+        return (ErasureTarget(self.request, self.behaviour, self.samples), *self.also)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Outcome:
     generator_use: GeneratorUse
     generator_weights: str
     dataset: str
-    figures: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     refused: tuple[str, ...]
     weights: str | None
     mask: str | None

@@ -30,7 +30,7 @@ def main() -> int:
                 options.arch,
                 options.epochs,
                 options.seed,
-                tell=lambda done, total, figures: watcher.tell("train", done, total, figures),
+                on_progress=lambda done, total, metrics: watcher.tell("train", done, total, metrics),
             )
         model = app.register(options.name, spec, weights, test_set=options.data)
     except FsuError as error:

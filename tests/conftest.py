@@ -28,8 +28,8 @@ from fsu_ray.app import App
 from fsu_ray.config import read_settings
 from fsu_ray.errors import StorageError
 from fsu_ray.method.datasets import Images, load
-from fsu_ray.method.fit import Schedule, fit
-from fsu_ray.method.networks import Classifier
+from fsu_ray.method.fit import TrainingSchedule, fit
+from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelSpec
 from fsu_ray.storage.ledger import open_ledger
@@ -86,7 +86,7 @@ def trained() -> Trained:
     images, held = load("digits", "train", spec.shape), load("digits", "test", spec.shape)
     torch.manual_seed(7)  # one whose inverter of QUICK draws all classes, whatever the threads and the precision
     classifier = Classifier(spec)
-    fit(classifier, images.pixels, images.labels, Schedule(epochs=12, batch=64))
+    fit(classifier, images.pixels, images.labels, TrainingSchedule(epochs=12, batch=64))
     return Trained(spec, classifier.to_bytes(), images, held)
 
 
@@ -258,3 +258,40 @@ def mnist() -> Path:
             pytest.fail("FSU_REQUIRE names mnist, and FSU_DATA does not hold it")
         pytest.skip("FSU_DATA does not hold MNIST/raw/*.gz")
     return folder
+
+
+def make_spec(arch: str = "lenet5", channels: int = 1, size: int = 16, classes: int = 3, **more: object) -> ModelSpec:
+    """A small model; `more` goes to ModelSpec."""
+    return ModelSpec(arch=arch, channels=channels, height=size, width=size, classes=classes, **more)
+
+
+def make_classifier(arch: str = "lenet5", seed: int = 0, **more: object) -> Classifier:
+    """A classifier in eval mode whose BatchNorm statistics come from noise, not from the initial 0 and 1."""
+    torch.manual_seed(seed)
+    spec = make_spec(arch, **more)
+    classifier = Classifier(spec).train()
+    with torch.no_grad():
+        for _ in range(3):
+            classifier(torch.rand(16, *spec.shape))
+    return classifier.eval()
+
+
+@pytest.fixture
+def spec() -> Callable[..., ModelSpec]:
+    """`make_spec`."""
+    return make_spec
+
+
+@pytest.fixture
+def classifier() -> Callable[..., Classifier]:
+    """`make_classifier`."""
+    return make_classifier
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors as small as these are faster on one thread, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -50,14 +50,16 @@ def erase(app: App, trained: Any) -> Callable[..., None]:
         for target in targets:
             behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
             app.ledger.requests.submit("m", behaviour, f"{target:064}", 8, Recipe())
-        request = app.ledger.requests.claim("tester", 60, along=len(targets) - 1)
+        request = app.ledger.requests.claim("tester", 60, max_batch=len(targets) - 1)
         assert request is not None
         pixels = app.artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [probes], 20, 0)]))
         report = {"forgetting": {"samples_in_target": 0.125, "probes_in_target": 0.01}}
-        along = tuple(Part(other.id, "c" * 64, pixels, report) for other in app.ledger.requests.batch_members(request))
+        max_batch = tuple(
+            Part(other.id, "c" * 64, pixels, report) for other in app.ledger.requests.batch_members(request)
+        )
         weights = app.artifacts.put(trained.weights)
         made = ("a" * 64, "b" * 64, {"agreement": 0.99, "starved": []}, (), weights, "c" * 64, pixels, report, {})
-        app.ledger.commit(request, Outcome(None, "trained", *made, also=along), app.ledger.models.version("m"))
+        app.ledger.commit(request, Outcome(None, "trained", *made, also=max_batch), app.ledger.models.version("m"))
 
     return commit
 

@@ -15,7 +15,7 @@ from fsu_ray.cli import app as commands
 from fsu_ray.config import read_settings
 from fsu_ray.method.datasets import write_samples
 from fsu_ray.recipes import Recipe, RelearnRecipe, SynthesizeRecipe
-from fsu_ray.records import ModelSpec, Searched
+from fsu_ray.records import ModelSpec, SearchedRecipe
 from fsu_ray.work import Outcome
 
 Fsu = Callable[..., Result]
@@ -38,7 +38,7 @@ def fsu(app: App, home: Path, monkeypatch: pytest.MonkeyPatch) -> Fsu:
 
 
 @pytest.fixture
-def searched(fsu: Fsu, app: App) -> Searched:
+def searched(fsu: Fsu, app: App) -> SearchedRecipe:
     """What a search has found for class requests of `m`."""
     return app.ledger.recipes.keep("m", "class", FOUND, 0.97, EVIDENCE, "u-1")
 
@@ -65,21 +65,21 @@ class TestSubmit:
         made = [request.recipe for request in app.ledger.requests.all()]
         assert made == [Recipe(), Recipe(relearn=RelearnRecipe(epochs=2)), app.recipe("digits")]
 
-    def test_what_was_found_is_taken(self, fsu: Fsu, app: App, searched: Searched) -> None:
+    def test_what_was_found_is_taken(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
         assert f"recipe: searched {searched.id}, score 0.97\n" in submit(fsu, 8).stdout
         (request,) = app.ledger.requests.all()
         assert request.recipe == FOUND
         assert app.ledger.recipes.origin(request) == searched
 
-    def test_a_preset_that_is_named_overrides_it(self, fsu: Fsu, app: App, searched: Searched) -> None:
+    def test_a_preset_that_is_named_overrides_it(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
         assert "recipe: default\n" in submit(fsu, 8, "--recipe", "default").stdout
         assert app.ledger.requests.all()[0].recipe == Recipe()
 
-    def test_it_is_for_its_kind_alone(self, fsu: Fsu, app: App, searched: Searched) -> None:
+    def test_it_is_for_its_kind_alone(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
         assert "recipe: default\n" in submit(fsu, 8, "--kind", "subset").stdout
         assert app.ledger.requests.all()[0].recipe == Recipe()
 
-    def test_changes_lie_on_top_and_are_of_no_search(self, fsu: Fsu, app: App, searched: Searched) -> None:
+    def test_changes_lie_on_top_and_are_of_no_search(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
         said = submit(fsu, 8, "--set", "relearn.epochs=2", "--set", "invert.weights.bn=3").stdout
         assert f"recipe: searched {searched.id}, score 0.97, changed by --set\n" in said
         (request,) = app.ledger.requests.all()
@@ -89,7 +89,7 @@ class TestSubmit:
         refused(fsu("request", "submit", "--model", "m", "--behaviour", "x", "--target", 3, "--samples", "s",
                     "--set", "invert.stepz=3"), "invert.stepz")  # fmt: skip
 
-    def test_a_reset_takes_it_away(self, fsu: Fsu, app: App, searched: Searched) -> None:
+    def test_a_reset_takes_it_away(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
         submit(fsu, 8)
         said = fsu("recipe", "reset", "m", "--kind", "class", "--by", "u-2").stdout
         assert said == "class requests of m take the preset default again; those that are queued keep their recipe\n"
@@ -107,7 +107,7 @@ class TestSubmit:
         assert json.loads(submit(fsu, 4, "--json").stdout)["recipe_from"] is None
         assert [request.recipe for request in app.ledger.requests.all()] == [Recipe(), Recipe()]
 
-    def test_as_json(self, fsu: Fsu, searched: Searched) -> None:
+    def test_as_json(self, fsu: Fsu, searched: SearchedRecipe) -> None:
         taken = [
             json.loads(submit(fsu, target, *more, "--json").stdout)["recipe_from"]
             for target, more in ((8, []), (4, ["--set", "relearn.epochs=2"]), (3, ["--recipe", "digits"]))
@@ -123,7 +123,7 @@ class TestSettings:
     TOML = "[recipe.relearn]\nepochs = 9\n[recipe.gate]\nagreement_min = 0.99\n"
 
     def test_the_file_lies_on_presets_and_not_on_what_was_found(
-        self, fsu: Fsu, app: App, home: Path, searched: Searched
+        self, fsu: Fsu, app: App, home: Path, searched: SearchedRecipe
     ) -> None:
         """What it says is passed over, and the command says so; a value that is the same is no matter."""
         (home / "fsu.toml").write_text(self.TOML)
@@ -140,7 +140,9 @@ class TestSettings:
         (home / "fsu.toml").write_text("[recipe.relearn]\nepochs = 7\n")
         assert submit(fsu, 5).stderr == ""
 
-    def test_the_app_chooses_as_the_command_does(self, app: App, home: Path, fsu: Fsu, searched: Searched) -> None:
+    def test_the_app_chooses_as_the_command_does(
+        self, app: App, home: Path, fsu: Fsu, searched: SearchedRecipe
+    ) -> None:
         (home / "fsu.toml").write_text(self.TOML)
         opened = App.open(read_settings())
         found = opened.recipe_for("m", "class")
@@ -152,7 +154,7 @@ class TestSettings:
 
 
 class TestRecipe:
-    def test_list(self, fsu: Fsu, searched: Searched) -> None:
+    def test_list(self, fsu: Fsu, searched: SearchedRecipe) -> None:
         fsu("recipe", "reset", "m", "--kind", "class", "--by", "u-2")
         shown = fsu("recipe", "list", "m").stdout
         for words in (searched.id, "class requests", "0.97", FOUND.digest[:12], "u-1", "reset to a preset", "u-2"):
@@ -164,7 +166,7 @@ class TestRecipe:
         assert Recipe.model_validate(first["recipe"]) == FOUND
         assert (second["recipe"], second["digest"], second["in_force"]) == (None, None, False)
 
-    def test_one_that_is_in_force_says_so(self, fsu: Fsu, app: App, searched: Searched) -> None:
+    def test_one_that_is_in_force_says_so(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
         app.ledger.recipes.keep("m", "class", Recipe(), 0.98, {})
         app.ledger.recipes.keep("m", "subset", FOUND, 0.8, {})
         lines = [line for line in fsu("recipe", "list", "m").stdout.splitlines() if "s-" in line]
@@ -172,7 +174,7 @@ class TestRecipe:
         listed = json.loads(fsu("recipe", "list", "m", "--json").stdout)
         assert [each["in_force"] for each in listed] == [False, True, True]
 
-    def test_show(self, fsu: Fsu, searched: Searched) -> None:
+    def test_show(self, fsu: Fsu, searched: SearchedRecipe) -> None:
         """What is not as in the preset, and the evidence."""
         shown = fsu("recipe", "show", "m").stdout
         assert f"class requests of m: searched {searched.id}, score 0.97\n" in shown
@@ -187,7 +189,7 @@ class TestRecipe:
         assert (preset["preset"], preset["digest"], preset["search"]) == ("default", Recipe().digest, None)
         assert Recipe.model_validate(found["recipe"]) == FOUND
 
-    def test_reset_as_json(self, fsu: Fsu, searched: Searched) -> None:
+    def test_reset_as_json(self, fsu: Fsu, searched: SearchedRecipe) -> None:
         document = json.loads(fsu("recipe", "reset", "m", "--kind", "class", "--by", "u-2", "--json").stdout)
         assert (document["kind"], document["recipe"], document["actor"]) == ("class", None, "u-2")
         assert document["in_force"] is False
@@ -206,7 +208,7 @@ class TestRecipe:
 
 class TestOrigin:
     @pytest.fixture
-    def erased(self, fsu: Fsu, app: App, searched: Searched) -> list[str]:
+    def erased(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> list[str]:
         """Two requests that have ended, of a preset and of a search."""
         submit(fsu, 4, "--recipe", "default")
         submit(fsu, 8)
@@ -220,7 +222,7 @@ class TestOrigin:
             ended.append(request.id)
         return ended
 
-    def test_erased_shows_it(self, fsu: Fsu, searched: Searched, erased: list[str]) -> None:
+    def test_erased_shows_it(self, fsu: Fsu, searched: SearchedRecipe, erased: list[str]) -> None:
         head, *lines = [line for line in fsu("erased", "m").stdout.splitlines() if "request" in line or "r-" in line]
         assert "recipe of" in head
         assert [searched.id in line for line in lines] == [False, True]
@@ -229,7 +231,7 @@ class TestOrigin:
         assert [each["recipe_origin"] for each in document["erased"]] == [None, searched.id]
         assert "recipe of" not in fsu("erased", "m@2").stdout, "no column without one"
 
-    def test_request_show_shows_it(self, fsu: Fsu, searched: Searched, erased: list[str]) -> None:
+    def test_request_show_shows_it(self, fsu: Fsu, searched: SearchedRecipe, erased: list[str]) -> None:
         first, second = (fsu("request", "show", request).stdout for request in erased)
         assert f"recipe {Recipe().digest[:12]}: not of a search\n" in first
         assert f"recipe {FOUND.digest[:12]}: searched {searched.id}, score 0.97\n" in second
@@ -241,7 +243,7 @@ class TestOrigin:
         waiting = json.loads(fsu("request", "list", "--status", "queued", "--json").stdout)[0]["id"]
         assert f"searched {searched.id}" in fsu("request", "show", waiting).stdout, "before it has a report"
 
-    def test_history_and_the_audit_show_it(self, fsu: Fsu, searched: Searched, erased: list[str]) -> None:
+    def test_history_and_the_audit_show_it(self, fsu: Fsu, searched: SearchedRecipe, erased: list[str]) -> None:
         fsu("recipe", "reset", "m", "--kind", "class")
         shown = fsu("history", "m").stdout
         for words in ("recipe_found", f"search {searched.id}, kind class, score 0.97", "recipe_reset",

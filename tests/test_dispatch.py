@@ -13,7 +13,7 @@ from fsu_ray.app import App
 from fsu_ray.cluster.jobs import Job, job_of, package_env, session_mark
 from fsu_ray.config import read_settings
 from fsu_ray.dispatch import reconcile, send, stop, variables
-from fsu_ray.pipeline import Drain
+from fsu_ray.pipeline import WorkerOptions
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Request, Status
 
@@ -66,7 +66,7 @@ def test_what_is_sent(app: App, queued: Callable[[str], Request]) -> None:
     """One job for the request that comes first and its attempt, with labels that say so and a check of the ledger."""
     request = queued("m")
     head: Any = Remembering()
-    sent = send(app.ledger, app.settings, head, Drain(5, "m", 2, True))
+    sent = send(app.ledger, app.settings, head, WorkerOptions(5, "m", 2, True))
     assert sent is not None
     assert (sent.request.id, sent.new) == (request.id, True)
     (entrypoint, name, env, labels) = head.sent[0]
@@ -81,10 +81,10 @@ def test_what_is_sent(app: App, queued: Callable[[str], Request]) -> None:
 
 def test_nothing_is_sent_where_nothing_is_ready(app: App, queued: Callable[[str], Request]) -> None:
     head: Any = Remembering()
-    assert send(app.ledger, app.settings, head, Drain()) is None
+    assert send(app.ledger, app.settings, head, WorkerOptions()) is None
     queued("m")
     claim(app, "m", "w1")
-    assert send(app.ledger, app.settings, head, Drain()) is None
+    assert send(app.ledger, app.settings, head, WorkerOptions()) is None
     assert head.sent == []
 
 
@@ -93,7 +93,7 @@ def test_a_dead_job_is_retried_as_the_next_attempt(app: App, queued: Callable[[s
     request = queued("m")
     claim(app, "m", f"job/{MARK}/fsu-{request.id}-1/host:1")
     head: Any = Remembering({f"fsu-{request.id}-1": job(f"fsu-{request.id}-1", "FAILED")})
-    sent = send(app.ledger, app.settings, head, Drain())
+    sent = send(app.ledger, app.settings, head, WorkerOptions())
     assert sent is not None
     assert head.sent[0][1] == f"fsu-{request.id}-2"
     taken = claim(app, "m", "w2")
@@ -118,7 +118,7 @@ def test_what_nobody_takes_over_keeps_nobody_waiting(
         for _ in range(2):
             reconcile(app.ledger, head)
             claim(app, "m", worker)
-    sent = send(app.ledger, app.settings, head, Drain())
+    sent = send(app.ledger, app.settings, head, WorkerOptions())
     assert sent is not None
     assert sent.request.id == second.id
     assert app.ledger.requests.get(first.id).status is (Status.CANCELLED if cancelled else Status.FAILED)

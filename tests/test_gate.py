@@ -67,16 +67,16 @@ def test_what_is_not_forgotten_is_refused(part):
 
 
 @pytest.mark.parametrize(
-    ("figures", "says"),
+    ("metrics", "says"),
     [
         ({"samples": 0.2}, "samples_in_target 0.200 (of 40) > 0.05"),
         ({"samples": 0.2, "counts": COUNTS | {"samples_held_out": 0}}, "samples_in_target 0.200 (of 200) > 0.05"),
         ({"probes": 0.1}, "probes_in_target 0.100 (of 40) > 0.05"),
     ],
 )
-def test_a_refusal_says_of_how_many(figures, says):
+def test_a_refusal_says_of_how_many(metrics, says):
     """The number tells how much a share is worth."""
-    assert says in refuse_result(report(**figures), GATE)
+    assert says in refuse_result(report(**metrics), GATE)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_the_first_reason_is_the_one_that_is_given():
 def test_a_figure_that_is_no_number_is_refused() -> None:
     """NaN compares as neither above nor below: both gates treat it as a failure."""
     nan = float("nan")
-    figures = {"starved": [], "agreement": nan, "coverage": nan, "acceptance": nan, "bn_distance": nan}
-    assert len(refuse_generator(figures, GateRecipe())) == 4
+    metrics = {"starved": [], "agreement": nan, "coverage": nan, "acceptance": nan, "bn_distance": nan}
+    assert len(refuse_generator(metrics, GateRecipe())) == 4
     report = {
         "forgetting": {"samples_in_target": 0.0, "probes_in_target": 0.0, **COUNTS},
         "earlier": [],

@@ -19,11 +19,11 @@ from fsu_ray.app import App
 from fsu_ray.cli import app as commands
 from fsu_ray.errors import TransitionRefused
 from fsu_ray.method.baselines.gan import GanRecipe, train
-from fsu_ray.method.context import Saved
+from fsu_ray.method.context import RunState
 from fsu_ray.method.datasets import draw, write_samples
-from fsu_ray.method.networks import Classifier, Generator
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.method.unlearn import unlearn
+from fsu_ray.models.networks import Classifier, Generator
 from fsu_ray.pipeline import run_request
 from fsu_ray.records import Generator as Kept
 from fsu_ray.records import Request, Status
@@ -104,7 +104,7 @@ def carry_out(app: App, execute: pipeline.Execute = here) -> Request:
 
 def sound(app: App) -> None:
     """The audit finds nothing, of the ledger, its artifacts, and a bundle of both."""
-    app.ledger.database.seal()
+    app.ledger.database.flush()
     found = app.ledger.audit.verify(app.artifacts)
     assert (found.findings, found.waiting) == ((), 0)
     file = app.settings.home / f"bundle-{found.events}.jsonl"
@@ -127,7 +127,7 @@ def test_an_imported_generator_serves_in_the_place_of_an_inverter(fsu: Fsu, app:
     assert "the gate would refuse" not in said
     (kept,) = app.ledger.generators.all("m")
     assert (kept.origin, kept.request, kept.root) == ("imported", None, 1)
-    assert kept.figures["acceptance"] > 0.9
+    assert kept.metrics["acceptance"] > 0.9
     assert len(Synthetic.from_bytes(app.artifacts.get(kept.dataset))) == 400
     submit(8)
     done = carry_out(app)
@@ -151,7 +151,7 @@ def test_what_was_erased_before_is_masked_in_the_d_of_an_import(fsu: Fsu, app: A
     submit(8)
     carry_out(app)
     second = import_it(fsu, app, "--set", "synthesize.seed=1")
-    assert second.figures["agreement"] > 0.95, "without a mask the eights disagree"
+    assert second.metrics["agreement"] > 0.95, "without a mask the eights disagree"
     assert second.dataset != first.dataset
     submit(3, "--set", "synthesize.seed=1")
     done = carry_out(app)
@@ -281,7 +281,7 @@ def test_a_refusal_is_not_forgotten_by_a_run_that_goes_on(fsu: Fsu, app: App, su
     """From whatever checkpoint there is."""
     source = import_it(fsu, app)
     submit(8, "--generator", source.id, *NONE_PASS, model=model)
-    states: list[Saved] = []
+    states: list[RunState] = []
 
     def twice(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
         unlearn(order, store, torch.device("cpu"), checkpoint=states.append)
@@ -378,13 +378,13 @@ def test_who_asks_for_a_generator_runs_alone(fsu: Fsu, app: App, submit: Any) ->
     source = import_it(fsu, app)
     for digit, more in ((8, ()), (3, ("--generator", source.id)), (5, ())):
         submit(digit, *more)
-    claimed = app.ledger.requests.claim("tester", 60, along=9)
+    claimed = app.ledger.requests.claim("tester", 60, max_batch=9)
     assert claimed is not None
     assert [other.behaviour.targets for other in app.ledger.requests.batch_members(claimed)] == [(5,)]
     for each in (claimed,):
         app.ledger.requests.cancel(each.id)
         app.ledger.requests.stop(each)
-    led = app.ledger.requests.claim("tester", 60, along=9)
+    led = app.ledger.requests.claim("tester", 60, max_batch=9)
     assert led is not None
     assert led.behaviour.targets == (3,)
     assert app.ledger.requests.batch_members(led) == []

@@ -17,9 +17,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those of a lower layer, and those of its own part.
 LAYERS = [
     {"errors", "recipes", "records", "work"},
-    {"config", "gate", "space"},
-    {"method", "storage"},
-    {"upkeep", "recheck", "cluster"},
+    {"config", "gate", "search_space"},
+    {"models", "storage"},
+    {"method"},
+    {"retention", "recheck", "cluster"},
     {"pipeline"},
     {"search", "schedule", "dispatch"},
     {"experiments", "report"},
@@ -29,6 +30,7 @@ LAYERS = [
     {"__main__"},
 ]
 FORBIDDEN = {
+    "models": {"ray", "sqlalchemy", "alembic"},
     "method": {"ray", "sqlalchemy", "alembic"},
     "storage": {"torch", "torchvision", "ray"},
     "cluster": {"sqlalchemy"},

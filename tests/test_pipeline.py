@@ -22,10 +22,10 @@ from fsu_ray.errors import AlreadyErased, InvalidSamples, LeaseLost, LedgerUnava
 from fsu_ray.method.context import load_samples
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
-from fsu_ray.pipeline import Drain, Execute, Result, drain, make_order, run_name, run_request
+from fsu_ray.pipeline import Execute, Result, WorkerOptions, drain, make_order, run_name, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Request, Status
-from fsu_ray.storage.registry import Offer
+from fsu_ray.storage.registry import GeneratorCandidates
 from fsu_ray.work import Outcome, WorkOrder
 
 
@@ -172,7 +172,7 @@ def test_what_the_input_is_to_blame_for_is_not_tried_again(app: App, ask: Callab
 
 
 def forget_backoff(app: App) -> None:
-    with app.ledger.database.stepping("the queue") as connection:
+    with app.ledger.database.autocommit("the queue") as connection:
         connection.exec_driver_sql("UPDATE requests SET retry_at = NULL WHERE status = 'queued'")
 
 
@@ -261,7 +261,7 @@ def test_class_requests_of_a_model_run_together(app: App, ask: Callable[..., Req
     thorough = quick.model_copy(update={"relearn": quick.relearn.model_copy(update={"epochs": 15, "lr": 3e-3})})
     for target in (8, 3, 5):
         ask(target, thorough)
-    wanted = Drain(coalesce=True)
+    wanted = WorkerOptions(coalesce=True)
     results = drain(app.ledger, "w", wanted, functools.partial(run_request, app.ledger, app.artifacts, here))
     assert [r.request.behaviour.targets for r in results] == [(8,), (3,), (5,)]
     assert {(r.request.status, r.request.version) for r in results} == {(Status.SUCCEEDED, 2)}
@@ -286,14 +286,14 @@ def test_a_coalesced_run_that_is_refused_is_undone(app: App, ask: Callable[..., 
     strict = gate(quick, agreement_min=1.0)
     for target in (8, 3):
         ask(target, strict.model_copy(update={"relearn": strict.relearn.model_copy(update={"lr": 0.3})}))
-    claimed = app.ledger.requests.claim("tester", 60, along=9)
+    claimed = app.ledger.requests.claim("tester", 60, max_batch=9)
     assert claimed is not None
     (result,) = run_request(app.ledger, app.artifacts, here, claimed)
     assert result.request.status is Status.QUEUED
     assert (result.request.reason or "").startswith("coalesced run refused: retention_lost")
-    assert all(request.alone for request in app.ledger.requests.all("m"))
+    assert all(request.no_coalesce for request in app.ledger.requests.all("m"))
     assert app.ledger.models.erasures("m") == []
-    alone = app.ledger.requests.claim("tester", 60, along=9)
+    alone = app.ledger.requests.claim("tester", 60, max_batch=9)
     assert alone is not None
     assert app.ledger.requests.batch_members(alone) == []
 
@@ -317,7 +317,7 @@ def test_models_run_side_by_side(app: App, ask: Callable[..., Request], trained:
         raise InvalidSamples("enough")
 
     run = functools.partial(run_request, app.ledger, app.artifacts, meet)
-    results = drain(app.ledger, "w", Drain(parallel=2), run)
+    results = drain(app.ledger, "w", WorkerOptions(parallel=2), run)
     assert len(results) == 3
     assert max(seen) == 2
 
@@ -340,7 +340,12 @@ def test_an_interrupt_ends_all_runs_of_a_worker(
         raise Stopped("the run was stopped")
 
     with pytest.raises(KeyboardInterrupt):
-        drain(app.ledger, "w", Drain(parallel=2), functools.partial(run_request, app.ledger, app.artifacts, until_told))
+        drain(
+            app.ledger,
+            "w",
+            WorkerOptions(parallel=2),
+            functools.partial(run_request, app.ledger, app.artifacts, until_told),
+        )
     assert {request.status for request in app.ledger.requests.all()} == {Status.QUEUED}
     assert sorted(request.attempt for request in app.ledger.requests.all()) == [0, 1, 1]
 
@@ -370,7 +375,7 @@ def test_a_run_that_hears_nothing_gives_its_request_back(
         return []
 
     with pytest.raises(KeyboardInterrupt):
-        drain(app.ledger, "w", Drain(parallel=2), run)
+        drain(app.ledger, "w", WorkerOptions(parallel=2), run)
     assert given_back.is_set()
     assert {request.status for request in app.ledger.requests.all()} == {Status.QUEUED}
     assert {request.failures for request in app.ledger.requests.all()} == {0}
@@ -381,8 +386,8 @@ def test_nothing_new_begins_after_the_end_of_a_window(app: App, ask: Callable[..
     for target in (8, 3, 5):
         ask(target)
     run = functools.partial(run_request, app.ledger, app.artifacts, here)
-    assert drain(app.ledger, "w", Drain(until=datetime.now(UTC)), run) == []
-    assert len(drain(app.ledger, "w", Drain(most=2, coalesce=True), run)) == 2
+    assert drain(app.ledger, "w", WorkerOptions(until=datetime.now(UTC)), run) == []
+    assert len(drain(app.ledger, "w", WorkerOptions(max_requests=2, coalesce=True), run)) == 2
     assert app.ledger.requests.claimable("m")
 
 
@@ -394,16 +399,16 @@ def test_checkpoints_serve_the_same_order_alone(app: App, ask: Callable[..., Req
     names = []
     for _ in range(2):
         base = app.ledger.models.version("m")
-        names.append(run_name(make_order(app.ledger, request, base, base, Offer(None, None))))
+        names.append(run_name(make_order(app.ledger, request, base, base, GeneratorCandidates(None, None))))
     app.ledger.requests.release(claimed, "interrupted")
     app.update("m", app.artifacts.get(app.ledger.models.version("m").weights))
     base = app.ledger.models.version("m")
-    other = run_name(make_order(app.ledger, request, base, base, Offer(None, None)))
+    other = run_name(make_order(app.ledger, request, base, base, GeneratorCandidates(None, None)))
     assert names[0] == names[1]
     assert names[0].startswith(request.id)
     assert other == names[0], "the very same weights: the same order"
     changed = replace(base, weights="0" * 64)
-    assert run_name(make_order(app.ledger, request, changed, base, Offer(None, None))) != names[0]
+    assert run_name(make_order(app.ledger, request, changed, base, GeneratorCandidates(None, None))) != names[0]
 
 
 def test_a_worker_that_was_taken_over_writes_nothing(app: App, ask: Callable[..., Request]) -> None:

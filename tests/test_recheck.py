@@ -40,8 +40,8 @@ def erase(app: App, trained: Any) -> Erase:
         chosen = [] if digits is None else draw(trained.train, [digits], 20, 0)
         probes = app.artifacts.put(save_samples(trained.train.pixels[chosen]))
         report = {"forgetting": {"samples_in_target": 0.0, "probes_in_target": recorded}}
-        figures = {"agreement": 0.99, "starved": []}
-        made = ("a" * 64, "b" * 64, figures, (), app.artifacts.put(trained.weights), "c" * 64, probes, report, {})
+        metrics = {"agreement": 0.99, "starved": []}
+        made = ("a" * 64, "b" * 64, metrics, (), app.artifacts.put(trained.weights), "c" * 64, probes, report, {})
         app.ledger.commit(claimed, Outcome(None, "trained", *made), app.ledger.models.version("m"))
         assert claimed.id == request.id
         return app.ledger.models.erasures("m")[-1]

@@ -22,7 +22,7 @@ from fsu_ray.config import read_settings
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
-from fsu_ray.pipeline import Drain, drain, run_request
+from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Status
 from fsu_ray.storage.ledger import open_ledger
@@ -134,7 +134,7 @@ def carry_out(
         return outcome
 
     run = functools.partial(run_request, app.ledger, app.artifacts, execute)
-    (result,) = drain(app.ledger, "w", Drain(model=model), run)
+    (result,) = drain(app.ledger, "w", WorkerOptions(model=model), run)
     assert [version.number for version in app.ledger.models.versions(model)] == [1, 2]
     assert [erasure.behaviour.name for erasure in app.ledger.models.erasures(model)] == ["eight"]
     needed, _ = app.ledger.references()

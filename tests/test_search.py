@@ -21,9 +21,9 @@ from fsu_ray.errors import FsuError, InvalidSamples, TransitionRefused, UserErro
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
-from fsu_ray.search import MARGIN, Found, Wanted, _best, search, search_name
-from fsu_ray.space import SPACE, apply, narrowed
-from fsu_ray.work import Asked, WorkOrder
+from fsu_ray.search import MARGIN, SearchOptions, SearchResult, _best, search, search_name
+from fsu_ray.search_space import SPACE, apply, narrowed
+from fsu_ray.work import ErasureTarget, WorkOrder
 
 FSU = str(Path(sys.executable).parent / "fsu")
 TINY = {
@@ -44,12 +44,12 @@ EIGHT = Behaviour(name="eight", kind="class", targets=(8,))
 
 
 @pytest.fixture
-def asked(app: App, trained: Any, home: Path) -> Asked:
+def asked(app: App, trained: Any, home: Path) -> ErasureTarget:
     """A model `m`, and a request to erase class 8 from it, which waits."""
     app.register("m", trained.spec, trained.weights)
     write_samples(trained.train.pixels[draw(trained.train, [8], 12, 0)], home / "samples")
     request, _ = app.submit("m", EIGHT, str(home / "samples"), apply(Recipe(), TINY))
-    return Asked(request.id, request.behaviour, request.samples)
+    return ErasureTarget(request.id, request.behaviour, request.samples)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.ray
-def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: Asked) -> None:
+def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: ErasureTarget) -> None:
     """By Optuna (by Tune's own draws in the test below). Its values are of the space, its score is above that of the
     recipe that it began with, the evidence says what it took; a trial that ASHA has stopped is no winner."""
     order = app.search_order("m", asked, apply(Recipe(), TINY))
-    wanted = Wanted(narrowed(SPACE["class"], RANGES), trials=2, optuna=True, seed=1)
+    wanted = SearchOptions(narrowed(SPACE["class"], RANGES), trials=2, optuna=True, seed=1)
     told: list[str] = []
     found = search(order, app.artifacts, (None, app.settings.runs), wanted, lambda stage, *_: told.append(stage))
     assert found.better
@@ -89,7 +89,7 @@ def worse_and_worse(config: dict[str, Any]) -> None:
 
 @pytest.mark.ray
 def test_what_is_worse_than_most_is_stopped_early(
-    cluster: None, app: App, asked: Asked, monkeypatch: pytest.MonkeyPatch
+    cluster: None, app: App, asked: ErasureTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ASHA, by inversion steps: the best trial goes to the end; those that begin when it has reported, and are worse
     than all before them, end at the first rung."""
@@ -97,7 +97,7 @@ def test_what_is_worse_than_most_is_stopped_early(
         search_module, "_draws", lambda wanted: {"values": tune.grid_search([{"n": n} for n in range(6)])}
     )
     order = app.search_order("m", asked, apply(Recipe(), TINY))
-    wanted = Wanted(narrowed(SPACE["class"], RANGES), trials=6)
+    wanted = SearchOptions(narrowed(SPACE["class"], RANGES), trials=6)
     results = search_module._tuner(worse_and_worse, order, (None, app.settings.runs), "search-asha", wanted).fit()
     steps = {result.config["values"]["n"]: result.metrics["steps"] for result in results}
     assert steps.pop(0) == 80
@@ -106,7 +106,7 @@ def test_what_is_worse_than_most_is_stopped_early(
 
 
 @pytest.mark.ray
-def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Asked, home: Path) -> None:
+def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: ErasureTarget, home: Path) -> None:
     """SIGKILL once a trial has come to its end: the same command again does not run that trial again, and keeps what it
     finds in the ledger, for later requests."""
     words = [FSU, "search", "--model", "m", "--request", asked.request, "--trials", "8", "--cpus", "2", "--json", *SETS]
@@ -165,19 +165,19 @@ def test_the_best_is_one_that_was_trained_to_the_end() -> None:
     initial["score"] = 0.8 - MARGIN / 2  # hardly worse than the best
     assert _best(base, initial, results, "search-1", 5.0).recipe == base
     initial["score"] = 0.85
-    assert _best(base, initial, results, "search-1", 5.0) == Found(
+    assert _best(base, initial, results, "search-1", 5.0) == SearchResult(
         base, 0.85, {**found.evidence, "initial": initial, "best": initial, "values": {}}
     )
 
 
-def test_what_cannot_be_searched_is_named(app: App, asked: Asked, trained: Any, home: Path) -> None:
+def test_what_cannot_be_searched_is_named(app: App, asked: ErasureTarget, trained: Any, home: Path) -> None:
     """Before Ray is started: the paper's form, one sample, what is no request of the model or has ended."""
     with pytest.raises(UserError, match="needs the continual form"):
         app.search_order("m", asked, Recipe(form="paper"))
     write_samples(trained.train.pixels[:1], home / "one")
     digest, _ = app.keep_samples("m", str(home / "one"))
     with pytest.raises(InvalidSamples, match="at least two"):
-        app.search_order("m", Asked("r", EIGHT, digest), Recipe())
+        app.search_order("m", ErasureTarget("r", EIGHT, digest), Recipe())
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,9 @@ def test_what_cannot_be_searched_is_named(app: App, asked: Asked, trained: Any, 
         (["--request", "REQUEST", "--range", "form=paper,continual"], "cannot judge form"),
     ],
 )
-def test_bad_words_end_a_search_with_2_and_one_line(app: App, asked: Asked, words: list[str], said: str) -> None:
+def test_bad_words_end_a_search_with_2_and_one_line(
+    app: App, asked: ErasureTarget, words: list[str], said: str
+) -> None:
     """No traceback, nothing started."""
     from typer.testing import CliRunner
 
@@ -207,7 +209,7 @@ def test_bad_words_end_a_search_with_2_and_one_line(app: App, asked: Asked, word
 
 
 def test_a_search_is_around_the_recipe_that_it_begins_with(
-    app: App, asked: Asked, monkeypatch: pytest.MonkeyPatch
+    app: App, asked: ErasureTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weight of a relative BN loss is of another size, unless a line says otherwise. Looked at before any trial."""
     from typer.testing import CliRunner
@@ -216,7 +218,7 @@ def test_a_search_is_around_the_recipe_that_it_begins_with(
 
     spaces = []
 
-    def stopped(self: App, model: str, order: WorkOrder, wanted: Wanted, *rest: object) -> None:
+    def stopped(self: App, model: str, order: WorkOrder, wanted: SearchOptions, *rest: object) -> None:
         spaces.append(wanted.space["invert.weights.bn"])
         raise TransitionRefused("far enough")
 
@@ -227,7 +229,7 @@ def test_a_search_is_around_the_recipe_that_it_begins_with(
     assert [(line.low, line.high) for line in spaces] == [(1, 30), (10, 300), (50, 60)]
 
 
-def test_a_request_that_has_ended_is_not_searched_for(app: App, asked: Asked) -> None:
+def test_a_request_that_has_ended_is_not_searched_for(app: App, asked: ErasureTarget) -> None:
     """A cancelled one needs no recipe."""
     from fsu_ray.cli.search import _asked
 

@@ -65,7 +65,7 @@ def demo(json: Json = False, seed: int = 0, cpus: Cpus = None) -> None:
 @one_line
 def run(
     model: Annotated[str | None, typer.Option(help="Only requests of this model.")] = None,
-    most: Annotated[int | None, typer.Option("--max", min=1, help="End after this many requests.")] = None,
+    max_requests: Annotated[int | None, typer.Option("--max", min=1, help="End after this many requests.")] = None,
     coalesce: Annotated[bool, typer.Option("--coalesce", help="All class requests of a model in one run.")] = False,
     parallel: Annotated[int, typer.Option(min=1, help="Models side by side in this worker, at most.")] = 1,
     workers: Workers = None,
@@ -77,7 +77,7 @@ def run(
 
     Exit code 0: all succeeded, or nothing was ready; 1: one failed or is to be tried again; 4: one was rejected.
     """
-    from fsu_ray.pipeline import Drain
+    from fsu_ray.pipeline import WorkerOptions
 
     opened = open_app()
     if model is not None:
@@ -96,7 +96,7 @@ def run(
                 )
 
             with opened.on_ray(watcher.tell, cpus, parallel, workers) as execute:
-                results = opened.run(execute, Drain(most, model, parallel, coalesce), started)
+                results = opened.run(execute, WorkerOptions(max_requests, model, parallel, coalesce), started)
     if json:
         console.print_json(console.results_json(results))
     elif not results:

@@ -29,8 +29,8 @@ def artifacts_gc(
 
     What may be the work of a running request is left alone. A search whose checkpoints are gone begins again.
     """
+    from fsu_ray.retention import collect, garbage
     from fsu_ray.storage.checkpoints import Checkpoints
-    from fsu_ray.upkeep import collect, garbage
 
     opened = open_app()
     runs = Checkpoints(opened.settings.runs)

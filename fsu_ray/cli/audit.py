@@ -39,11 +39,11 @@ def audit_verify(
 
     Exit code 0: all is as it was written; 3: it is not, and the first thing that is wrong is named.
     """
-    from fsu_ray.storage.chain import Head
+    from fsu_ray.storage.chain import ChainHead
 
     if public_key is not None and bundle is None:
         raise UserError("--public-key goes with --bundle")
-    noted = None if head is None else Head.parse(head)
+    noted = None if head is None else ChainHead.parse(head)
     more: dict[str, Any] = {}
     if bundle is None:
         opened = open_app()

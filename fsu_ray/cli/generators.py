@@ -36,8 +36,8 @@ def generator_list(model: str | None = None, json: Json = False) -> None:
             g.root,
             g.origin,
             uses.get(g.id, 0),
-            f"{g.figures['acceptance']:.3f}",
-            f"{g.figures['coverage']:.3f}",
+            f"{g.metrics['acceptance']:.3f}",
+            f"{g.metrics['coverage']:.3f}",
             console.when(g.created_at),
             _state(g),
             g.taints,
@@ -66,7 +66,7 @@ def generator_show(generator: str, json: Json = False) -> None:
     rows = [
         [k, f"{a:.3f}", n]
         for k, (a, n) in enumerate(
-            zip(found.figures["acceptance_by_class"], found.figures["count_by_class"], strict=True)
+            zip(found.metrics["acceptance_by_class"], found.metrics["count_by_class"], strict=True)
         )
     ]
     console.out.print(console.table("By class", ["class", "acceptance", "samples of D'"], rows))
@@ -101,12 +101,12 @@ def generator_import(
     if json:
         console.print_json(found)
         return
-    figures = found.figures
+    metrics = found.metrics
     console.out.print(
-        f"imported {found.id} for {model}: acceptance >= {figures['acceptance']:.3f}, coverage "
-        f"{figures['coverage']:.3f}, BN distance {figures['bn_distance']:.3f}, agreement {figures['agreement']:.3f}"
+        f"imported {found.id} for {model}: acceptance >= {metrics['acceptance']:.3f}, coverage "
+        f"{metrics['coverage']:.3f}, BN distance {metrics['bn_distance']:.3f}, agreement {metrics['agreement']:.3f}"
     )
-    for reason in refuse_generator(figures, chosen.gate):
+    for reason in refuse_generator(metrics, chosen.gate):
         console.out.print(f"the gate would refuse it as it is: {reason}", markup=False)
 
 
@@ -114,7 +114,7 @@ def generator_import(
 @one_line
 def generator_retire(generator: str, by: Who = None, json: Json = False) -> None:
     """Offer a generator to no request any more, and delete its weights and its D'."""
-    from fsu_ray.upkeep import retire
+    from fsu_ray.retention import retire
 
     opened = open_app()
     found = retire(
@@ -149,7 +149,7 @@ def generator_seal(generator: str, by: Who = None, json: Json = False) -> None:
 @one_line
 def generator_tidy(model: str | None = None, json: Json = False) -> None:
     """Do what the policies of models want done by now: purge target samples, retire generators."""
-    from fsu_ray.upkeep import tidy
+    from fsu_ray.retention import tidy
 
     opened = open_app()
     if model is not None:

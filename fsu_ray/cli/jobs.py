@@ -32,7 +32,7 @@ Address = Annotated[
 def submit(
     address: Address = None,
     model: Annotated[str | None, typer.Option(help="Only requests of this model.")] = None,
-    most: Annotated[int | None, typer.Option("--max", min=1, help="End after this many requests.")] = None,
+    max_requests: Annotated[int | None, typer.Option("--max", min=1, help="End after this many requests.")] = None,
     coalesce: Annotated[bool, typer.Option("--coalesce", help="All class requests of a model in one run.")] = False,
     parallel: Annotated[int, typer.Option(min=1, help="Models side by side in this job, at most.")] = 1,
     workers: Workers = None,
@@ -50,7 +50,7 @@ def submit(
     from dataclasses import replace
 
     from fsu_ray.dispatch import send
-    from fsu_ray.pipeline import Drain
+    from fsu_ray.pipeline import WorkerOptions
 
     opened = open_app()
     if model is not None:
@@ -58,7 +58,7 @@ def submit(
     more = _runtime_env(runtime_env)
     head = _head(address)
     settings = opened.settings if workers is None else replace(opened.settings, workers=workers)
-    sent = send(opened.ledger, settings, head, Drain(most, model, parallel, coalesce), more)
+    sent = send(opened.ledger, settings, head, WorkerOptions(max_requests, model, parallel, coalesce), more)
     if sent is None:
         if json:
             console.print_json({"job": None, "new": False, "request": None, "status": None})
@@ -165,11 +165,11 @@ def idle(ledger: Any, model: str | None) -> str:
 def _head(address: str | None) -> Any:
     import os
 
-    from fsu_ray.cluster.jobs import Head
+    from fsu_ray.cluster.jobs import JobsClient
 
     if address is None and not os.environ.get("RAY_ADDRESS"):
         raise UserError("say which cluster: --address http://HEAD:8265, or RAY_API_SERVER_ADDRESS or RAY_ADDRESS")
-    return Head(address)
+    return JobsClient(address)
 
 
 def _runtime_env(text: str | None) -> dict[str, Any]:

@@ -51,11 +51,11 @@ def reproduce(
     folder = (into or settings.home / "reproduce").resolve()
     store = Artifacts.open(below(settings.artifacts, "reproduce"))
 
-    def tell(done: int, of: int, cell: str) -> None:
+    def on_progress(done: int, of: int, cell: str) -> None:
         console.err.print(f"{done} of {of}: {cell}", markup=False, highlight=False)
 
     with interrupted("what has ended is kept; the same command again goes on from there"):
-        found = runner.reproduce(name, cast(Scale, scale), seeds, folder, store, tell, cpus, again, per_gpu)
+        found = runner.reproduce(name, cast(Scale, scale), seeds, folder, store, on_progress, cpus, again, per_gpu)
     files = [str(file) for file in found.files]
     if json:
         rows = [{key: value for key, value in row.items() if not isinstance(value, bytes | list)} for row in found.rows]

@@ -140,8 +140,8 @@ def request_show(request: str, json: Json = False) -> None:
         console.out.print(f"generator {found.generator} of {of}, and no other")
     if found.reason:
         console.out.print(f"reason: {found.reason}")
-    if found.lead:
-        console.out.print(f"carried out in the run of {found.lead}")
+    if found.batch_leader:
+        console.out.print(f"carried out in the run of {found.batch_leader}")
     for name, at in (("not before", found.not_before), ("due", found.due_at), ("tried again at", found.retry_at)):
         if at is not None:
             console.out.print(f"{name} {console.when(at)}")

@@ -11,7 +11,7 @@ from fsu_ray.cli.requests import behaviour_of
 from fsu_ray.cli.shared import OPERATOR, Cpus, Json, Who, interrupted, one_line, open_app
 from fsu_ray.errors import TransitionRefused, UserError
 from fsu_ray.records import Behaviour
-from fsu_ray.work import Asked
+from fsu_ray.work import ErasureTarget
 
 search_app = typer.Typer()
 
@@ -44,7 +44,7 @@ def search(
     The same command again goes on where an interrupted search was. Exit code 0, also where nothing better was found.
     """
     from fsu_ray.config import parse_change
-    from fsu_ray.space import around, narrowed
+    from fsu_ray.search_space import around, narrowed
 
     opened = open_app()
     asked = _asked(opened, model, request, behaviour, kind, target, samples)
@@ -52,9 +52,9 @@ def search(
     begin = opened.recipe_for(model, asked.behaviour.kind, recipe, changes).recipe
     space = narrowed(around(begin, asked.behaviour.kind), tuple(range_ or ()))
     order = opened.search_order(model, asked, begin)
-    from fsu_ray.search import Wanted
+    from fsu_ray.search import SearchOptions
 
-    wanted = Wanted(space, trials, optuna, seed)
+    wanted = SearchOptions(space, trials, optuna, seed)
     with interrupted("the same command again goes on where this one was"), console.watching() as watcher:
         found, kept = opened.search(model, order, wanted, by or OPERATOR, watcher.tell, cpus)
     if json:
@@ -65,7 +65,7 @@ def search(
 
 def _asked(
     opened: Any, model: str, request: str | None, behaviour: str | None, kind: str, target: Any, samples: str | None
-) -> Asked:
+) -> ErasureTarget:
     """What is to be erased: that of a request, or what was typed."""
     if (request is None) == (behaviour is None):
         raise UserError("say what is to be erased: --request ID, or --behaviour NAME --target CLASS --samples FOLDER")
@@ -75,10 +75,10 @@ def _asked(
             raise UserError(f"request {found.id} is one of {found.model!r}, not of {model!r}")
         if found.status.is_terminal:
             raise TransitionRefused(f"request {found.id} is {found.status.value}: search for one that has not ended")
-        return Asked(found.id, found.behaviour, found.samples)
+        return ErasureTarget(found.id, found.behaviour, found.samples)
     if not target or samples is None:
         raise UserError("--behaviour goes with --target CLASS and --samples FOLDER")
-    return Asked("search", behaviour_of(str(behaviour), kind, target), opened.keep_samples(model, samples)[0])
+    return ErasureTarget("search", behaviour_of(str(behaviour), kind, target), opened.keep_samples(model, samples)[0])
 
 
 def _print(model: str, behaviour: Behaviour, found: Any, kept: Any) -> None:

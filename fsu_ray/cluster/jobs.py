@@ -60,7 +60,7 @@ class Job:
         return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
 
 
-class Head:
+class JobsClient:
     """The Jobs API of the head at an `address` such as http://HEAD:8265; without one, of the cluster of RAY_ADDRESS.
 
     With `RAY_AUTH_MODE=token`, or where RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH is set, the token goes along. Raises

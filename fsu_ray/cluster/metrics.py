@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fsu_ray.errors import FsuError
-from fsu_ray.records import Figures
+from fsu_ray.records import QueueStats
 
 SECONDS = 5.0
 """Between two looks at the ledger."""
@@ -24,10 +24,10 @@ BOUNDARIES = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000]
 log = logging.getLogger(__name__)
 
 
-class Feed:
+class MetricsExporter:
     """Hands what `look` finds to Ray's metrics, every few seconds while the block runs; Ray must be connected."""
 
-    def __init__(self, look: Callable[[], Figures]) -> None:
+    def __init__(self, look: Callable[[], QueueStats]) -> None:
         from ray.util.metrics import Gauge, Histogram
 
         self._look = look
@@ -39,7 +39,7 @@ class Feed:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> MetricsExporter:
         self._thread.start()
         return self
 
@@ -53,7 +53,7 @@ class Feed:
         for stage, value in seconds.items():
             self._stages.observe(value, {"stage": stage})
 
-    def set(self, figures: Figures) -> None:
+    def set(self, figures: QueueStats) -> None:
         """Set what the ledger says."""
         for (model, state), number in figures.requests.items():
             self._requests.set(number, {"model": model, "state": state})

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fsu_ray.cluster.growth import growth, reach
-from fsu_ray.cluster.line import Listener, Tell, new_line
+from fsu_ray.cluster.progress import ProgressCallback, ProgressListener, new_progress_actor
 from fsu_ray.errors import ClusterUnavailable, FsuError, RunFailed, Stopped, UserError
 from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
 
@@ -142,7 +142,7 @@ def execute(
     runs: tuple[Any | None, str],
     name: str,
     every: int,
-    tell: Tell,
+    on_progress: ProgressCallback,
     stop: threading.Event | None = None,
     parallel: int = 1,
     workers: int = 1,
@@ -163,16 +163,16 @@ def execute(
     use_gpu, each = resources(workers, parallel)
     _goes_round(order, workers)
     stop = stop or threading.Event()
-    line = new_line()
+    line = new_progress_actor()
 
-    def hear(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
-        if stage == "start" and use_gpu and not figures["cuda"]:
+    def hear(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        if stage == "start" and use_gpu and not metrics["cuda"]:
             log.warning("worker %d of %d was given a GPU that its torch cannot use: it works on the CPU", done, total)
-        tell(stage, done, total, figures)
+        on_progress(stage, done, total, metrics)
 
     if runs[0] is None:
         _drop_torn(Path(runs[1]) / name)
-    listener = Listener(line, hear, stop)
+    listener = ProgressListener(line, hear, stop)
     trainer = Trainer(
         _work,
         train_loop_config={"order": order, "store": store, "every": every, "line": line},
@@ -265,7 +265,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
-    from fsu_ray.method.context import Saved
+    from fsu_ray.method.context import RunState
     from fsu_ray.method.group import Group
     from fsu_ray.method.precision import repeatable
     from fsu_ray.method.unlearn import unlearn
@@ -273,15 +273,15 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     group = Group.current()
     last = 0.0
 
-    def progress(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+    def progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         nonlocal last
         now = time.monotonic()
         if done in (0, total) or now - last > 0.5:
             last = now
-            if ray.get(config["line"].tell.remote((stage, done, total, figures))):
+            if ray.get(config["line"].tell.remote((stage, done, total, metrics))):
                 raise Stopped(f"the run was stopped in {stage} at {done} of {total}")
 
-    def keep(saved: Saved) -> None:
+    def keep(saved: RunState) -> None:
         if group.rank:  # a report is one of the whole group
             ray.train.report({})
             return
@@ -299,9 +299,9 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 
         def begin() -> None:
             for rank, process in enumerate(processes, 1):
-                figures: dict[str, float] = {"threads": torch.get_num_threads(), "pid": process}
-                figures["cuda"] = int(device.type == "cuda")
-                progress("start", rank, group.size, figures)
+                metrics: dict[str, float] = {"threads": torch.get_num_threads(), "pid": process}
+                metrics["cuda"] = int(device.type == "cuda")
+                progress("start", rank, group.size, metrics)
 
         group.once(begin)
         outcome = unlearn(order, store, device, progress, keep, _resume(), every, group)
@@ -317,14 +317,14 @@ def _resume() -> Any:
     import ray.train
     import torch
 
-    from fsu_ray.method.context import Saved
+    from fsu_ray.method.context import RunState
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
-    saved = Saved(**state)
+    saved = RunState(**state)
     if saved.inversion is None:
         stages = list(saved.seconds)
         saved.resumed_at.append(f"after {stages[-1]}" if stages else "start")

@@ -57,7 +57,7 @@ def work(url: str | None, home: Path, model: str) -> None:
     import torch
 
     from fsu_ray import pipeline
-    from fsu_ray.method.context import Saved
+    from fsu_ray.method.context import RunState
     from fsu_ray.method.unlearn import unlearn
 
     for name, seconds in (("LEASE_SECONDS", LEASE), ("POLL_SECONDS", LEASE / 5)):
@@ -68,11 +68,11 @@ def work(url: str | None, home: Path, model: str) -> None:
     def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
         place = home / "runs" / f"{name}.pt"
         place.parent.mkdir(exist_ok=True)
-        saved = Saved(**torch.load(place, weights_only=True)) if place.exists() else None
+        saved = RunState(**torch.load(place, weights_only=True)) if place.exists() else None
         if saved and saved.inversion is None:
             saved.resumed_at.append(f"after {list(saved.seconds)[-1]}")
 
-        def keep(state: Saved) -> None:
+        def keep(state: RunState) -> None:
             torch.save(asdict(state), place.with_suffix(f".{os.getpid()}"))
             place.with_suffix(f".{os.getpid()}").rename(place)
 
@@ -166,14 +166,14 @@ class Subject:
 
         from fsu_ray.method.context import save_samples
         from fsu_ray.method.datasets import draw, load
-        from fsu_ray.method.fit import Schedule, fit
-        from fsu_ray.method.networks import Classifier
+        from fsu_ray.method.fit import TrainingSchedule, fit
+        from fsu_ray.models.networks import Classifier
 
         spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.3,), std=(0.37,))
         images = load("digits", "train", spec.shape)
         torch.manual_seed(seed)
         classifier = Classifier(spec)
-        fit(classifier, images.pixels, images.labels, Schedule(epochs=4, batch=64, seed=seed))
+        fit(classifier, images.pixels, images.labels, TrainingSchedule(epochs=4, batch=64, seed=seed))
         weights = app.artifacts.put(classifier.to_bytes())
         return cls(spec, weights, app.artifacts.put(save_samples(images.pixels[draw(images, [8], 6, seed)])))
 
@@ -218,7 +218,7 @@ def main() -> int:
         print(f"kill {hits} after {moment:.2f} s: {ended.status}, attempt {ended.attempt}, {where}", flush=True)
     for left in requests:
         app.ledger.requests.cancel(left)
-    app.ledger.database.seal()
+    app.ledger.database.flush()
     wrong = amiss(app, done)
     print("\n".join(wrong) or f"{options.kills} kills: every request ended once, one version and one erasure each, "
           "the audit verifies, no digest dangles")  # fmt: skip

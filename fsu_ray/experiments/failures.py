@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from fsu_ray import pipeline
-from fsu_ray.cluster import line, workers
-from fsu_ray.cluster.line import Line
+from fsu_ray.cluster import progress, workers
+from fsu_ray.cluster.progress import ProgressActor
 from fsu_ray.experiments.crashes import App, Subject, amiss, open_app
 from fsu_ray.experiments.heads import BIN, PATIENCE, on_head
 from fsu_ray.recipes import Recipe
@@ -79,7 +79,7 @@ class Bench:
 
     def note(self, what: str, request: str) -> None:
         """Look at a request that must have ended, compare it with the undisturbed one, print a line."""
-        self.app.ledger.database.seal()
+        self.app.ledger.database.flush()
         found, ledger = self.app.ledger.requests.get(request), self.app.ledger
         versions, erasures = ledger.models.versions(found.model), ledger.models.erasures(found.model)
         self.expected = self.expected or versions[-1].weights
@@ -112,14 +112,14 @@ class Bench:
         return len(seen)
 
 
-def killer(stage: str, delay: float) -> type[Line]:
+def killer(stage: str, delay: float) -> type[ProgressActor]:
     """A line between worker and driver that kills the last worker of the group, once, `delay` seconds after it has
     first heard of `stage`: at once, while the worker waits for the answer, where `delay` is 0.
 
     It says `killed` or, where the stage was over by then, `missed` to the driver.
     """
 
-    class Killer(Line):
+    class Killer(ProgressActor):
         def __init__(self) -> None:
             super().__init__()
             self.process, self.heard, self.begun = 0, ("", 0, 0), False
@@ -150,10 +150,10 @@ def kill_workers(bench: Bench, kills: int) -> None:
     words: list[tuple[str, int, int]] = []
 
     def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
-        def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        def on_progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
             words.append((stage, done, total))
 
-        return workers.execute(order, store, (None, str(bench.home / "runs")), name, EVERY, tell, stop)
+        return workers.execute(order, store, (None, str(bench.home / "runs")), name, EVERY, on_progress, stop)
 
     def run(request: Request) -> Outcome | None:
         words.clear()
@@ -171,7 +171,7 @@ def kill_workers(bench: Bench, kills: int) -> None:
             number, share = 0, 1.0
             while number < kills:
                 delay = share * outcome.seconds[stage] * number / kills
-                setattr(line, "Line", killer(stage, delay))  # noqa: B010 - a class, to mypy
+                setattr(progress, "ProgressActor", killer(stage, delay))  # noqa: B010 - a class, to mypy
                 request = bench.ask()
                 run(request)
                 hit = [word for word in words if word[0] == "killed"]
@@ -180,7 +180,7 @@ def kill_workers(bench: Bench, kills: int) -> None:
                 where = f"at {hit[0][1]} of {hit[0][2]}, {delay:.2f} s in" if hit else f"was over after {delay:.2f} s"
                 bench.note(f"worker killed in {stage} {number}, {where}" if hit else f"{stage} {where}", request.id)
     finally:
-        setattr(line, "Line", Line)  # noqa: B010
+        setattr(progress, "ProgressActor", ProgressActor)  # noqa: B010
         workers.disconnect()
 
 

@@ -25,12 +25,12 @@ from fsu_ray.method import evaluate, invert
 from fsu_ray.method.baselines import fisher
 from fsu_ray.method.baselines.gan import GanRecipe
 from fsu_ray.method.baselines.gan import train as train_gan
-from fsu_ray.method.context import Saved, save_samples
-from fsu_ray.method.fit import Schedule, fit, predict
-from fsu_ray.method.networks import Classifier, Generator
+from fsu_ray.method.context import RunState, save_samples
+from fsu_ray.method.fit import TrainingSchedule, fit, predict
 from fsu_ray.method.reading import read_generator
 from fsu_ray.method.synthesize import starved_classes, synthesize
 from fsu_ray.method.unlearn import unlearn
+from fsu_ray.models.networks import Classifier, Generator
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelSpec
 from fsu_ray.work import WorkOrder
@@ -94,12 +94,12 @@ def _preset(original: Cell) -> str:
     return {"lenet5": "default", "resnet50": "very-deep"}.get(original["arch"].partition(":")[0], "deep")
 
 
-def dataset(inverter: Cell, changes: dict[str, Any], labeller: Cell | None = None) -> Cell:
+def dataset(inverter: Cell, changes: dict[str, Any], teacher: Cell | None = None) -> Cell:
     """The cell of D' drawn from `inverter`, labelled by the classifier that it inverts or by `labeller`."""
     recipe = make_recipe("default", [{"synthesize": {"seed": inverter["seed"], **changes}}])
     cell = {"generator": inverter, "synthesize": recipe.synthesize.model_dump(mode="json"), "seed": inverter["seed"]}
-    own = labeller is None or labeller == inverter.get("classifier")
-    return cell if own else {**cell, "classifier": labeller}
+    own = teacher is None or teacher == inverter.get("classifier")
+    return cell if own else {**cell, "classifier": teacher}
 
 
 def gan(scenario: str, seed: int, scale: Scale) -> Cell:
@@ -116,7 +116,7 @@ def erasure(drawn: Cell, rho: float, changes: dict[str, Any], seed: int | None =
 
     `seed` draws the share, that of D' where there is none.
     """
-    recipe = make_recipe(_preset(labeller(drawn)[1]), [changes]).model_dump(mode="json")
+    recipe = make_recipe(_preset(teacher(drawn)[1]), [changes]).model_dump(mode="json")
     rest = {part: recipe[part] for part in ("form", "filter", "relearn", "gate")}
     return "erasure", {"dataset": drawn, "rho": rho, "recipe": rest, "seed": drawn["seed"] if seed is None else seed}
 
@@ -176,9 +176,9 @@ def _oracle(cell: Cell, place: Place) -> list[Row]:
     if cell["how"] == "scratch":
         torch.manual_seed(cell["seed"])
         child = Classifier(child.spec).to(place.device)
-        how = Schedule(epochs=cell["epochs"], seed=cell["seed"], precision="auto")
+        how = TrainingSchedule(epochs=cell["epochs"], seed=cell["seed"], precision="auto")
     else:
-        how = Schedule(
+        how = TrainingSchedule(
             cell["epochs"], 64, 0.003, weight_decay=2e-5, one_cycle=False, seed=cell["seed"], precision="auto"
         )
     rest = data.train.take(~erased_of(scenario, FULL, cell["seed"]))
@@ -219,12 +219,12 @@ def _dataset(cell: Cell, place: Place) -> list[Row]:
     every = torch.ones(len(drawn), dtype=torch.bool)
     starved = starved_classes(told["count"], recipe.synthesize)
     allowed = every[:, None].expand(-1, judge.spec.classes)
-    figures = evaluate.generator_figures(judge, drawn, told, allowed, every, [], starved)
+    metrics = evaluate.generator_figures(judge, drawn, told, allowed, every, [], starved)
     keys = ("acceptance", "coverage", "bn_distance", "agreement")
     row = {"seed": cell["seed"], "scenario": original["scenario"], "arch": original["arch"],
            "generator": inverter["weights"],
-           "dataset": place.store.put(drawn.to_bytes()), "starved": starved, **{key: figures[key] for key in keys},
-           "refused": "; ".join(refuse_generator(figures, recipe.gate))}  # fmt: skip
+           "dataset": place.store.put(drawn.to_bytes()), "starved": starved, **{key: metrics[key] for key in keys},
+           "refused": "; ".join(refuse_generator(metrics, recipe.gate))}  # fmt: skip
     return [row | {"seconds": time.monotonic() - started}]
 
 
@@ -238,8 +238,8 @@ def _erasure(cell: Cell, place: Place) -> list[Row]:
     spec = ModelSpec.model_validate_json(original["spec"])
     order = WorkOrder("cell", spec, original["weights"], original["weights"], behaviour,
                       place.store.put(save_samples(pixels)), recipe)  # fmt: skip
-    saved = Saved(use="trained", generator=drawn["generator"], dataset=drawn["dataset"],
-                  figures={"starved": drawn["starved"]})  # fmt: skip
+    saved = RunState(use="trained", generator=drawn["generator"], dataset=drawn["dataset"],
+                  metrics={"starved": drawn["starved"]})  # fmt: skip
     outcome = unlearn(order, place.store, place.device, saved=saved)
     refused = outcome.reason or refuse_result(outcome.report, recipe.gate) or ""
     weights = outcome.weights or original["weights"]
@@ -273,17 +273,17 @@ def _original(cell: Cell) -> list[Work]:
     return [("classifier", cell["classifier"])]
 
 
-def labeller(drawn: Cell) -> Work:
+def teacher(drawn: Cell) -> Work:
     """The cell of the classifier that labels a D', and that an erasure on it unlearns."""
     return "classifier", drawn["classifier"] if "classifier" in drawn else drawn["generator"]["classifier"]
 
 
 def _drawn_from(cell: Cell) -> list[Work]:
-    return [labeller(cell), ("gan" if "gan" in cell["generator"] else "generator", cell["generator"])]
+    return [teacher(cell), ("gan" if "gan" in cell["generator"] else "generator", cell["generator"])]
 
 
 def _erased_on(cell: Cell) -> list[Work]:
-    return [labeller(cell["dataset"]), ("dataset", cell["dataset"])]
+    return [teacher(cell["dataset"]), ("dataset", cell["dataset"])]
 
 
 PIECES = {

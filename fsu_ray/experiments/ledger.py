@@ -46,12 +46,12 @@ def verify(url: str, events: int) -> None:
         fill(ledger, events)
         started, count, broken = time.perf_counter(), 0, 0
 
-        def tell(_seq: int, _what: str) -> None:
+        def on_progress(_seq: int, _what: str) -> None:
             nonlocal broken
             broken += 1
 
         with ledger.database.reading() as connection:
-            for batch in chain.unbroken(chain.stored(connection), tell):
+            for batch in chain.unbroken(chain.stored(connection), on_progress):
                 count += len(batch)
             engine = connection.dialect.name
         seconds = time.perf_counter() - started

@@ -116,7 +116,7 @@ def _report(number: int, earlier: int) -> dict[str, Any]:
     measures = {"samples_in_target": 0.01, "samples_in_target_before": 0.99, "samples_held_out": 2, "samples_given": 8}
     probes = {"probes_in_target": 0.0123, "probes_in_target_before": 0.98, "probes": 450, "probes_held_out": 45}
     chosen = {"policy": "class", "threshold": None, "attack_auc_before": 0.71, "attack_auc": 0.52}
-    priors = [
+    earlier_erasures = [
         {"behaviour": f"person-{n:06}", "request": f"r-{n:020}", "probes_in_target": 0.004, "recorded": 0.002}
         for n in range(max(2, number - earlier), number)
     ]
@@ -124,7 +124,7 @@ def _report(number: int, earlier: int) -> dict[str, Any]:
     return {
         "forgetting": {**measures, **probes, **chosen},
         "retention": {"agreement": 0.985, "by_class": by_class, "kl_to_parent": 0.0123, "samples": 450},
-        "earlier": priors,
+        "earlier": earlier_erasures,
         "test": {when: {"retained": 0.98, "erased": 0.0, "by_class": by_class} for when in ("before", "after")},
         "generator": {"id": "g-0", "use": "reused", "refused": [], "figures": {"count_by_class": by_class}},
         "seconds": {"invert": 60.0, "relearn": 5.0},

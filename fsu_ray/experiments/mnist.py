@@ -21,10 +21,10 @@ from torch import Tensor
 from fsu_ray.errors import InvalidData
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import Images, draw, load
-from fsu_ray.method.fit import Schedule, fit, predict
-from fsu_ray.method.networks import Classifier
+from fsu_ray.method.fit import TrainingSchedule, fit, predict
 from fsu_ray.method.precision import default_device
-from fsu_ray.pipeline import Drain, Execute, drain, run_request
+from fsu_ray.models.networks import Classifier
+from fsu_ray.pipeline import Execute, WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
 from fsu_ray.storage.artifacts import Artifacts
@@ -97,7 +97,7 @@ def train(
     spec = spec_of(bench, arch)
     torch.manual_seed(seed)
     classifier = Classifier(spec).to(device or torch.device("cpu"))
-    schedule = Schedule(epochs=epochs, seed=seed, precision="auto")
+    schedule = TrainingSchedule(epochs=epochs, seed=seed, precision="auto")
     fit(classifier, bench.train.pixels, labels(bench, poisoned, seed), schedule, flip=spec.flip)
     return spec, classifier.to_bytes()
 
@@ -164,7 +164,7 @@ def scenario(
             behaviour, pixels = target_samples(bench, step, seed)
             ledger.requests.submit(line, behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
         started = time.monotonic()
-        wanted = Drain(most=len(steps), model=line, coalesce=True)
+        wanted = WorkerOptions(max_requests=len(steps), model=line, coalesce=True)
         result = drain(ledger, "measure", wanted, partial(run_request, ledger, store, execute))[0]
         wall = round(time.monotonic() - started, 1)
         after = " ".join(str(step) for step in steps)

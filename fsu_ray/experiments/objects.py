@@ -32,7 +32,7 @@ from typing import Any
 
 from fsu_ray.config import CHECKPOINT_STEPS, make_recipe, sqlite_url
 from fsu_ray.errors import FsuError, RunFailed
-from fsu_ray.pipeline import Drain, Execute, drain, run_request
+from fsu_ray.pipeline import Execute, WorkerOptions, drain, run_request
 from fsu_ray.records import Behaviour, ModelSpec, Status
 from fsu_ray.storage.artifacts import Artifacts, locate
 from fsu_ray.storage.ledger import Ledger, open_ledger
@@ -65,13 +65,13 @@ def read_bench() -> Bench:
 
     from fsu_ray.method.context import save_samples
     from fsu_ray.method.datasets import draw, load
-    from fsu_ray.method.fit import Schedule, fit
-    from fsu_ray.method.networks import Classifier
+    from fsu_ray.method.fit import TrainingSchedule, fit
+    from fsu_ray.models.networks import Classifier
 
     images = load("digits", "train", SPEC.shape)
     torch.manual_seed(0)
     classifier = Classifier(SPEC)
-    fit(classifier, images.pixels, images.labels, Schedule(epochs=20, batch=64))
+    fit(classifier, images.pixels, images.labels, TrainingSchedule(epochs=20, batch=64))
     samples = {k: save_samples(images.pixels[draw(images, [k], 8, 0)]) for k in ERASED}
     return Bench(classifier.to_bytes(), samples)
 
@@ -95,7 +95,7 @@ def requests(ledger: Ledger, place: Place, bench: Bench, seed: int) -> list[floa
         began = time.monotonic()
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
         ledger.requests.submit(line, behaviour, place.artifacts.put(samples), 8, recipe)
-        (result,) = drain(ledger, "benchmark", Drain(model=line), run)
+        (result,) = drain(ledger, "benchmark", WorkerOptions(model=line), run)
         if result.request.status is not Status.SUCCEEDED:
             raise RunFailed(f"{place.name}: {result.request.status}, {result.request.reason}")
         seconds.append(time.monotonic() - began)

@@ -24,10 +24,10 @@ from fsu_ray.cluster import workers
 from fsu_ray.config import CHECKPOINT_STEPS, make_recipe, parse_change, sqlite_url
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw, load
-from fsu_ray.method.fit import Schedule, fit
-from fsu_ray.method.networks import Classifier
+from fsu_ray.method.fit import TrainingSchedule, fit
 from fsu_ray.method.unlearn import unlearn
-from fsu_ray.pipeline import Drain, drain, prepare, run_request
+from fsu_ray.models.networks import Classifier
+from fsu_ray.pipeline import WorkerOptions, drain, prepare, run_request
 from fsu_ray.records import Behaviour, ModelSpec, Request
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
@@ -62,17 +62,17 @@ def system(app: Place) -> dict[str, float]:
     def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
         marks["sent"] = time.monotonic()
 
-        def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+        def on_progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
             marks.setdefault("working" if stage == "start" else stage, time.monotonic())
             marks["heard"] = time.monotonic()
 
         runs = app.runs
         try:
-            return workers.execute(order, store, (None, str(runs)), name, CHECKPOINT_STEPS, tell, stop)
+            return workers.execute(order, store, (None, str(runs)), name, CHECKPOINT_STEPS, on_progress, stop)
         finally:
             marks["back"] = time.monotonic()
 
-    wanted = Drain(most=1)
+    wanted = WorkerOptions(max_requests=1)
     (result,) = drain(app.ledger, "overhead", wanted, partial(run_request, app.ledger, app.artifacts, execute))
     marks["written"] = time.monotonic()
     workers.disconnect()
@@ -106,7 +106,7 @@ def main() -> None:
         images = load("digits", "train", spec.shape)
         torch.manual_seed(0)
         classifier = Classifier(spec)
-        fit(classifier, images.pixels, images.labels, Schedule(epochs=30, batch=64))
+        fit(classifier, images.pixels, images.labels, TrainingSchedule(epochs=30, batch=64))
         weights = app.artifacts.put(classifier.to_bytes())
         samples = app.artifacts.put(save_samples(images.pixels[draw(images, [8], 8, 0)]))
         recipe = make_recipe(options.recipe, [parse_change(text) for text in options.changes])

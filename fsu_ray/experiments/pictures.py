@@ -80,13 +80,13 @@ def _filtered(cell: Cell, place: Place) -> list[Row]:
     boxes = {}
     for r in range(EACH):
         for c in range(shown.shape[1]):
-            if mask.like[shown[r, c]]:
+            if mask.is_forget[shown[r, c]]:
                 near = (float(found[shown[r, c]]) - low) / max(threshold - low, 1e-9)
                 boxes[r, c] = (235, round(200 * min(1.0, max(0.0, near))), 40)
-    predicted = torch.bincount(dataset.predicted[mask.like], minlength=judge.spec.classes).tolist()
+    predicted = torch.bincount(dataset.predicted[mask.is_forget], minlength=judge.spec.classes).tolist()
     return [{"seed": cell["seed"], "arch": original["arch"], "policy": mask.policy, "threshold": threshold,
              "distances": found.sort().values.tolist(), "alone": int((found <= threshold).sum()),
-             "taken": int(mask.like.sum()), "predicted": predicted,
+             "taken": int(mask.is_forget.sum()), "predicted": predicted,
              "png": sheet(dataset.pixels[shown], boxes=boxes)}]  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def _drawn_by(cell: Cell) -> list[Work]:
 
 
 def _on_dataset(cell: Cell) -> list[Work]:
-    return [images.labeller(cell["dataset"]), ("dataset", cell["dataset"])]
+    return [images.teacher(cell["dataset"]), ("dataset", cell["dataset"])]
 
 
 PIECES = {"samples": Piece(_samples, _drawn_by, gpu=True), "filtered": Piece(_filtered, _on_dataset, gpu=True)}

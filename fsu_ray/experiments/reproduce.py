@@ -70,7 +70,7 @@ def reproduce(
     seeds: int,
     folder: Path,
     store: BlobStore,
-    tell: Callable[[int, int, str], None] | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
     cpus: int | None = None,
     again: bool = False,
     per_gpu: int = 1,
@@ -97,7 +97,7 @@ def reproduce(
     missing = len(progress.cells) - len(progress.rows)
     if missing:
         workers.connect(cpus)
-        _compute_all(progress, store, tell, per_gpu)
+        _compute_all(progress, store, on_progress, per_gpu)
     if progress.broken:
         key, first = next(iter(progress.broken.items()))
         raise RunFailed(
@@ -144,7 +144,7 @@ def _whole(rows: list[Row], store: BlobStore) -> bool:
 
 
 def _compute_all(
-    progress: _Progress, store: BlobStore, tell: Callable[[int, int, str], None] | None, per_gpu: int
+    progress: _Progress, store: BlobStore, on_progress: Callable[[int, int, str], None] | None, per_gpu: int
 ) -> None:
     """Each cell as soon as what it needs is there and the cluster has room."""
     use_gpu, each = workers.resources()
@@ -170,8 +170,8 @@ def _compute_all(
         else:
             _write(_file(progress.folder, work), found)
             progress.rows[key] = found
-        if tell:
-            tell(len(progress.rows), len(progress.cells), _shown(work))
+        if on_progress:
+            on_progress(len(progress.rows), len(progress.cells), _shown(work))
 
 
 Todo = tuple[Work, BlobStore, list[list[Row]]]

@@ -25,14 +25,14 @@ from fsu_ray.config import CHECKPOINT_STEPS, sqlite_url
 from fsu_ray.errors import FsuError
 from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, train
 from fsu_ray.method.context import save_samples
-from fsu_ray.pipeline import Drain, draft_order, drain, run_request
+from fsu_ray.pipeline import WorkerOptions, draft_order, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
-from fsu_ray.search import Wanted, search
-from fsu_ray.space import SPACE
+from fsu_ray.search import SearchOptions, search
+from fsu_ray.search_space import SPACE
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
-from fsu_ray.work import Asked, BlobStore, Outcome, WorkOrder
+from fsu_ray.work import BlobStore, ErasureTarget, Outcome, WorkOrder
 
 
 def classifier(bench: Bench, scenario: str, seed: int, folder: Path) -> tuple[ModelSpec, bytes]:
@@ -60,8 +60,8 @@ def compare(
     line = f"{scenario}-{seed}-{time.time_ns():x}"
     ledger.models.register(line, spec, root)
     base = ledger.models.version(line)
-    order = draft_order(ledger, line, Asked("search", behaviour, samples), Recipe(), base, base)
-    found = search(order, store, (None, runs), Wanted(SPACE[behaviour.kind], trials=trials, seed=seed), _say)
+    order = draft_order(ledger, line, ErasureTarget("search", behaviour, samples), Recipe(), base, base)
+    found = search(order, store, (None, runs), SearchOptions(SPACE[behaviour.kind], trials=trials, seed=seed), _say)
     for name, recipe in (("default", Recipe()), ("searched", found.recipe)):
         done = _erase(ledger, store, execute, f"{line}-{name}", spec, root, behaviour, samples, len(pixels), recipe)
         if "weights" in done:
@@ -78,16 +78,18 @@ def _erase(
     ledger.models.register(line, spec, root)
     ledger.requests.submit(line, behaviour, samples, number, recipe)
     started = time.monotonic()
-    (result,) = drain(ledger, "searched", Drain(most=1, model=line), partial(run_request, ledger, store, execute))
+    (result,) = drain(
+        ledger, "searched", WorkerOptions(max_requests=1, model=line), partial(run_request, ledger, store, execute)
+    )
     wall = round(time.monotonic() - started, 1)
     if result.version is None:
         return {"refused": result.request.reason, "wall": wall}
     return {"weights": result.version.weights, "wall": wall}
 
 
-def _say(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+def _say(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
     print(
-        f"  {stage} {done}/{total} " + " ".join(f"{k} {v:.4g}" for k, v in figures.items()), file=sys.stderr, flush=True
+        f"  {stage} {done}/{total} " + " ".join(f"{k} {v:.4g}" for k, v in metrics.items()), file=sys.stderr, flush=True
     )
 
 

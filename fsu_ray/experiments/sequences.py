@@ -24,7 +24,7 @@ from fsu_ray.experiments.mnist import score, target_samples
 from fsu_ray.experiments.sheets import spread, table
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.unlearn import unlearn
-from fsu_ray.pipeline import Drain, drain, run_request
+from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.records import ModelSpec, Policy
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
@@ -75,7 +75,9 @@ def _requests(
         recipe = make_recipe("default", [*same_changes, own])
         ledger.requests.submit("m", behaviour, store.put(save_samples(pixels)), len(pixels), recipe)
         started = time.monotonic()
-        (result,) = drain(ledger, "sequence", Drain(most=1, model="m"), partial(run_request, ledger, store, execute))
+        (result,) = drain(
+            ledger, "sequence", WorkerOptions(max_requests=1, model="m"), partial(run_request, ledger, store, execute)
+        )
         row = {**same, "request": number, "erased": str(label), "seconds": time.monotonic() - started}
         if result.version is None or result.outcome is None:
             yield {**row, "reason": result.request.reason}

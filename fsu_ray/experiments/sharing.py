@@ -51,7 +51,7 @@ def rows(bench: Bench, scenario: str, seed: int, home: Path) -> Iterator[dict[st
 
     first, told = run("trained", order, 1)
     yield told
-    offered = GeneratorRef("g", first.generator_weights, first.dataset, first.figures)
+    offered = GeneratorRef("g", first.generator_weights, first.dataset, first.metrics)
     for number in (1, 2):
         yield run(f"relearned by {number}", replace(order, reuse=offered), number)[1]
 

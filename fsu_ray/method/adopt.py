@@ -9,14 +9,14 @@ import torch
 
 from fsu_ray.errors import InvalidWeights
 from fsu_ray.method.context import classes_of
-from fsu_ray.method.masking import Masking, Quiet
-from fsu_ray.method.networks import Classifier
+from fsu_ray.method.masking import MaskedDataset, StaticMaskInputs
 from fsu_ray.method.obtain import figures_of
 from fsu_ray.method.reading import read_generator
 from fsu_ray.method.synthesize import synthesize
+from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelSpec
-from fsu_ray.work import BlobStore, PriorErasure
+from fsu_ray.work import BlobStore, EarlierErasure
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Adopted:
 
     weights: str
     dataset: str
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Line(Quiet):
+class _Line(StaticMaskInputs):
     """A line with its current version, which the figures of D' are about."""
 
     current: Classifier
@@ -38,23 +38,23 @@ class _Line(Quiet):
 
 
 @dataclass(frozen=True)
-class Standing:
+class LineageState:
     """Where a line stands: the weights of the version that labels D' and of the latest one, and what is erased."""
 
     spec: ModelSpec
     root: str
     current: str
-    priors: tuple[PriorErasure, ...]
+    earlier_erasures: tuple[EarlierErasure, ...]
 
 
 def adopt(
     store: BlobStore,
-    standing: Standing,
+    standing: LineageState,
     recipe: Recipe,
     weights: bytes,
     latent: int | None,
     device: torch.device,
-    tell: Any = None,
+    on_progress: Any = None,
 ) -> Adopted:
     """Draw D' from the generator with these `weights` by `recipe`, have the root label it, and measure what a gate
     would see under the masks in force. `tell(done, total, figures)` hears of the drawing.
@@ -64,17 +64,17 @@ def adopt(
     """
     spec = standing.spec
     generator = read_generator(spec, weights, latent).to(device)
-    labeller, current = (
+    teacher, current = (
         Classifier.from_bytes(spec, store.get(digest)).to(device) for digest in (standing.root, standing.current)
     )
-    dataset, drawn = synthesize(labeller, generator, recipe.synthesize, tell)
+    dataset, drawn = synthesize(teacher, generator, recipe.synthesize, on_progress)
     if not len(dataset):
         raise InvalidWeights(
             "nothing that the generator draws passes the tests of eq. 8: the model does not know what it sees; "
             "import a generator of data like those that it was trained on"
         )
-    gone = classes_of(standing.priors)
-    line = _Line(store, labeller, standing.priors, spec.classes, current, recipe, gone)
+    gone = classes_of(standing.earlier_erasures)
+    line = _Line(store, teacher, standing.earlier_erasures, spec.classes, current, recipe, gone)
     digest = store.put(dataset.to_bytes())
-    figures = figures_of(line, Masking(line, dataset, digest), drawn)
-    return Adopted(store.put(weights), digest, figures)
+    metrics = figures_of(line, MaskedDataset(line, dataset, digest), drawn)
+    return Adopted(store.put(weights), digest, metrics)

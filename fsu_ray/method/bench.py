@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fsu_ray.method import invert
 from fsu_ray.method.augment import random_view, seeded
-from fsu_ray.method.fit import Schedule, fit
-from fsu_ray.method.networks import Classifier, Generator, UpsampledConv, observe
+from fsu_ray.method.fit import TrainingSchedule, fit
 from fsu_ray.method.precision import repeatable
+from fsu_ray.models.networks import Classifier, Generator, UpsampledConv, observe
 from fsu_ray.recipes import InvertRecipe
 from fsu_ray.records import ModelSpec
 
@@ -112,7 +112,7 @@ def pace(spec: ModelSpec, recipe: InvertRecipe, device: torch.device) -> tuple[f
                 torch.cuda.synchronize(device)
         return (time.perf_counter() - started) / recipe.steps
 
-    trained = seconds(lambda: fit(classifier, pixels, labels, Schedule(epochs=1, precision=recipe.precision)))
+    trained = seconds(lambda: fit(classifier, pixels, labels, TrainingSchedule(epochs=1, precision=recipe.precision)))
     return trained, seconds(lambda: invert.invert(classifier, recipe, invert.begin(classifier, recipe)))
 
 

@@ -14,22 +14,22 @@ from torch import Tensor
 
 from fsu_ray.method.augment import seeded
 from fsu_ray.method.group import Group
-from fsu_ray.method.networks import Classifier
+from fsu_ray.models.networks import Classifier
 from fsu_ray.records import Behaviour, GeneratorUse
-from fsu_ray.work import Asked, BlobStore, PriorErasure, WorkOrder
+from fsu_ray.work import BlobStore, EarlierErasure, ErasureTarget, WorkOrder
 
-Progress = Callable[[str, int, int, dict[str, float]], None]
+ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
 FEWEST_TO_HOLD_OUT = 10  # with fewer target samples none is held out
 
 
 @dataclass
-class Saved:
+class RunState:
     """What a checkpoint holds: the stages that are done, by their results, and a running inversion."""
 
     use: GeneratorUse | None = None
     generator: str | None = None
     dataset: str | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
     weights: str | None = None
@@ -38,7 +38,7 @@ class Saved:
     inversion: dict[str, Any] | None = None
 
 
-Checkpoint = Callable[[Saved], None]
+Checkpoint = Callable[[RunState], None]
 
 
 def save_samples(pixels: Tensor) -> bytes:
@@ -52,11 +52,11 @@ def load_samples(data: bytes) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Given:
+class TargetSamples:
     """A behaviour that a run is to erase, and its target samples (M, C, H, W); those in `held_out` (M,) are only
     measured on."""
 
-    asked: Asked
+    asked: ErasureTarget
     samples: Tensor
     held_out: Tensor
 
@@ -66,7 +66,7 @@ class Given:
         return self.asked.behaviour
 
     @property
-    def shown(self) -> Tensor:
+    def train(self) -> Tensor:
         """The samples that the run may use."""
         return self.samples[~self.held_out]
 
@@ -81,9 +81,9 @@ class Context:
         order: WorkOrder,
         store: BlobStore,
         device: torch.device,
-        progress: Progress | None,
+        progress: ProgressCallback | None,
         checkpoint: Checkpoint | None,
-        saved: Saved,
+        saved: RunState,
         every: int,
         group: Group,
     ) -> None:
@@ -92,10 +92,10 @@ class Context:
         self.recipe, self.classes = order.recipe, order.spec.classes
         paper = self.recipe.form == "paper"
         self.current = self.classifier(order.current_weights)
-        self.labeller = self.current if paper else self.classifier(order.root_weights)
+        self.teacher = self.current if paper else self.classifier(order.root_weights)
         self.given = tuple(self._given(asked) for asked in order.asked)
-        self.priors: tuple[PriorErasure, ...] = () if paper else order.priors
-        self.gone = classes_of(order.priors)
+        self.earlier_erasures: tuple[EarlierErasure, ...] = () if paper else order.earlier_erasures
+        self.gone = classes_of(order.earlier_erasures)
         self.gone_after = sorted({*self.gone, *classes_of(order.asked)})
 
     def classifier(self, digest: str) -> Classifier:
@@ -103,20 +103,20 @@ class Context:
         found = Classifier.from_bytes(self.order.spec, self.store.get(digest))
         return found.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
-    def _given(self, asked: Asked) -> Given:
+    def _given(self, asked: ErasureTarget) -> TargetSamples:
         samples = load_samples(self.store.get(asked.samples))
         m = len(samples)
         chosen = torch.zeros(m, dtype=torch.bool)
         if m >= FEWEST_TO_HOLD_OUT:
             number = max(1, round(self.recipe.gate.holdout_samples * m))
             chosen[torch.randperm(m, generator=seeded(self.recipe.relearn.seed, m))[:number]] = True
-        return Given(asked, samples, chosen)
+        return TargetSamples(asked, samples, chosen)
 
-    def tell(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
+    def tell(self, stage: str, done: int, total: int, metrics: dict[str, float] | None = None) -> None:
         """A stage has come to `done` of `total`: for all ranks to say at once, and the first one is heard."""
         progress = self.progress
         if progress:
-            self.group.once(lambda: progress(stage, done, total, figures or {}))
+            self.group.once(lambda: progress(stage, done, total, metrics or {}))
 
     def finish(self, stage: str, started: float) -> None:
         """A stage is done: note its time and save the state."""
@@ -126,7 +126,7 @@ class Context:
             self.checkpoint(self.saved)
 
 
-def classes_of(erased: Sequence[PriorErasure | Asked]) -> list[int]:
+def classes_of(erased: Sequence[EarlierErasure | ErasureTarget]) -> list[int]:
     """The classes that such erasures take away as a whole."""
     behaviours = [each.behaviour for each in erased]
     return sorted({target for each in behaviours if each.kind == "class" for target in each.targets})

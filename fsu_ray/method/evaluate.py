@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fsu_ray.method.fit import predict
-from fsu_ray.method.networks import Classifier, observe
 from fsu_ray.method.synthesize import Synthetic, entropy
+from fsu_ray.models.networks import Classifier, observe
 
 
 def share_in(logits: Tensor, targets: Sequence[int]) -> float | None:

@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fsu_ray.errors import StorageError
-from fsu_ray.method.networks import Classifier, observe
+from fsu_ray.models.networks import Classifier, observe
 from fsu_ray.recipes import FilterRecipe
 from fsu_ray.records import Behaviour
 
@@ -33,28 +33,28 @@ class Mask:
     when `everywhere` (a whole class is gone). `threshold` is t_f, None where no distance decided.
     """
 
-    like: Tensor
+    is_forget: Tensor
     targets: tuple[int, ...]
-    everywhere: bool
+    whole_class: bool
     policy: str
     threshold: float | None
 
     def to_bytes(self) -> bytes:
         """As safetensors, the scalars in its metadata."""
-        about = {"targets": list(self.targets), "everywhere": self.everywhere}
+        about = {"targets": list(self.targets), "everywhere": self.whole_class}
         about |= {"policy": self.policy, "threshold": self.threshold}
-        return save_tensors({"like": self.like}, {"mask": json.dumps(about)})
+        return save_tensors({"like": self.is_forget}, {"mask": json.dumps(about)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Mask:
         """Read what `to_bytes` wrote; raises StorageError for anything else."""
         try:
-            like = load_tensors(data)["like"]
+            is_forget = load_tensors(data)["like"]
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             about = json.loads(header["__metadata__"]["mask"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise StorageError(f"the mask cannot be read ({error})") from None
-        return cls(like, tuple(about["targets"]), about["everywhere"], about["policy"], about["threshold"])
+        return cls(is_forget, tuple(about["targets"]), about["everywhere"], about["policy"], about["threshold"])
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def select(
     policy = recipe.policy
     if policy == "auto":
         policy = "class" if behaviour.kind == "class" else "leave-one-out"
-    like = torch.isin(predicted, torch.tensor(behaviour.targets))
+    is_forget = torch.isin(predicted, torch.tensor(behaviour.targets))
     threshold: float | None = None
     if policy != "class":
         found = distances(features, examples, recipe.metric)
@@ -190,18 +190,18 @@ def select(
             threshold = knee_threshold(found, examples, recipe.metric)
         else:
             threshold = float(leave_one_out(examples, recipe.metric).quantile(recipe.quantile))
-        like &= found <= threshold
+        is_forget &= found <= threshold
         if behaviour.kind == "subset" and logits is not None and recipe.runner_up > 0:
-            shares = own_share(*logits, behaviour.targets) * like
-            like = shares >= least_share(shares, recipe)
-    return Mask(like, behaviour.targets, policy == "class", policy, threshold)
+            shares = own_share(*logits, behaviour.targets) * is_forget
+            is_forget = shares >= least_share(shares, recipe)
+    return Mask(is_forget, behaviour.targets, policy == "class", policy, threshold)
 
 
 def allowed_classes(masks: Iterable[Mask], n: int, classes: int) -> Tensor:
     """(N, K) bool: which classes each sample of D' may still be given under all masks."""
     allowed = torch.ones((n, classes), dtype=torch.bool)
     for mask in masks:
-        rows = torch.ones(n, dtype=torch.bool) if mask.everywhere else mask.like
+        rows = torch.ones(n, dtype=torch.bool) if mask.whole_class else mask.is_forget
         allowed[rows.nonzero(), torch.tensor(mask.targets)] = False
     return allowed
 

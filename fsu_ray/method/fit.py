@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.augment import draw_moves, moved, seeded
+from fsu_ray.method.cuda_graph import CudaGraphStep
 from fsu_ray.method.group import Group
-from fsu_ray.method.precision import mixed, settled
-from fsu_ray.method.replay import Replayed
+from fsu_ray.method.precision import autocast, resolve_precision
 
-Progress = Callable[[int, int, dict[str, float]], None]
+EpochCallback = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainingSchedule:
     """How to train: `peak` learning rate with one cycle (`one_cycle`) or held and then let down to zero."""
 
     epochs: int
@@ -40,9 +40,9 @@ def fit(
     classifier: nn.Module,
     pixels: Tensor,
     targets: Tensor,
-    schedule: Schedule,
+    schedule: TrainingSchedule,
     flip: bool = False,
-    progress: Progress | None = None,
+    progress: EpochCallback | None = None,
     as_they_are: Tensor | None = None,
     group: Group | None = None,
 ) -> None:
@@ -57,7 +57,7 @@ def fit(
     """
     group = group or Group()
     device = next(classifier.parameters()).device
-    precision = settled(schedule.precision, device, group)
+    precision = resolve_precision(schedule.precision, device, group)
     n = len(pixels)
     batches = max(1, -(-n // schedule.batch))
     total = schedule.epochs * batches
@@ -79,13 +79,13 @@ def fit(
         view = moved(plain, moves, flip)
         if as_they_are is not None:
             view = torch.where(as_they_are[index].view(-1, 1, 1, 1), plain, view)
-        with mixed(precision, device):
+        with autocast(precision, device):
             logits = model(view)
         loss = F.cross_entropy(logits.float(), targets[index]) * weight
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    gradients = Replayed(descend, classifier.parameters(), device, plain=group.size > 1)
+    gradients = CudaGraphStep(descend, classifier.parameters(), device, plain=group.size > 1)
     step = 0
     for epoch in range(schedule.epochs):
         rng = seeded(schedule.seed, epoch)
@@ -103,7 +103,7 @@ def fit(
     classifier.eval()
 
 
-def _optimiser(classifier: nn.Module, schedule: Schedule) -> torch.optim.SGD:
+def _optimiser(classifier: nn.Module, schedule: TrainingSchedule) -> torch.optim.SGD:
     return torch.optim.SGD(
         classifier.parameters(),
         lr=schedule.lr,

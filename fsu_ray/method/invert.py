@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from fsu_ray.errors import Stopped
 from fsu_ray.method.augment import draw_moves, moved, seeded
+from fsu_ray.method.cuda_graph import CudaGraphStep
 from fsu_ray.method.group import Group
-from fsu_ray.method.networks import Classifier, Generator, affine_batch_norms, observe
-from fsu_ray.method.precision import mixed, settled
-from fsu_ray.method.replay import Replayed
+from fsu_ray.method.precision import autocast, resolve_precision
+from fsu_ray.models.networks import Classifier, Generator, affine_batch_norms, observe
 from fsu_ray.recipes import Form, InvertRecipe
 
 Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -171,7 +171,7 @@ def losses_of(
     y = torch.arange(k, device=device)[:, None].expand(k, n // k).flatten()
     squared = recipe.form == "squared"
     part = group.share(n)
-    with mixed(settled(recipe.precision, device, group), device):
+    with autocast(resolve_precision(recipe.precision, device, group), device):
         pixels = generator(z[part], y[part]).float()
         own = len(pixels)
         views = [moved(pixels, each[part], classifier.spec.flip) for each in moves]
@@ -210,7 +210,7 @@ def invert(
     """
     group = group or Group()
     device = next(run.generator.parameters()).device
-    precision = settled(recipe.precision, device, group)
+    precision = resolve_precision(recipe.precision, device, group)
     recipe = recipe.model_copy(update={"precision": precision})  # once, not at every step
     group.synchronise(run.generator)
     model = group.parallel(run.generator)
@@ -224,7 +224,7 @@ def invert(
         total.backward()  # type: ignore[no-untyped-call]
         return torch.stack([found[name].detach() for name in weights])
 
-    gradients = Replayed(descend, run.generator.parameters(), device, plain=group.size > 1)
+    gradients = CudaGraphStep(descend, run.generator.parameters(), device, plain=group.size > 1)
     while run.step < (until or recipe.steps):
         for parameters in run.optimiser.param_groups:
             parameters["lr"] = recipe.lr * decay(run.step / recipe.steps)

@@ -10,14 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fsu_ray.method.context import Given, load_samples
+from fsu_ray.method.context import TargetSamples, load_samples
 from fsu_ray.method.filter import Mask, allowed_classes, extract_features, select
 from fsu_ray.method.fit import predict
-from fsu_ray.method.networks import Classifier
 from fsu_ray.method.synthesize import Synthetic
+from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import FilterRecipe
 from fsu_ray.records import Behaviour
-from fsu_ray.work import BlobStore, PriorErasure
+from fsu_ray.work import BlobStore, EarlierErasure
 
 FEWEST_PROBES = 100  # of a subset: with fewer D_e-like samples none is held out
 
@@ -28,31 +28,31 @@ class Line(Protocol):
     @property
     def store(self) -> BlobStore: ...
     @property
-    def labeller(self) -> Classifier: ...
+    def teacher(self) -> Classifier: ...
     @property
-    def priors(self) -> tuple[PriorErasure, ...]: ...
+    def earlier_erasures(self) -> tuple[EarlierErasure, ...]: ...
     @property
-    def given(self) -> Sequence[Given]: ...
+    def given(self) -> Sequence[TargetSamples]: ...
     @property
     def classes(self) -> int: ...
 
 
 @dataclass(frozen=True)
-class Quiet:
+class StaticMaskInputs:
     """A line that no run is under way on: the store, its root, the erasures in force, and how many classes it has."""
 
     store: BlobStore
-    labeller: Classifier
-    priors: tuple[PriorErasure, ...]
+    teacher: Classifier
+    earlier_erasures: tuple[EarlierErasure, ...]
     classes: int
 
     @property
-    def given(self) -> Sequence[Given]:
+    def given(self) -> Sequence[TargetSamples]:
         """Nothing is erased now."""
         return ()
 
 
-class Masking:
+class MaskedDataset:
     """`dataset` (D', N samples), known to the store as `digest`, under the masks of a run."""
 
     def __init__(self, context: Line, dataset: Synthetic, digest: str) -> None:
@@ -61,21 +61,21 @@ class Masking:
     @cached_property
     def features(self) -> Tensor:
         """(N, F): f_e of D' by the version that labelled it."""
-        return extract_features(self.context.labeller, self.dataset.pixels)
+        return extract_features(self.context.teacher, self.dataset.pixels)
 
     def select(self, recipe: FilterRecipe, behaviour: Behaviour, examples: Tensor) -> Mask:
         """The mask of `behaviour`, given by `examples` (M, C, H, W)."""
-        labeller = self.context.labeller
-        logits = (self.dataset.logits, predict(labeller, examples))
-        known = extract_features(labeller, examples)
+        teacher = self.context.teacher
+        logits = (self.dataset.logits, predict(teacher, examples))
+        known = extract_features(teacher, examples)
         return select(recipe, behaviour, self.features, self.dataset.predicted, known, logits)
 
     @cached_property
     def earlier(self) -> list[Mask]:
         """The masks of the earlier erasures, in their order."""
-        return [self._prior(prior) for prior in self.context.priors]
+        return [self._prior(prior) for prior in self.context.earlier_erasures]
 
-    def _prior(self, prior: PriorErasure) -> Mask:
+    def _prior(self, prior: EarlierErasure) -> Mask:
         """The recorded mask where it was made for this D', else one rebuilt from the target samples, or from
         the probes once those have been purged; where the root has lost the behaviour itself, nothing is like it."""
         store = self.context.store
@@ -90,24 +90,27 @@ class Masking:
 
     def _subsets(self, own: Sequence[Mask]) -> list[Mask]:
         context = self.context
-        behaviours = [*(prior.behaviour for prior in context.priors), *(each.behaviour for each in context.given)]
+        behaviours = [
+            *(prior.behaviour for prior in context.earlier_erasures),
+            *(each.behaviour for each in context.given),
+        ]
         masks = zip(behaviours, (*self.earlier, *own), strict=True)
         return [mask for behaviour, mask in masks if behaviour.kind == "subset"]
 
-    def few(self, own: Sequence[Mask]) -> Tensor:
+    def subset_forget(self, own: Sequence[Mask]) -> Tensor:
         """(N,) bool: the D_e-like samples of the subsets among the earlier behaviours and this run's, whose masks are
         `own`."""
         found = torch.zeros(len(self.dataset), dtype=torch.bool)
         for mask in self._subsets(own):
-            found |= mask.like
+            found |= mask.is_forget
         return found
 
     def held_out(self, own: Sequence[Mask]) -> Tensor:
         """(N,) bool: the samples that are never trained on. A subset with too few D_e-like ones spares none of them."""
         found = self.dataset.holdout.clone()
         for mask in self._subsets(own):
-            if int(mask.like.sum()) < FEWEST_PROBES:
-                found &= ~mask.like
+            if int(mask.is_forget.sum()) < FEWEST_PROBES:
+                found &= ~mask.is_forget
         return found
 
     def allowed(self, own: Sequence[Mask] = ()) -> Tensor:

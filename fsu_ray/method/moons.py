@@ -123,22 +123,22 @@ def otsu(found: Tensor, bins: int = 256) -> float:
 
 def resembling(gp: SparseGP, x: Tensor, y: Tensor, examples: Tensor, example_labels: Tensor, policy: str) -> Tensor:
     """(N,) bool: which points of D' are D_e-like. Only those of the class that most of the examples have may be."""
-    like = torch.zeros(len(x), dtype=torch.bool)
+    is_forget = torch.zeros(len(x), dtype=torch.bool)
     if policy == "none":
-        return like
+        return is_forget
     target = float(example_labels.mean() >= 0.5)
     candidates = (y == target).nonzero().flatten()
     far = distances(gp, x[candidates], examples)
-    like[candidates[far <= (otsu(far) if policy == "otsu" else knee(far.sort().values) or 0.0)]] = True
-    return like
+    is_forget[candidates[far <= (otsu(far) if policy == "otsu" else knee(far.sort().values) or 0.0)]] = True
+    return is_forget
 
 
-def relearn(gp: SparseGP, x: Tensor, y: Tensor, like: Tensor, mode: str, number: int) -> SparseGP:
+def relearn(gp: SparseGP, x: Tensor, y: Tensor, is_forget: Tensor, mode: str, number: int) -> SparseGP:
     """From `gp` on D_unlearn under the prior: D' weighs as `number` points, what is dropped takes its weight away."""
     weight = torch.full_like(y, number / len(y))
     if mode == "drop":
-        return gp.fitted(x[~like], y[~like], weight[~like])
-    labels = torch.where(like, 0.5 if mode == "unsure" else 1 - y, y)
+        return gp.fitted(x[~is_forget], y[~is_forget], weight[~is_forget])
+    labels = torch.where(is_forget, 0.5 if mode == "unsure" else 1 - y, y)
     return gp.fitted(x, labels, weight)
 
 

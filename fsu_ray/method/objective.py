@@ -29,15 +29,15 @@ from torch import Tensor
 from fsu_ray.gate import refuse_result
 from fsu_ray.method import invert
 from fsu_ray.method.augment import draw_moves, moved, seeded
-from fsu_ray.method.context import Context, Given, Saved
+from fsu_ray.method.context import Context, RunState, TargetSamples
 from fsu_ray.method.filter import Mask
 from fsu_ray.method.fit import predict
 from fsu_ray.method.group import Group
-from fsu_ray.method.masking import Masking
-from fsu_ray.method.networks import Classifier, Generator
+from fsu_ray.method.masking import MaskedDataset
 from fsu_ray.method.relearn import relearn
 from fsu_ray.method.synthesize import Synthetic, starved_classes, synthesize
 from fsu_ray.method.unlearn import measure, training_set
+from fsu_ray.models.networks import Classifier, Generator
 from fsu_ray.recipes import FilterRecipe, Recipe
 from fsu_ray.work import BlobStore, WorkOrder
 
@@ -83,10 +83,10 @@ def reference(order: WorkOrder, store: BlobStore, device: torch.device, recipe: 
             "synthesize": recipe.synthesize.model_copy(update={"seed": recipe.synthesize.seed + APART}),
         }
     )
-    context = Context(replace(order, recipe=apart), store, device, None, None, Saved(), 0, Group())
-    run = invert.begin(context.labeller, apart.invert)
-    generator = invert.invert(context.labeller, apart.invert, run)
-    return synthesize(context.labeller, generator, apart.synthesize)[0]
+    context = Context(replace(order, recipe=apart), store, device, None, None, RunState(), 0, Group())
+    run = invert.begin(context.teacher, apart.invert)
+    generator = invert.invert(context.teacher, apart.invert, run)
+    return synthesize(context.teacher, generator, apart.synthesize)[0]
 
 
 class Objective:
@@ -95,15 +95,15 @@ class Objective:
     def __init__(self, order: WorkOrder, store: BlobStore, device: torch.device, reference: Synthetic) -> None:
         self._order, self._store, self._device = order, store, device
         context = self._context(order.recipe)
-        self.labeller = context.labeller
+        self.teacher = context.teacher
         self._samples = context.given[0].samples
-        masking = Masking(context, reference, "")
+        masking = MaskedDataset(context, reference, "")
         mask = masking.select(FilterRecipe(), order.behaviour, self._samples)
-        self._probes = reference.pixels[mask.like]
-        self._expected = _beneath(reference.logits[mask.like], context.gone_after, order.behaviour.targets)
-        rest = ~mask.like
+        self._probes = reference.pixels[mask.is_forget]
+        self._expected = _beneath(reference.logits[mask.is_forget], context.gone_after, order.behaviour.targets)
+        rest = ~mask.is_forget
         for earlier in masking.earlier:
-            rest &= ~earlier.like
+            rest &= ~earlier.is_forget
         self._rest = reference.pixels[rest]
         self._views = moved(self._rest.float() / 255, draw_moves(len(self._rest), seeded(APART)), order.spec.flip)
         self._views = (self._views * 255).round().byte()
@@ -111,7 +111,7 @@ class Objective:
 
     def score(self, recipe: Recipe, generator: Generator) -> Parts:
         """What `recipe` is worth with `generator`, from which D' is drawn."""
-        return self.judge(recipe, synthesize(self.labeller, generator, recipe.synthesize)[0])
+        return self.judge(recipe, synthesize(self.teacher, generator, recipe.synthesize)[0])
 
     def judge(self, recipe: Recipe, dataset: Synthetic) -> Parts:
         """What `recipe` is worth with D' `dataset`, which is filtered and relearned once for each fold."""
@@ -124,10 +124,10 @@ class Objective:
         coverage = min(counts) / (sum(counts) / len(counts))
         found: list[tuple[float, ...]] = []
         for held_out in self._folds(recipe):
-            context.given = (Given(self._order.asked[0], self._samples, held_out),)
-            masking = Masking(context, dataset, "")
-            mask = masking.select(recipe.filter, self._order.behaviour, context.given[0].shown)
-            if not bool(mask.like.any()):
+            context.given = (TargetSamples(self._order.asked[0], self._samples, held_out),)
+            masking = MaskedDataset(context, dataset, "")
+            mask = masking.select(recipe.filter, self._order.behaviour, context.given[0].train)
+            if not bool(mask.is_forget.any()):
                 return Parts(0.0, coverage=coverage, reason="nothing found")
             child = self._relearned(context, masking, mask)
             found.append((*self._measure(context, child, held_out), self._passes(context, masking, mask, child)))
@@ -139,7 +139,7 @@ class Objective:
 
     def _context(self, recipe: Recipe) -> Context:
         order = replace(self._order, recipe=recipe)
-        return Context(order, self._store, self._device, None, None, Saved(), 0, Group())
+        return Context(order, self._store, self._device, None, None, RunState(), 0, Group())
 
     def _folds(self, recipe: Recipe) -> list[Tensor]:
         """Which samples each fold holds out (M,): the share that a run holds out, others each time."""
@@ -150,12 +150,12 @@ class Objective:
         none = torch.zeros(m, dtype=torch.bool)
         return [none.index_fill(0, part, True) for part in torch.split(order, each)[:folds]]
 
-    def _relearned(self, context: Context, masking: Masking, mask: Mask) -> Classifier:
+    def _relearned(self, context: Context, masking: MaskedDataset, mask: Mask) -> Classifier:
         child = copy.deepcopy(context.current)
         relearn(child, *training_set(context, masking, [mask]), context.recipe.relearn)
         return child
 
-    def _passes(self, context: Context, masking: Masking, mask: Mask, child: Classifier) -> bool:
+    def _passes(self, context: Context, masking: MaskedDataset, mask: Mask, child: Classifier) -> bool:
         """Whether the gate would let a relearned classifier pass, whatever it makes of the held-out samples."""
         (report,) = measure(context, masking, [mask], child)
         report["forgetting"]["samples_in_target"] = None
@@ -164,7 +164,7 @@ class Objective:
     def _measure(self, context: Context, child: Classifier, held_out: Tensor) -> tuple[float, float, float, float]:
         """What is forgotten of samples and of probes, retention and stability of a relearned classifier."""
         behaviour, unseen = self._order.behaviour, self._samples[held_out]
-        expected = _beneath(predict(context.labeller, unseen), context.gone_after, behaviour.targets)
+        expected = _beneath(predict(context.teacher, unseen), context.gone_after, behaviour.targets)
         left = []
         for pixels, home in ((unseen, expected), (self._probes, self._expected)):
             if len(pixels):

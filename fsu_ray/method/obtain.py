@@ -12,15 +12,15 @@ from fsu_ray.errors import StorageError
 from fsu_ray.gate import refuse_generator
 from fsu_ray.method import evaluate, invert
 from fsu_ray.method.context import Context
-from fsu_ray.method.masking import Masking
-from fsu_ray.method.networks import Classifier
+from fsu_ray.method.masking import MaskedDataset
 from fsu_ray.method.reading import read_generator
 from fsu_ray.method.synthesize import Synthetic, starved_classes, synthesize
+from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.work import GeneratorRef
 
 
-class Judged(Protocol):
+class GateInputs(Protocol):
     """What the figures of D' depend on besides masks: the current version, the recipe, the classes gone as a whole."""
 
     @property
@@ -31,7 +31,7 @@ class Judged(Protocol):
     def gone(self) -> list[int]: ...
 
 
-def obtain(context: Context) -> Masking:
+def obtain(context: Context) -> MaskedDataset:
     """D' under the masks of this run; `context.saved` learns where it came from and its figures."""
     saved = context.saved
     if saved.dataset is not None:
@@ -50,30 +50,30 @@ def obtain(context: Context) -> Masking:
     return _draw(context)
 
 
-def _load(context: Context, digest: str) -> Masking:
+def _load(context: Context, digest: str) -> MaskedDataset:
     found = Synthetic.from_bytes(context.store.get(digest))
     if tuple(found.pixels.shape[1:]) != context.order.spec.shape:
         raise StorageError(f"data set {digest[:12]} does not have the shape of the model")
-    return Masking(context, found, digest)
+    return MaskedDataset(context, found, digest)
 
 
-def _reuse(context: Context, offer: GeneratorRef) -> Masking | None:
+def _reuse(context: Context, offer: GeneratorRef) -> MaskedDataset | None:
     """What the registry offers, None where the gate refuses it and another one may be trained: `saved.refused`."""
     started = time.monotonic()
     context.tell("gate", 0, 1)
     found = context.group.together(lambda: _load(context, offer.dataset))
-    figures = context.group.once(lambda: figures_of(context, found, dict(offer.figures)))
-    saved, refused = context.saved, refuse_generator(figures, context.recipe.gate)
+    metrics = context.group.once(lambda: figures_of(context, found, dict(offer.metrics)))
+    saved, refused = context.saved, refuse_generator(metrics, context.recipe.gate)
     saved.refused = list(refused)
-    context.tell("gate", 1, 1, {"agreement": figures["agreement"], "coverage": figures["coverage"]})
-    if refused and not context.order.bound:
+    context.tell("gate", 1, 1, {"agreement": metrics["agreement"], "coverage": metrics["coverage"]})
+    if refused and not context.order.required:
         return None
-    saved.use, saved.generator, saved.dataset, saved.figures = "reused", offer.weights, offer.dataset, figures
+    saved.use, saved.generator, saved.dataset, saved.metrics = "reused", offer.weights, offer.dataset, metrics
     context.finish("gate", started)
     return found
 
 
-def figures_of(line: Judged, masking: Masking, drawn: dict[str, Any]) -> dict[str, Any]:
+def figures_of(line: GateInputs, masking: MaskedDataset, drawn: dict[str, Any]) -> dict[str, Any]:
     """The figures of D' for the current version of a line; `drawn`: acceptance and count by class."""
     drawn = {
         "acceptance": drawn.get("acceptance_by_class", drawn["acceptance"]),
@@ -81,7 +81,7 @@ def figures_of(line: Judged, masking: Masking, drawn: dict[str, Any]) -> dict[st
     }
     untouched = torch.ones(len(masking.dataset), dtype=torch.bool)
     for mask in masking.earlier:
-        untouched &= ~mask.like
+        untouched &= ~mask.is_forget
     starved = [c for c in starved_classes(drawn["count"], line.recipe.synthesize) if c not in line.gone]
     return evaluate.generator_figures(
         line.current, masking.dataset, drawn, masking.allowed(), untouched, line.gone, starved
@@ -94,7 +94,7 @@ def _train(context: Context) -> None:
     saved, store, recipe = context.saved, context.store, context.recipe.invert
     warm = context.order.warm or context.order.reuse
     weights = load_tensors(store.get(warm.weights)) if warm and store.has(warm.weights) else None
-    run = invert.begin(context.labeller, recipe, weights)
+    run = invert.begin(context.teacher, recipe, weights)
     if saved.inversion is not None:
         run.restore(saved.inversion)
         saved.resumed_at.append(f"invert {run.step}")
@@ -107,7 +107,7 @@ def _train(context: Context) -> None:
         context.checkpoint(saved)
 
     generator = invert.invert(
-        context.labeller,
+        context.teacher,
         recipe,
         run,
         lambda step, steps, losses: context.tell("invert", step, steps, losses),
@@ -121,7 +121,7 @@ def _train(context: Context) -> None:
     context.finish("invert", started)
 
 
-def _draw(context: Context) -> Masking:
+def _draw(context: Context) -> MaskedDataset:
     started = time.monotonic()
     saved = context.saved
     context.tell("synthesize", 0, context.recipe.synthesize.per_class)
@@ -129,16 +129,16 @@ def _draw(context: Context) -> Masking:
     generator = read_generator(context.order.spec, context.store.get(saved.generator))
     generator = generator.to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     dataset, drawn = synthesize(
-        context.labeller,
+        context.teacher,
         generator,
         context.recipe.synthesize,
-        lambda done, total, figures: context.tell("synthesize", done, total, figures),
+        lambda done, total, metrics: context.tell("synthesize", done, total, metrics),
         context.group,
     )
-    masking = Masking(context, dataset, context.group.once(lambda: context.store.put(dataset.to_bytes())))
+    masking = MaskedDataset(context, dataset, context.group.once(lambda: context.store.put(dataset.to_bytes())))
     saved.dataset = masking.digest
-    saved.figures = context.group.once(lambda: figures_of(context, masking, drawn))
-    if context.order.bound:
-        saved.refused = list(refuse_generator(saved.figures, context.recipe.gate))
+    saved.metrics = context.group.once(lambda: figures_of(context, masking, drawn))
+    if context.order.required:
+        saved.refused = list(refuse_generator(saved.metrics, context.recipe.gate))
     context.finish("synthesize", started)
     return masking

@@ -39,13 +39,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and known is not None and bool(known())
 
 
-def settled(precision: str, device: torch.device, group: Group) -> str:
+def resolve_precision(precision: str, device: torch.device, group: Group) -> str:
     """`precision`, with `auto` as bf16 or float32: bf16 where every rank's device multiplies it."""
     if precision != "auto":
         return precision
     return "bf16" if all(group.everyone(multiplies_bf16(device))) else "float32"
 
 
-def mixed(precision: str, device: torch.device) -> torch.autocast:
+def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context in which a network of that (settled) precision runs."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from fsu_ray.errors import InvalidWeights
-from fsu_ray.method.networks import Generator, load_weights
+from fsu_ray.models.networks import Generator, load_weights
 from fsu_ray.records import ModelSpec
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fsu_ray.method.fit import Progress, Schedule, fit
+from fsu_ray.method.fit import EpochCallback, TrainingSchedule, fit
 from fsu_ray.method.group import Group
-from fsu_ray.method.networks import Classifier
+from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import RelearnRecipe
 
 
@@ -16,7 +16,7 @@ def relearn(
     targets: Tensor,
     synthetic: Tensor,
     recipe: RelearnRecipe,
-    progress: Progress | None = None,
+    progress: EpochCallback | None = None,
     group: Group | None = None,
 ) -> None:
     """Train `classifier` in place on D_unlearn; BatchNorm keeps its statistics, which describe the real data.
@@ -26,7 +26,7 @@ def relearn(
     Every batch is shared by the ranks of `group`, which give the same data and end with the same weights.
     """
     still = synthetic if recipe.augment == "samples" else None
-    schedule = Schedule(
+    schedule = TrainingSchedule(
         epochs=recipe.epochs,
         batch=recipe.batch,
         lr=recipe.lr,

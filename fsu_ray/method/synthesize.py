@@ -18,7 +18,7 @@ from torch import Tensor
 from fsu_ray.errors import StorageError
 from fsu_ray.method.augment import rotated, seeded
 from fsu_ray.method.group import Group
-from fsu_ray.method.networks import Classifier, Generator
+from fsu_ray.models.networks import Classifier, Generator
 from fsu_ray.recipes import SynthesizeRecipe
 
 CHUNK = 250  # samples drawn at once; part of what a seed means

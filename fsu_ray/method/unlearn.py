@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from fsu_ray.method import evaluate, reporting
-from fsu_ray.method.context import Checkpoint, Context, Progress, Saved, load_samples, save_samples
+from fsu_ray.method.context import Checkpoint, Context, ProgressCallback, RunState, load_samples, save_samples
 from fsu_ray.method.filter import Mask, relabel
 from fsu_ray.method.fit import predict
 from fsu_ray.method.group import Group
-from fsu_ray.method.masking import Masking
-from fsu_ray.method.networks import Classifier
+from fsu_ray.method.masking import MaskedDataset
 from fsu_ray.method.obtain import obtain
 from fsu_ray.method.relearn import relearn
+from fsu_ray.models.networks import Classifier
 from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
 
 
@@ -31,9 +31,9 @@ def unlearn(
     order: WorkOrder,
     store: BlobStore,
     device: torch.device,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     checkpoint: Checkpoint | None = None,
-    saved: Saved | None = None,
+    saved: RunState | None = None,
     every: int = 100,
     group: Group | None = None,
 ) -> Outcome:
@@ -49,7 +49,7 @@ def unlearn(
     """
     group = group or Group()
     context = group.together(
-        lambda: Context(order, store, device, progress, checkpoint, saved or Saved(), every, group)
+        lambda: Context(order, store, device, progress, checkpoint, saved or RunState(), every, group)
     )
     masking = obtain(context)
     reason = _refusal(context) or _starvation(context)
@@ -57,7 +57,7 @@ def unlearn(
     probes: list[str] = []
     if reason is None:
         masks = _filter(context, masking)
-        probes = group.once(lambda: [store.put(save_samples(masking.dataset.pixels[mask.like])) for mask in masks])
+        probes = group.once(lambda: [store.put(save_samples(masking.dataset.pixels[mask.is_forget])) for mask in masks])
         reason = _nothing_found(context, masks) or _relearn(context, masking, masks)
         if reason is None:
             reports = _evaluate(context, masking, masks)
@@ -67,7 +67,7 @@ def unlearn(
         generator_use=done["use"],
         generator_weights=done["generator"],
         dataset=done["dataset"],
-        figures=done["figures"],
+        metrics=done["metrics"],
         refused=tuple(done["refused"]),
         weights=done["weights"],
         mask=done["masks"][0] if probes else None,
@@ -86,14 +86,14 @@ def _refusal(context: Context) -> str | None:
     """`generator_refused` with the gate's verdict on the generator that the request asks for: no other may serve."""
     order, verdict = context.order, "; ".join(context.saved.refused)
     named = order.reuse or order.transfer
-    if not order.bound or not verdict or named is None:
+    if not order.required or not verdict or named is None:
         return None
     return f"generator_refused: the gate refuses {named.id} for this version: {verdict}; ask without --generator"
 
 
 def _starvation(context: Context) -> str | None:
     """`starved_class` with the classes that D' cannot stand in for, if there are any."""
-    starved = context.saved.figures["starved"]
+    starved = context.saved.metrics["starved"]
     if not starved:
         return None
     return (
@@ -102,7 +102,7 @@ def _starvation(context: Context) -> str | None:
     )
 
 
-def _filter(context: Context, masking: Masking) -> list[Mask]:
+def _filter(context: Context, masking: MaskedDataset) -> list[Mask]:
     """The mask over D' of each behaviour of this run."""
     started = time.monotonic()
     context.tell("filter", 0, 1)
@@ -111,17 +111,17 @@ def _filter(context: Context, masking: Masking) -> list[Mask]:
         saved.masks = context.group.once(lambda: _select(context, masking))
         context.finish("filter", started)
     masks = context.group.together(lambda: [Mask.from_bytes(context.store.get(mask)) for mask in saved.masks])
-    context.tell("filter", 1, 1, {"found": sum(int(mask.like.sum()) for mask in masks)})
+    context.tell("filter", 1, 1, {"found": sum(int(mask.is_forget.sum()) for mask in masks)})
     return masks
 
 
-def _select(context: Context, masking: Masking) -> list[str]:
-    masks = (masking.select(context.recipe.filter, each.behaviour, each.shown) for each in context.given)
+def _select(context: Context, masking: MaskedDataset) -> list[str]:
+    masks = (masking.select(context.recipe.filter, each.behaviour, each.train) for each in context.given)
     return [context.store.put(mask.to_bytes()) for mask in masks]
 
 
 def _nothing_found(context: Context, masks: list[Mask]) -> str | None:
-    empty = [each for each, mask in zip(context.given, masks, strict=True) if not bool(mask.like.any())]
+    empty = [each for each, mask in zip(context.given, masks, strict=True) if not bool(mask.is_forget.any())]
     if not empty:
         return None
     return (
@@ -131,7 +131,7 @@ def _nothing_found(context: Context, masks: list[Mask]) -> str | None:
     )
 
 
-def _relearn(context: Context, masking: Masking, masks: list[Mask]) -> str | None:
+def _relearn(context: Context, masking: MaskedDataset, masks: list[Mask]) -> str | None:
     """From the current version, on D' under all masks and on the given samples, relabelled.
 
     `retention_lost` where it diverged: such weights are not worth a measure.
@@ -155,7 +155,7 @@ def _relearn(context: Context, masking: Masking, masks: list[Mask]) -> str | Non
     return None
 
 
-def training_set(context: Context, masking: Masking, masks: list[Mask]) -> tuple[Tensor, Tensor, Tensor]:
+def training_set(context: Context, masking: MaskedDataset, masks: list[Mask]) -> tuple[Tensor, Tensor, Tensor]:
     """D_unlearn: pixels (N, C, H, W), soft labels (N, K), and which are of D' (N,): the others are the given samples.
 
     The given samples come in `repeats` times, and the few D_e-like samples of a subset that often again. The samples
@@ -164,11 +164,11 @@ def training_set(context: Context, masking: Masking, masks: list[Mask]) -> tuple
     dataset, recipe, store = masking.dataset, context.recipe.relearn, context.store
     allowed = masking.allowed(masks)
     usable = ~masking.held_out(masks) & allowed.any(1)
-    again = (masking.few(masks) & usable).nonzero()
+    again = (masking.subset_forget(masks) & usable).nonzero()
     train = torch.cat([usable.nonzero(), *[again] * recipe.repeats]).flatten()
     pixels, labels = [dataset.pixels[train]], [relabel(dataset.logits[train], allowed[train])]
-    given = [(each.shown, each.behaviour) for each in context.given]
-    for prior in context.priors:
+    given = [(each.train, each.behaviour) for each in context.given]
+    for prior in context.earlier_erasures:
         if prior.behaviour.kind == "subset" and store.has(prior.samples):
             given.append((load_samples(store.get(prior.samples)), prior.behaviour))
     for samples, behaviour in given:
@@ -176,12 +176,12 @@ def training_set(context: Context, masking: Masking, masks: list[Mask]) -> tuple
         left[:, [*behaviour.targets, *context.gone_after]] = False
         if bool(left.any()):
             pixels += [samples] * recipe.repeats
-            labels += [relabel(predict(context.labeller, samples), left)] * recipe.repeats
+            labels += [relabel(predict(context.teacher, samples), left)] * recipe.repeats
     found = torch.cat(pixels)
     return found, torch.cat(labels), torch.arange(len(found)) < len(train)
 
 
-def _evaluate(context: Context, masking: Masking, masks: list[Mask]) -> list[dict[str, Any]]:
+def _evaluate(context: Context, masking: MaskedDataset, masks: list[Mask]) -> list[dict[str, Any]]:
     """A report for each behaviour of this run; their keys are described in `method.reporting` and `method.evaluate`."""
     started = time.monotonic()
     context.tell("evaluate", 0, 1)
@@ -191,7 +191,7 @@ def _evaluate(context: Context, masking: Masking, masks: list[Mask]) -> list[dic
     return reports
 
 
-def _measure(context: Context, masking: Masking, masks: list[Mask]) -> list[dict[str, Any]]:
+def _measure(context: Context, masking: MaskedDataset, masks: list[Mask]) -> list[dict[str, Any]]:
     order = context.order
     assert context.saved.weights is not None
     child = context.classifier(context.saved.weights)
@@ -199,16 +199,16 @@ def _measure(context: Context, masking: Masking, masks: list[Mask]) -> list[dict
     return [{**report, **test} for report in measure(context, masking, masks, child)]
 
 
-def measure(context: Context, masking: Masking, masks: list[Mask], child: Classifier) -> list[dict[str, Any]]:
+def measure(context: Context, masking: MaskedDataset, masks: list[Mask], child: Classifier) -> list[dict[str, Any]]:
     """What the gate judges `child` by, for each behaviour of the run: by D', target samples and probes alone."""
     order, dataset = context.order, masking.dataset
     before, after = predict(context.current, dataset.pixels), predict(child, dataset.pixels)
     kept = dataset.holdout.clone()
     for each in (*masking.earlier, *masks):
-        kept &= ~each.like
+        kept &= ~each.is_forget
     shared: dict[str, Any] = {
         "retention": evaluate.retention(before[kept], after[kept], order.spec.classes),
-        "earlier": [reporting.earlier(context.store, child, prior) for prior in order.priors],
+        "earlier": [reporting.earlier(context.store, child, prior) for prior in order.earlier_erasures],
     }
     unseen = masking.held_out(masks)
     return [

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from fsu_ray.errors import AuditFailed, NotFound, StorageError
 from fsu_ray.storage import chain, removals, rows, schema, triggers
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.storage.chain import Event, Head
+from fsu_ray.storage.chain import ChainHead, Event
 from fsu_ray.storage.columns import metadata
 from fsu_ray.storage.database import Database
 from fsu_ray.storage.schema import LATER, TERMINAL, audit_events, audit_pending, erasures, request_events, requests
@@ -76,7 +76,7 @@ class Verdict:
     were looked at (None: none were to be), `found` findings and the first of them."""
 
     events: int
-    head: Head
+    head: ChainHead
     waiting: int
     artifacts: int | None
     found: int
@@ -96,15 +96,15 @@ class Audit:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def verify(self, artifacts: Artifacts | None = None, noted: Head | None = None) -> Verdict:
+    def verify(self, artifacts: Artifacts | None = None, noted: ChainHead | None = None) -> Verdict:
         """Audit the ledger, with `artifacts` these too. `noted` is a head that must still be in the chain."""
         started, findings = time.perf_counter(), Findings()
         with self._database.reading() as connection:
-            recorded, count, head = _Recorded(findings), 0, Head(0, chain.GENESIS)
+            recorded, count, head = _Recorded(findings), 0, ChainHead(0, chain.GENESIS)
             for batch in chain.unbroken(chain.stored(connection), findings.chain, noted):
                 for event in batch:
                     recorded.take(event)
-                count, head = count + len(batch), Head(batch[-1][0], batch[-1][8])
+                count, head = count + len(batch), ChainHead(batch[-1][0], batch[-1][8])
             waiting = {f"{row[0]} {row[1]}" for row in connection.execute(sa.select(audit_pending))}
             for table in AUDITED.values():
                 _compare(connection, table, recorded, waiting if table is request_events else set(), findings)
@@ -113,9 +113,9 @@ class Audit:
         seconds = time.perf_counter() - started
         return Verdict(count, head, len(waiting), looked, findings.count, findings.first, seconds)
 
-    def head(self) -> Head:
+    def head(self) -> ChainHead:
         """The head of the chain with all that has happened until now: what an auditor notes elsewhere."""
-        self._database.seal()
+        self._database.flush()
         with self._database.reading() as connection:
             return chain.head(connection)
 
@@ -131,7 +131,7 @@ class Audit:
             if request is not None:
                 fitting = rows.fetch_by_id(connection, rows.REQUESTS, requests, request)
                 where.append(audit_events.c.request == fitting["id"])
-        self._database.seal()
+        self._database.flush()
         with self._database.reading() as connection:
             if last is not None:
                 newest = sa.select(audit_events.c.seq).where(*where).order_by(audit_events.c.seq.desc()).limit(last)
@@ -141,7 +141,7 @@ class Audit:
     @contextmanager
     def chain(self) -> Iterator[sa.Connection]:
         """A snapshot of the database with everything that has happened until now in the chain."""
-        self._database.seal()
+        self._database.flush()
         with self._database.reading() as connection:
             yield connection
 

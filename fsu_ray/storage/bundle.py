@@ -28,7 +28,7 @@ from pyarrow import parquet
 from fsu_ray.errors import AlreadyExists, AuditFailed, InvalidData, UserError
 from fsu_ray.storage import chain, signing
 from fsu_ray.storage.audit import Findings, Verdict, count_of
-from fsu_ray.storage.chain import Event, Head
+from fsu_ray.storage.chain import ChainHead, Event
 from fsu_ray.storage.columns import moment_text
 from fsu_ray.storage.ledger import Ledger
 from fsu_ray.storage.rows import now
@@ -97,7 +97,7 @@ def write(
     return manifest
 
 
-def verify(file: Path, public_key: Path | None = None, noted: Head | None = None) -> Checked:
+def verify(file: Path, public_key: Path | None = None, noted: ChainHead | None = None) -> Checked:
     """Check a bundle from its file alone; with `public_key`, that it is signed with that key.
 
     `noted` is a head that must be in its chain. Raises InvalidData where the file is no bundle.
@@ -108,14 +108,14 @@ def verify(file: Path, public_key: Path | None = None, noted: Head | None = None
             binary = source.read(4) == b"PAR1"
             source.seek(0)
             manifest, batches = _read_parquet(source, file) if binary else _read_jsonl(source, file, findings)
-            count, head = 0, Head(0, chain.GENESIS)
+            count, head = 0, ChainHead(0, chain.GENESIS)
             for batch in chain.unbroken(batches, findings.chain, noted):
-                count, head = count + len(batch), Head(batch[-1][0], batch[-1][8])
+                count, head = count + len(batch), ChainHead(batch[-1][0], batch[-1][8])
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise InvalidData(f"bundle {file} cannot be read ({error.strerror})") from error
         raise AuditFailed(f"bundle {file} is cut short or damaged ({_first_line(error)})") from error
-    expected = Head(manifest["events"], manifest["head"])
+    expected = ChainHead(manifest["events"], manifest["head"])
     if count < expected.seq:
         findings.add(0, head.seq + 1, f"the bundle ends after event {head.seq} of {expected.seq}")
     elif head != expected:
@@ -126,7 +126,7 @@ def verify(file: Path, public_key: Path | None = None, noted: Head | None = None
     return Checked(manifest, verdict, signature)
 
 
-def _manifest(head: Head, about: dict[str, Any] | None) -> dict[str, Any]:
+def _manifest(head: ChainHead, about: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "bundle": _KIND,
         "format": FORMAT,
@@ -263,7 +263,7 @@ def _understood(text: bytes, file: Path) -> dict[str, Any]:
             raise KeyError(_KIND)
         if manifest["format"] != FORMAT:
             raise InvalidData(f"bundle {file} was written by a newer fsu_ray; upgrade fsu_ray")
-        Head.parse(f"{manifest['events']}:{manifest['head']}")
+        ChainHead.parse(f"{manifest['events']}:{manifest['head']}")
     except (ValueError, KeyError, TypeError, UserError) as error:
         if isinstance(error, InvalidData):
             raise

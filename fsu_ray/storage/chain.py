@@ -61,7 +61,7 @@ def hash_of(event: Event) -> str:
     return hashlib.sha256(event.line.encode()).hexdigest()
 
 
-class Head(NamedTuple):
+class ChainHead(NamedTuple):
     """The last event of a chain. Who notes it can tell later whether the chain still has all that it had then."""
 
     seq: int
@@ -71,7 +71,7 @@ class Head(NamedTuple):
         return f"{self.seq}:{self.hash}"
 
     @classmethod
-    def parse(cls, text: str) -> Head:
+    def parse(cls, text: str) -> ChainHead:
         """What `str` makes of a head; raises UserError."""
         found = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
         if found is None:
@@ -203,10 +203,10 @@ _HEAD = sa.select(audit_events.c.seq, audit_events.c.hash).order_by(audit_events
 _APPEND = sa.insert(audit_events)
 
 
-def head(connection: sa.Connection) -> Head:
+def head(connection: sa.Connection) -> ChainHead:
     """The last event, number 0 before the first."""
     found = connection.execute(_HEAD).one_or_none()
-    return Head(0, GENESIS) if found is None else Head(*found)
+    return ChainHead(0, GENESIS) if found is None else ChainHead(*found)
 
 
 def stored(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> Iterator[Sequence[Event]]:
@@ -230,7 +230,7 @@ def as_text(connection: sa.Connection, column: sa.Column[Any]) -> sa.ColumnEleme
 
 
 def unbroken(
-    batches: Iterable[Sequence[Event]], tell: Callable[[int, str], None], noted: Head | None = None
+    batches: Iterable[Sequence[Event]], tell: Callable[[int, str], None], noted: ChainHead | None = None
 ) -> Iterator[Sequence[Event]]:
     """Pass on events from the first one on, and `tell` the number of each that breaks the chain, and how.
 

@@ -19,7 +19,7 @@ _SEARCH = re.compile(r"search-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
-class Kept:
+class RunFolder:
     """A folder of Ray's: its bytes, when it was last written to, and the request whose run it is (None: a search)."""
 
     size: int
@@ -33,16 +33,16 @@ class Checkpoints:
 
     location: str
 
-    def folders(self) -> dict[str, Kept]:
+    def folders(self) -> dict[str, RunFolder]:
         """All of them, by name. Raises StorageError where the place cannot be read."""
         filesystem, root = self._place
-        folders: dict[str, Kept] = {}
+        folders: dict[str, RunFolder] = {}
         for info in listed(filesystem, root, f"checkpoints {places.shown(self.location)}"):
             name = info.path.removeprefix(f"{root}/").partition("/")[0]
             run = _RUN.fullmatch(name)
             if run or _SEARCH.fullmatch(name):
-                before = folders.get(name, Kept(0, info.mtime, run and run[1]))
-                folders[name] = Kept(before.size + info.size, max(before.at, info.mtime), before.request)
+                before = folders.get(name, RunFolder(0, info.mtime, run and run[1]))
+                folders[name] = RunFolder(before.size + info.size, max(before.at, info.mtime), before.request)
         return folders
 
     def delete(self, name: str) -> bool:

@@ -185,7 +185,7 @@ def join(
     )
 
 
-def companions(
+def batch_candidates(
     connection: sa.Connection, lead: Request, line: Model, gone: set[int], moment: datetime
 ) -> list[Request]:
     """What can run along with a claimed `lead`: ready class requests of its model `line` with its recipe, for others
@@ -214,7 +214,7 @@ def companions(
     return chosen
 
 
-def followers(connection: sa.Connection, lead: Request) -> list[Request]:
+def batch_members(connection: sa.Connection, lead: Request) -> list[Request]:
     """The other requests of the run that `lead` leads, in the order of their submission."""
     query = rows.REQUESTS.where(requests.c.lead == lead.id, requests.c.status == Status.RUNNING)
     ordered = query.order_by(requests.c.submitted_at, requests.c.id)
@@ -314,10 +314,13 @@ def _step(
         return None
     if "report" in values:  # which the database has in JSON's terms
         return fetch(connection, request.id)
-    return replace(request, **{name: value for name, value in {**row, **values}.items() if name in _FIELDS})
+    columns = {_FIELD_OF_COLUMN.get(name, name): value for name, value in {**row, **values}.items()}
+    return replace(request, **{name: value for name, value in columns.items() if name in _FIELDS})
 
 
 _FIELDS = frozenset(field.name for field in fields(Request))
+_FIELD_OF_COLUMN = {"lead": "batch_leader", "alone": "no_coalesce"}
+"""Columns of `requests` whose fields in `records.Request` have other names."""
 
 
 @cache

@@ -49,7 +49,7 @@ metadata = sa.MetaData(
 )
 
 
-def among(column: str, values: tuple[str, ...]) -> str:
+def in_list(column: str, values: tuple[str, ...]) -> str:
     """`column IN (values)` as SQL."""
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
 
@@ -69,12 +69,12 @@ def key() -> sa.Column[Any]:
     return sa.Column("id", sa.String(40), primary_key=True)
 
 
-def of(name: str, target: str, *, nullable: bool = False, unique: bool = False) -> sa.Column[Any]:
+def foreign_key(name: str, target: str, *, nullable: bool = False, unique: bool = False) -> sa.Column[Any]:
     """A foreign key to `target`, e.g. `models.id`."""
     return sa.Column(name, sa.ForeignKey(target), nullable=nullable, unique=unique or None)
 
 
-def of_version(column: str) -> sa.ForeignKeyConstraint:
+def version_foreign_key(column: str) -> sa.ForeignKeyConstraint:
     """`model_id` and `column` name a version."""
     return sa.ForeignKeyConstraint(["model_id", column], ["model_versions.model_id", "model_versions.number"])
 
@@ -94,6 +94,6 @@ def moment(name: str, *, nullable: bool = False) -> sa.Column[Any]:
     return sa.Column(name, Instant, nullable=nullable)
 
 
-def made() -> tuple[sa.Column[Any], sa.Column[Any]]:
+def audit_columns() -> tuple[sa.Column[Any], sa.Column[Any]]:
     """When a row was written, and by whom: an opaque id."""
     return moment("created_at"), sa.Column("actor", sa.String(100), nullable=False)

@@ -85,7 +85,7 @@ class Database:
         """Close every connection, after a last look at what waits for the audit chain."""
         if self._unsealed:
             with contextlib.suppress(StorageError):
-                self.seal()
+                self.flush()
         self._engines.dispose()
 
     @contextmanager
@@ -108,7 +108,7 @@ class Database:
             chain.append_noted(connection)
 
     @contextmanager
-    def stepping(self, subject: str) -> Iterator[sa.Connection]:
+    def autocommit(self, subject: str) -> Iterator[sa.Connection]:
         """Statements that each stand for themselves: guarded updates of requests, which many make at once.
 
         What they change waits for the audit chain (`chain`): about once a second one of these takes it there.
@@ -118,9 +118,9 @@ class Database:
         self._unsealed = True
         if time.monotonic() - self._sealed_at > SEAL_SECONDS:
             with contextlib.suppress(StorageError):  # the step is made; the next one tries again
-                self.seal()
+                self.flush()
 
-    def seal(self) -> None:
+    def flush(self) -> None:
         """Append the steps of requests that wait for it to the audit chain."""
         self._sealed_at = time.monotonic()
         with self.writing("the audit chain"):

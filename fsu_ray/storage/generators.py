@@ -118,7 +118,7 @@ class Generators:
         recipe: Recipe,
         weights: str,
         dataset: str,
-        figures: Mapping[str, Any],
+        metrics: Mapping[str, Any],
         actor: str = OPERATOR,
     ) -> Generator:
         """Keep a generator that was trained elsewhere, with the D' that was drawn from it by `recipe` and labelled by
@@ -136,7 +136,7 @@ class Generators:
             _check_new(connection, line, root, weights, recipe)
             values: dict[str, Any] = {"id": rows.new_id("g"), "model_id": line.id, "root": root.number}
             values |= {"spec": line.spec.model_dump(mode="json"), "recipe_digest": recipe.generator_digest}
-            values |= {"weights": weights, "dataset": dataset, "origin": "imported", "figures": dict(figures)}
+            values |= {"weights": weights, "dataset": dataset, "origin": "imported", "figures": dict(metrics)}
             values["created_at"] = rows.now()
             chain.insert(connection, "generator_imported", generators, values, actor=actor, model=line.name)
             return rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, values["id"]))

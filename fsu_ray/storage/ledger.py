@@ -83,11 +83,11 @@ class Ledger:
         with self.database.writing(f"request {request.id}") as connection:
             moment, worker = rows.now(), str(request.worker)
             model = rows.fetch_model(connection, request.model)
-            along = {each.id: each for each in claims.followers(connection, request)}
+            along = {each.id: each for each in claims.batch_members(connection, request)}
             if set(along) != {part.request for part in outcome.also}:
                 raise claims.lost(request)
             origins = recipes.origins(connection, (request, *along.values()))
-            ended = results.Ended.of(request, outcome, generator_id, warm_started_from, transferred_from, origins)
+            ended = results.RunRecord.of(request, outcome, generator_id, warm_started_from, transferred_from, origins)
             done = {"version": base.number + 1, "reason": None}
             claims.step_claimed(connection, request, Status.SUCCEEDED, worker, moment, report=ended.report, **done)
             for part in outcome.also:
@@ -127,11 +127,11 @@ class Ledger:
         """
         moment, worker = rows.now(), str(request.worker)
         if outcome is None or base is None:
-            with self.database.stepping(f"request {request.id}") as connection:
+            with self.database.autocommit(f"request {request.id}") as connection:
                 return claims.step_claimed(connection, request, Status.REJECTED, worker, moment, reason=reason)
         with self.database.writing(f"request {request.id}") as connection:
             origins = recipes.origins(connection, (request,))
-            ended = results.Ended.of(request, outcome, generator_id, warm_started_from, transferred_from, origins)
+            ended = results.RunRecord.of(request, outcome, generator_id, warm_started_from, transferred_from, origins)
             rejected = claims.step_claimed(
                 connection, request, Status.REJECTED, worker, moment, reason=reason, report=ended.report
             )

@@ -41,7 +41,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Gone:
+class ErasureSummary:
     """An erasure in short, with its measures: the shares of target samples and of probes still in a target class as
     they were at the erasure, None where there was nothing to measure on, and the latest re-check on any version.
     `recipe_origin` is the search that found its recipe, None where none did."""
@@ -195,7 +195,7 @@ class Models:
                 found.setdefault(row["version"], []).append(rows.to_behaviour(row))
         return found
 
-    def erased(self, model: str, version: int | None = None) -> list[Gone]:
+    def erased(self, model: str, version: int | None = None) -> list[ErasureSummary]:
         """`erasures` in short, with their measures then and now, for lines of thousands; raises NotFound."""
         with self._database.reading() as connection:
             line = rows.fetch_model(connection, model)
@@ -321,12 +321,12 @@ class Models:
             return history.history(connection, rows.fetch_model(connection, model))
 
 
-def _to_gone(row: sa.RowMapping) -> Gone:
+def _to_gone(row: sa.RowMapping) -> ErasureSummary:
     again = None
     if row["recheck_id"] is not None:
         columns = [column.name for column in rechecks.c]
         again = rows.to_recheck({name: row[f"recheck_{name}"] for name in columns})
-    return Gone(
+    return ErasureSummary(
         erasure=row["id"],
         version=row["version"],
         request=row["request_id"],

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from fsu_ray.errors import UserError
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Kind, Model, Request, Searched
+from fsu_ray.records import Kind, Model, Request, SearchedRecipe
 from fsu_ray.storage import chain, rows
 from fsu_ray.storage.database import Database
 from fsu_ray.storage.policies import OPERATOR, check_actor
@@ -31,7 +31,7 @@ class Recipes:
 
     def keep(
         self, model: str, kind: Kind, recipe: Recipe, score: float, evidence: Mapping[str, Any], actor: str = OPERATOR
-    ) -> Searched:
+    ) -> SearchedRecipe:
         """Put a recipe that a search found in force for the requests of one kind; the earlier ones stay on record.
 
         `score` is the search's own, higher is better; `evidence` is JSON, what it measured: figures and short names,
@@ -43,7 +43,7 @@ class Recipes:
         found = {"recipe": recipe.model_dump(mode="json"), "recipe_digest": recipe.digest, "score": float(score)}
         return self._keep(model, kind, "recipe_found", {**found, "evidence": dict(evidence)}, actor)
 
-    def reset(self, model: str, kind: Kind, actor: str = OPERATOR) -> Searched:
+    def reset(self, model: str, kind: Kind, actor: str = OPERATOR) -> SearchedRecipe:
         """Have a preset serve the requests of one kind again. Requests that have a recipe already keep it.
 
         Raises NotFound, and UserError where no searched recipe is in force, for a kind that is none, and for an actor
@@ -51,7 +51,7 @@ class Recipes:
         """
         return self._keep(model, kind, "recipe_reset", {"evidence": {}}, actor)
 
-    def _keep(self, model: str, kind: Kind, event: str, found: dict[str, Any], actor: str) -> Searched:
+    def _keep(self, model: str, kind: Kind, event: str, found: dict[str, Any], actor: str) -> SearchedRecipe:
         _check_kind(kind)
         check_actor(actor)
         with self._database.writing(f"model {model!r}") as connection:
@@ -64,7 +64,7 @@ class Recipes:
             kept = _SEARCHES.where(searches.c.id == values["id"])
             return _to_searched(connection.execute(kept).mappings().one())
 
-    def in_force(self, model: str, kind: Kind) -> Searched | None:
+    def in_force(self, model: str, kind: Kind) -> SearchedRecipe | None:
         """The searched recipe in force for the requests of one kind, None where a preset serves.
 
         Raises NotFound, and UserError for a kind that is none.
@@ -73,14 +73,14 @@ class Recipes:
         with self._database.reading() as connection:
             return _in_force(connection, rows.fetch_model(connection, model), kind)
 
-    def all(self, model: str) -> list[Searched]:
+    def all(self, model: str) -> list[SearchedRecipe]:
         """All recipes that were found for a model, and the resets between them, oldest first; raises NotFound."""
         with self._database.reading() as connection:
             query = _SEARCHES.where(searches.c.model_id == rows.fetch_model(connection, model).id)
             ordered = query.order_by(searches.c.created_at, searches.c.id)
             return [_to_searched(row) for row in connection.execute(ordered).mappings()]
 
-    def origin(self, request: Request) -> Searched | None:
+    def origin(self, request: Request) -> SearchedRecipe | None:
         """The search that had found a request's recipe when it was submitted, None without one."""
         with self._database.reading() as connection:
             return _origin(connection, request)
@@ -109,13 +109,13 @@ def _last(connection: sa.Connection, model: Model, kind: str) -> datetime | None
     return max(filter(None, (newest(connection, model, kind), connection.scalar(asked))), default=None)
 
 
-def _in_force(connection: sa.Connection, model: Model, kind: str) -> Searched | None:
+def _in_force(connection: sa.Connection, model: Model, kind: str) -> SearchedRecipe | None:
     query = _NEWEST_FIRST.where(searches.c.model_id == model.id, searches.c.kind == kind).limit(1)
     row = connection.execute(query).mappings().one_or_none()
     return None if row is None or row["recipe"] is None else _to_searched(row)
 
 
-def _origin(connection: sa.Connection, request: Request) -> Searched | None:
+def _origin(connection: sa.Connection, request: Request) -> SearchedRecipe | None:
     """The recipes themselves are compared: a digest that was stored says nothing of a field that came later."""
     earlier = _NEWEST_FIRST.where(
         models.c.name == request.model,
@@ -129,8 +129,8 @@ def _origin(connection: sa.Connection, request: Request) -> Searched | None:
     return None
 
 
-def _to_searched(row: sa.RowMapping) -> Searched:
-    return Searched(
+def _to_searched(row: sa.RowMapping) -> SearchedRecipe:
+    return SearchedRecipe(
         id=row["id"],
         model=row["model"],
         kind=row["kind"],

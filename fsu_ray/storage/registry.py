@@ -7,30 +7,30 @@ from dataclasses import dataclass
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Generator, Model, ModelVersion
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.storage.serving import is_current, matches, serves
-from fsu_ray.work import GeneratorRef, PriorErasure
+from fsu_ray.storage.serving import check_compatible, is_current, matches
+from fsu_ray.work import EarlierErasure, GeneratorRef
 
 
 @dataclass(frozen=True)
-class Offer:
+class GeneratorCandidates:
     """The generators that a run may use: `reuse` as it is, D' included; `warm` as the start of a new training;
     `transfer` with a D' that is drawn anew. `bound`: it must be that one."""
 
     reuse: GeneratorRef | None
     warm: GeneratorRef | None
     transfer: GeneratorRef | None = None
-    bound: bool = False
+    required: bool = False
 
 
-def offer(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion, recipe: Recipe) -> Offer:
+def offer(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion, recipe: Recipe) -> GeneratorCandidates:
     """The newest generators of the model that fit its input shape and classes and are not retired.
 
-    `reuse` also has a D' with the labels of `root` (`Ledger.models.sealed_root` of `base`) and the recipe of generator and
-    D', and starved no class; whether it really serves is for the gate to say, on figures of the run. `warm` may
+    `reuse` also has a D' with the labels of `root` (`Ledger.models.sealed_root` of `base`) and the recipe of generator
+    and D', and starved no class; whether it really serves is for the gate to say, on figures of the run. `warm` may
     have any root and recipe. The paper's form draws D' anew from each version, and so is offered nothing.
     """
     if recipe.form == "paper":
-        return Offer(None, None)
+        return GeneratorCandidates(None, None)
     fitting = [
         generator
         for generator in ledger.generators.all(model.name)
@@ -39,21 +39,25 @@ def offer(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion, 
     reusable = [
         generator
         for generator in fitting
-        if is_current(generator, root, recipe) and not generator.figures.get("starved")
+        if is_current(generator, root, recipe) and not generator.metrics.get("starved")
     ]
-    return Offer(reuse=_newest(reusable), warm=_newest([each for each in fitting if each.sealed is None]))
+    return GeneratorCandidates(reuse=_newest(reusable), warm=_newest([each for each in fitting if each.sealed is None]))
 
 
-def offer_named(ledger: Ledger, model: Model, root: ModelVersion, recipe: Recipe, generator: str) -> Offer:
+def offer_named(
+    ledger: Ledger, model: Model, root: ModelVersion, recipe: Recipe, generator: str
+) -> GeneratorCandidates:
     """The generator of that id and no other, as `serving.serves` says; raises GeneratorUnfit where it cannot serve."""
     named = ledger.generators.get(generator)
-    how, found = serves(named, model, root, recipe), _ref(named)
+    how, found = check_compatible(named, model, root, recipe), _ref(named)
     if how == "reuse":
-        return Offer(reuse=found, warm=None, bound=True)
-    return Offer(reuse=None, warm=None, transfer=found, bound=True)
+        return GeneratorCandidates(reuse=found, warm=None, required=True)
+    return GeneratorCandidates(reuse=None, warm=None, transfer=found, required=True)
 
 
-def priors(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion) -> tuple[PriorErasure, ...]:
+def earlier_erasures(
+    ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion
+) -> tuple[EarlierErasure, ...]:
     """The erasures in force at `base`, oldest first, each with its mask, the D' of that mask, and its record.
 
     `recorded` is the share of its probes in a target class when it was erased, 0 where none were measured. Those
@@ -63,7 +67,7 @@ def priors(ledger: Ledger, model: Model, base: ModelVersion, root: ModelVersion)
     seal = root.number if root.number != base.root else 0
     recipes = {request.id: request.recipe for request in ledger.requests.all(model.name)}
     return tuple(
-        PriorErasure(
+        EarlierErasure(
             request=erasure.request,
             behaviour=erasure.behaviour,
             filter=recipes[erasure.request].filter,
@@ -86,4 +90,4 @@ def _newest(generators: list[Generator]) -> GeneratorRef | None:
 
 
 def _ref(found: Generator) -> GeneratorRef:
-    return GeneratorRef(id=found.id, weights=found.weights, dataset=found.dataset, figures=found.figures)
+    return GeneratorRef(id=found.id, weights=found.weights, dataset=found.dataset, metrics=found.metrics)

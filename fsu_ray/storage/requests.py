@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from fsu_ray.config import BACKOFF_SECONDS, MOST_FAILURES
 from fsu_ray.errors import TransitionRefused, UserError
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Figures, Request, RequestEvent, Status, Terms
+from fsu_ray.records import Behaviour, QueueStats, Request, RequestEvent, Status, Terms
 from fsu_ray.storage import claims, removals, rows, schema, submissions
 from fsu_ray.storage.database import Database
 from fsu_ray.storage.policies import OPERATOR, check_actor, fetch_policy
@@ -70,7 +70,7 @@ class Requests:
             line = rows.fetch_model(connection, model)
             submissions.check_targets(behaviour, line)
             terms = submissions.named_generator(connection, terms)
-            found = submissions.twin(connection, line, behaviour, samples, recipe if named else None, terms)
+            found = submissions.find_duplicate(connection, line, behaviour, samples, recipe if named else None, terms)
             if found is not None:
                 return found, False
             submissions.check_line(connection, behaviour, line)
@@ -118,7 +118,7 @@ class Requests:
         model: str | None = None,
         *,
         cap: int | None = None,
-        along: int = 0,
+        max_batch: int = 0,
     ) -> Request | None:
         """Begin the next attempt: of a request whose lease is over, or of the most urgent and then oldest one that is
         ready and whose model has none running. None where there is nothing to do, or where `worker` has `cap`
@@ -134,7 +134,7 @@ class Requests:
         request = None
         while request is None:
             try:
-                with self._database.stepping("the queue") as connection:
+                with self._database.autocommit("the queue") as connection:
                     request = claims.claim(connection, model, worker, lease_seconds, rows.now(), cap)
             except TransitionRefused:
                 continue  # the index of running requests: another worker was faster
@@ -143,8 +143,8 @@ class Requests:
                     with self._database.reading() as connection:
                         rows.fetch_model(connection, model)
                 return None
-        if request.failures or along:
-            self._take_along(request, worker, lease_seconds, along)
+        if request.failures or max_batch:
+            self._take_along(request, worker, lease_seconds, max_batch)
         return request
 
     def end_abandoned(self, actor: str) -> None:
@@ -159,16 +159,16 @@ class Requests:
 
     def _take_along(self, request: Request, worker: str, lease_seconds: float, most: int) -> None:
         with self._database.writing(f"request {request.id}") as connection:
-            others = claims.followers(connection, request)
+            others = claims.batch_members(connection, request)
             if not others and most:
-                others = _companions(connection, request)[:most]
+                others = _batch_candidates(connection, request)[:most]
             for other in others:
                 claims.join(connection, other, request, worker, lease_seconds, rows.now())
 
     def batch_members(self, request: Request) -> list[Request]:
         """The other requests that run along with a claimed one, oldest first."""
         with self._database.reading() as connection:
-            return claims.followers(connection, request)
+            return claims.batch_members(connection, request)
 
     def cancel_requested(self, request: Request) -> bool:
         """Whether somebody wants a claimed request, or one that runs along, cancelled."""
@@ -182,7 +182,7 @@ class Requests:
 
         Raises LeaseLost where another attempt has begun or the request has ended.
         """
-        with self._database.stepping(f"request {request.id}") as connection:
+        with self._database.autocommit(f"request {request.id}") as connection:
             return claims.renew(connection, request, rows.now() + timedelta(seconds=lease_seconds))
 
     def release(self, request: Request, reason: str) -> Request:
@@ -209,7 +209,7 @@ class Requests:
     def fail(self, request: Request, reason: str) -> Request:
         """End a claimed request whose run broke for good; those that run along are queued again. Raises LeaseLost."""
         with self._database.writing(f"request {request.id}") as connection:
-            _free_followers(connection, request, reason)
+            _free_batch_members(connection, request, reason)
             return claims.step_claimed(
                 connection, request, Status.FAILED, str(request.worker), rows.now(),
                 reason=reason, failures=request.failures + 1,
@@ -220,7 +220,7 @@ class Requests:
         queued again. Raises LeaseLost.
         """
         with self._database.writing(f"request {request.id}") as connection:
-            _free_followers(connection, request, "stopped with its run")
+            _free_batch_members(connection, request, "stopped with its run")
             current = claims.fetch(connection, request.id)
             if current.cancel_by is None:
                 return _requeue(connection, request, "stopped with its run")
@@ -327,10 +327,10 @@ class Requests:
 
         A worker that lives after all renews its lease, as long as nobody has taken the request over.
         """
-        with self._database.stepping(f"request {request.id}") as connection:
+        with self._database.autocommit(f"request {request.id}") as connection:
             return claims.expire(connection, request, rows.now())
 
-    def stats(self) -> Figures:
+    def stats(self) -> QueueStats:
         """How many requests and erasures of each sort there are."""
         states = sa.select(models.c.name, requests.c.status, sa.func.count()).join_from(requests, models)
         uses = sa.select(models.c.name, erasures.c.generator_use, sa.func.count()).join_from(erasures, models)
@@ -339,7 +339,7 @@ class Requests:
             stated = connection.execute(states.group_by(models.c.name, requests.c.status)).all()
             used = connection.execute(uses.group_by(models.c.name, erasures.c.generator_use)).all()
             ready = claims.ready(connection, rows.now())
-            return Figures(
+            return QueueStats(
                 {(name, state.value): 0 for name in names for state in Status}
                 | {(name, str(Status(state).value)): number for name, state, number in stated},
                 dict.fromkeys(names, 0) | ready,
@@ -362,7 +362,7 @@ def _to_event(row: sa.RowMapping) -> RequestEvent:
 
 def _abandon(connection: sa.Connection, seen: Request, worker: str) -> None:
     """End a request whose lease is over for good: it was to be cancelled, or has cost too many workers already."""
-    _free_followers(connection, seen, "lease_expired")
+    _free_batch_members(connection, seen, "lease_expired")
     failures, moment = seen.failures + 1, rows.now()
     if seen.cancel_by is not None:
         claims.step_waiting(connection, seen, Status.CANCELLED, seen.cancel_by, moment, lease_until=None)
@@ -372,23 +372,23 @@ def _abandon(connection: sa.Connection, seen: Request, worker: str) -> None:
     claims.step_waiting(connection, seen, Status.FAILED, worker, moment, **ended)
 
 
-def _companions(connection: sa.Connection, request: Request) -> list[Request]:
-    if request.behaviour.kind != "class" or request.alone or request.generator is not None:
+def _batch_candidates(connection: sa.Connection, request: Request) -> list[Request]:
+    if request.behaviour.kind != "class" or request.no_coalesce or request.generator is not None:
         return []
     line = rows.fetch_model(connection, request.model)
     gone = {target for each, _ in rows.fetch_gone(connection, line) if each.kind == "class" for target in each.targets}
-    return claims.companions(connection, request, line, gone, rows.now())
+    return claims.batch_candidates(connection, request, line, gone, rows.now())
 
 
 def _requeue(connection: sa.Connection, request: Request, reason: str, **values: Any) -> Request:
     """A claimed request back into the queue, and with it those that run along, which are to wait for nothing."""
-    _free_followers(connection, request, reason, **({"alone": True} if values.get("alone") else {}))
+    _free_batch_members(connection, request, reason, **({"alone": True} if values.get("alone") else {}))
     back = {"worker": None, "lead": None, "reason": reason, **values}
     return claims.step_claimed(connection, request, Status.QUEUED, str(request.worker), rows.now(), **back)
 
 
-def _free_followers(connection: sa.Connection, lead: Request, reason: str, **values: Any) -> None:
-    for other in claims.followers(connection, lead):
+def _free_batch_members(connection: sa.Connection, lead: Request, reason: str, **values: Any) -> None:
+    for other in claims.batch_members(connection, lead):
         back: dict[str, Any] = {"worker": None, "lead": None, "lease_until": None, "reason": reason, **values}
         if other.cancel_by is None:
             claims.step_waiting(connection, other, Status.QUEUED, str(lead.worker), rows.now(), **back)

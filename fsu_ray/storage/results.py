@@ -17,7 +17,7 @@ from fsu_ray.work import Outcome, Part
 
 
 @dataclass(frozen=True)
-class Ended:
+class RunRecord:
     """A run that has ended: what was asked, what came back, and the generator that it worked with."""
 
     request: Request
@@ -36,7 +36,7 @@ class Ended:
         warm_started_from: str | None,
         transferred_from: str | None,
         origins: Mapping[str, str | None],
-    ) -> Ended:
+    ) -> RunRecord:
         """`reused`, `warm_started_from` and `transferred_from` are ids of generators; the outcome's `generator_use`
         says which one counts. One whose transfer the gate has refused is no generator of this line: its own id stands
         for it. `origins` are the searches that found the recipe, by the ids of the run's requests.
@@ -71,7 +71,7 @@ class Ended:
             "id": self.generator,
             "use": self.outcome.generator_use,
             "refused": list(self.outcome.refused),
-            "figures": dict(self.outcome.figures),
+            "figures": dict(self.outcome.metrics),
         }
         asked = self.request.id if part is None else part.request
         recipe = {"digest": self.request.recipe.digest, "origin": self.origins[asked]}  # a run has one recipe
@@ -97,7 +97,7 @@ class Ended:
             "origin": use,
             "warm_started_from": self.warm_started_from,
             "transferred_from": self.transferred_from,
-            "figures": dict(self.outcome.figures),
+            "figures": dict(self.outcome.metrics),
             "request_id": self.request.id,
             "created_at": moment,
         }

@@ -158,8 +158,8 @@ def to_request(row: Mapping[Any, Any]) -> Request:
         due_at=row["due_at"],
         requested_by=row["requested_by"],
         generator=row["generator_id"],
-        lead=row["lead"],
-        alone=row["alone"],
+        batch_leader=row["lead"],
+        no_coalesce=row["alone"],
         failures=row["failures"],
         retry_at=row["retry_at"],
         cancel_by=row["cancel_by"],
@@ -191,7 +191,7 @@ def to_generator(row: sa.RowMapping) -> Generator:
         origin=row["origin"],
         warm_started_from=row["warm_started_from"],
         transferred_from=row["transferred_from"],
-        figures=row["figures"],
+        metrics=row["figures"],
         request=row["request_id"],
         created_at=row["created_at"],
         retired=row["retired"],
@@ -332,12 +332,12 @@ ORIGIN = erasures.c.report[("recipe", "origin")].as_string().label("recipe_origi
 def measured(model: Model, number: int) -> sa.Select[Any]:
     """What is gone as of a version, oldest first: of each erasure's report two figures and the recipe's origin only,
     and its latest re-check, whose columns are named `recheck_...`."""
-    figures = [
+    metrics = [
         erasures.c.report[("forgetting", name)].as_float().label(name)
         for name in ("samples_in_target", "probes_in_target")
     ]
     small = [column for column in erasures.c if column.name not in ("report", "samples", "mask", "probes", "model_id")]
     again = [column.label(f"recheck_{column.name}") for column in rechecks.c]
     pairs = erasures.outerjoin(rechecks, rechecks.c.id == newest_recheck())
-    query = sa.select(*small, *figures, ORIGIN, *again).select_from(pairs).where(in_force(model, number))
+    query = sa.select(*small, *metrics, ORIGIN, *again).select_from(pairs).where(in_force(model, number))
     return query.order_by(erasures.c.version, erasures.c.request_id)

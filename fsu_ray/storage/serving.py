@@ -22,7 +22,9 @@ def is_current(generator: Generator, root: ModelVersion, recipe: Recipe) -> bool
     return recipe.form != "paper" and labelled and generator.recipe_digest == recipe.generator_digest
 
 
-def serves(generator: Generator, model: Model, root: ModelVersion, recipe: Recipe) -> Literal["reuse", "transfer"]:
+def check_compatible(
+    generator: Generator, model: Model, root: ModelVersion, recipe: Recipe
+) -> Literal["reuse", "transfer"]:
     """How `generator` would serve a request of `model` whose D' is labelled by `root`.
 
     `reuse`: with its D' as it is. `transfer`: with its weights alone, from which D' is drawn and labelled anew; so one

@@ -12,7 +12,7 @@ from fsu_ray.records import Behaviour, Model, Request, Status, Terms
 from fsu_ray.storage import chain, recipes, rows
 from fsu_ray.storage.claims import step_waiting
 from fsu_ray.storage.schema import LIVE, TERMS, generators, requests
-from fsu_ray.storage.serving import serves
+from fsu_ray.storage.serving import check_compatible
 
 
 def derived_key(behaviour: Behaviour, samples: str) -> str:
@@ -20,7 +20,7 @@ def derived_key(behaviour: Behaviour, samples: str) -> str:
     return hashlib.sha256(f"{behaviour.canonical()}:{samples}".encode()).hexdigest()
 
 
-def twin(
+def find_duplicate(
     connection: sa.Connection, model: Model, behaviour: Behaviour, samples: str, recipe: Recipe | None, terms: Terms
 ) -> Request | None:
     """The request that this submission repeats, if there is one; with whatever recipe where `recipe` is None.
@@ -102,7 +102,7 @@ def check_generator(connection: sa.Connection, model: Model, recipe: Recipe, ter
     if terms.generator is not None:
         found = rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, terms.generator))
         base = rows.fetch_version(connection, model)
-        serves(found, model, rows.fetch_sealed_root(connection, model, base), recipe)
+        check_compatible(found, model, rows.fetch_sealed_root(connection, model, base), recipe)
 
 
 def insert(

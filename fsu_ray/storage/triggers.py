@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from fsu_ray.records import TRANSITIONS, Status
 from fsu_ray.storage import schema
-from fsu_ray.storage.columns import among, metadata
+from fsu_ray.storage.columns import in_list, metadata
 from fsu_ray.storage.schema import TERMINAL, TERMS
 
 
@@ -88,13 +88,13 @@ def _requests() -> list[Trigger]:
     steps = tuple(f"{old}>{new}" for old in Status for new in Status if new in TRANSITIONS[old])
     start, once = f"NEW.status <> '{Status.SUBMITTED}' OR NEW.changes <> 1", "a request begins as submitted, once"
     again = f"{start} OR EXISTS (SELECT 1 FROM requests WHERE id = NEW.id)"
-    step = f"NOT ({among(_STEP, steps)})"
+    step = f"NOT ({in_list(_STEP, steps)})"
     counted = "a step between states is counted: set changes, changed_at and changed_by"
     return [
         Trigger("requests_insert", "INSERT", "requests", once, again, "sqlite"),
         Trigger("requests_insert", "INSERT", "requests", once, start, "postgresql"),
         Trigger(
-            "requests_final", "UPDATE", "requests", "a request that has ended is final", among("OLD.status", TERMINAL)
+            "requests_final", "UPDATE", "requests", "a request that has ended is final", in_list("OLD.status", TERMINAL)
         ),
         Trigger("requests_step", "UPDATE OF status", "requests", "no such step between states of a request", step),
         Trigger("requests_uncounted", "UPDATE OF status", "requests", counted, "NEW.changes <> OLD.changes + 1"),

@@ -1,4 +1,4 @@
-"""`python tests/bench/same_results.py --tree CHECKOUT --home FOLDER`: the digests that a commit's runs come to, as JSON.
+"""`python tests/bench/same_results.py --home FOLDER`: the digests that the runs of a checkout come to, as JSON.
 
 Run it on two checkouts on one machine and compare what it prints: a refactoring must change no digest. It types the
 commands a user would type, so that it works on every commit since 75c0af1:
@@ -98,9 +98,12 @@ def submit(checkout: Checkout, model: str, name: str, kind: str, target: int, sa
 
 def resumed(checkout: Checkout) -> list[dict[str, Any]]:
     """Interrupt a run once it has a checkpoint, and let the next one go on."""
-    process = checkout.start("fsu_ray", "run", "--model", "other", "--json")
     runs, deadline = checkout.home / ".fsu" / "runs", time.monotonic() + 300
-    while not any(runs.glob("*/checkpoint*/state.pt")) if process.poll() is None else False:
+    earlier = set(runs.iterdir())
+    process = checkout.start("fsu_ray", "run", "--model", "other", "--json")
+    while process.poll() is None and not any(
+        any(run.glob("checkpoint*/state.pt")) for run in set(runs.iterdir()) - earlier
+    ):
         if time.monotonic() > deadline:
             raise SystemExit("no checkpoint after 300 s")
         time.sleep(0.05)

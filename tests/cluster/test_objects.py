@@ -66,15 +66,15 @@ def test_a_worker_killed_in_the_inversion_goes_on_from_a_checkpoint_in_the_bucke
     threads: set[float] = set()
     killed: list[int] = []
 
-    def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+    def on_progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         heard.append((stage, done))
-        threads.update({figures["threads"]} if stage == "start" else ())
+        threads.update({metrics["threads"]} if stage == "start" else ())
         if stage == "invert" and done >= 40 and not killed:
             killed.extend(workers_of_this_process())
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
-    outcome = workers.execute(order, artifacts, runs, "r-1", 20, tell)
+    outcome = workers.execute(order, artifacts, runs, "r-1", 20, on_progress)
 
     assert killed
     assert threads == {2}, "one worker has all CPUs"

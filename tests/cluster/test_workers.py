@@ -20,13 +20,13 @@ from fsu_ray.experiments.heads import free_port
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.fit import predict
-from fsu_ray.method.networks import Classifier
 from fsu_ray.method.unlearn import unlearn
+from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
-from fsu_ray.space import apply
+from fsu_ray.search_space import apply
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.work import Asked, GeneratorRef, WorkOrder
+from fsu_ray.work import ErasureTarget, GeneratorRef, WorkOrder
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def make_order(trained: Any, artifacts: Artifacts, recipe: Recipe, steps: int) -
     behaviour = Behaviour(name="eight", kind="class", targets=(8,))
     three = Behaviour(name="three", kind="class", targets=(3,))
     along = artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [3], 8, 0)]))
-    also = (Asked("r-2", three, along),)
+    also = (ErasureTarget("r-2", three, along),)
     return WorkOrder("r-1", trained.spec, weights, weights, behaviour, samples, recipe, also=also)
 
 
@@ -68,10 +68,10 @@ class Killer:
         self.heard: list[tuple[str, int, dict[str, float]]] = []
         self._process = self.niceness = 0
 
-    def __call__(self, stage: str, done: int, total: int, figures: dict[str, float]) -> None:
-        self.heard.append((stage, done, figures))
+    def __call__(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        self.heard.append((stage, done, metrics))
         if stage == "start":
-            self._process = int(figures["pid"])
+            self._process = int(metrics["pid"])
             self.niceness = os.getpriority(os.PRIO_PROCESS, self._process)
         if stage in self.at and done >= self.at[stage] and stage not in self.killed:
             self.killed.append(stage)
@@ -108,11 +108,11 @@ def test_two_workers_come_to_what_one_does_whoever_is_killed(
     undisturbed = workers.execute(order, artifacts, runs_of(tmp_path), "r-2", 20, calm, workers=2)
     for name in ("generator_weights", "dataset", "mask", "weights", "also"):
         assert getattr(disturbed, name) == getattr(undisturbed, name), name
-    starts = [(done, figures["threads"]) for stage, done, figures in calm.heard if stage == "start"]
+    starts = [(done, metrics["threads"]) for stage, done, metrics in calm.heard if stage == "start"]
     assert starts == [(1, 1), (2, 1)]
     assert calm.niceness == os.nice(0)  # the work does not wait for Ray's own processes
 
-    offered = GeneratorRef("g-1", undisturbed.generator_weights, undisturbed.dataset, undisturbed.figures)
+    offered = GeneratorRef("g-1", undisturbed.generator_weights, undisturbed.dataset, undisturbed.metrics)
     alone = unlearn(replace(order, reuse=offered), artifacts, torch.device("cpu"))
     assert (alone.generator_use, alone.mask) == ("reused", undisturbed.mask)
     one, two = (accuracy_of(trained, artifacts.get(str(made.weights))) for made in (alone, undisturbed))
@@ -140,17 +140,17 @@ def test_a_run_that_is_stopped_keeps_the_step_that_it_was_at(
     order = make_order(trained, artifacts, quick, 400)
     stop, seen = threading.Event(), []
 
-    def tell(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+    def on_progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         if stage == "invert" and done > 20:
             stop.set()
 
-    def again(stage: str, done: int, total: int, figures: dict[str, float]) -> None:
+    def again(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         if stage == "invert":
             seen.append(done)
             once_more.set()
 
     with pytest.raises(Stopped, match=r"stopped in invert at \d+ of 400") as stopped:
-        workers.execute(order, artifacts, runs_of(tmp_path), "r-3", 1000, tell, stop, workers=2)
+        workers.execute(order, artifacts, runs_of(tmp_path), "r-3", 1000, on_progress, stop, workers=2)
     step, once_more = int(str(stopped.value).split()[-3]), threading.Event()
     with pytest.raises(Stopped):
         workers.execute(order, artifacts, runs_of(tmp_path), "r-3", 1000, again, once_more, workers=2)

@@ -8,7 +8,7 @@ import pytest
 
 from fsu_ray.experiments import comparison
 from fsu_ray.experiments.catalogue import Row, Work, piece
-from fsu_ray.experiments.images import labeller
+from fsu_ray.experiments.images import teacher
 from fsu_ray.experiments.reproduce import _key
 
 
@@ -39,7 +39,7 @@ def test_a_deep_network_has_one_inverter_for_all_repeats() -> None:
 def test_a_network_is_unlearned_by_its_own_recipe() -> None:
     """A deep network's D' is surer of its classes: what is left of a sample's own class is less there."""
     cells = [cell for kind, cell in comparison.TABLES["table2b"].cells("small", 1) if kind == "erasure"]
-    least = {labeller(cell["dataset"])[1]["arch"]: cell["recipe"]["filter"]["runner_up"] for cell in cells}
+    least = {teacher(cell["dataset"])[1]["arch"]: cell["recipe"]["filter"]["runner_up"] for cell in cells}
     assert least == {"lenet5": 0.2, "preactresnet18:8": 0.05}
     inverters = [cell for kind, cell in comparison.TABLES["table4c"].cells("small", 1) if kind == "erasure"]
     forms = {cell["dataset"]["generator"]["invert"]["form"] for cell in inverters if cell["variant"] == "Ours"}
@@ -60,7 +60,7 @@ def test_an_oracle_is_that_of_its_classifier() -> None:
 
 
 @pytest.mark.parametrize(
-    ("figures", "scenario", "expected"),
+    ("metrics", "scenario", "expected"),
     [
         ({1e-8: (99, 98), 1e-7: (97, 96), 1e-6: (50, 40), 1e-5: (20, 3), 1e-4: (10, 0)}, "class9", (1e-7, 1e-5)),
         ({1e-8: (99, 98), 1e-7: (96, 97.9), 1e-6: (50, 40)}, "class9", (1e-7, None)),
@@ -69,10 +69,10 @@ def test_an_oracle_is_that_of_its_classifier() -> None:
     ],
 )
 def test_fishers_strengths(
-    figures: dict[float, tuple[float, float]], scenario: str, expected: tuple[float | None, float | None]
+    metrics: dict[float, tuple[float, float]], scenario: str, expected: tuple[float | None, float | None]
 ) -> None:
     """The smallest that moves D_e and holds D_r, else the largest that holds it; the smallest that erases."""
-    rows = [{"alpha": alpha, "D_r": r + d, "D_e": e} for alpha, (r, e) in figures.items() for d in (-0.5, 0.5)]
+    rows = [{"alpha": alpha, "D_r": r + d, "D_e": e} for alpha, (r, e) in metrics.items() for d in (-0.5, 0.5)]
     assert comparison.chosen(rows, scenario, 99.0, 98.0 if scenario == "class9" else 40.0) == expected
 
 

@@ -13,7 +13,7 @@ from fsu_ray.errors import InvalidData
 from fsu_ray.experiments.mnist import read_bench, scenario
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
-from fsu_ray.space import apply
+from fsu_ray.search_space import apply
 from fsu_ray.work import Outcome, WorkOrder
 
 

@@ -37,7 +37,7 @@ def test_one_generator_or_one_a_request(part: Bench, make: Any, monkeypatch: pyt
         assert {"D_9", "D_4", "D_r"} <= set(rows[2])
         second = orders[-1]
         assert second.current_weights != second.root_weights
-        assert [prior.behaviour.name for prior in second.priors] == ["class-9"]
+        assert [prior.behaviour.name for prior in second.earlier_erasures] == ["class-9"]
         assert second.recipe.form == ("paper" if variant == "each, no probes" else "continual")
         assert second.recipe.gate.returned_max == 1
         differ = orders[-2].recipe.invert.seed != second.recipe.invert.seed

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from fsu_ray.method.architectures import batch_norms
 from fsu_ray.method.evaluate import accuracy, attack_auc, bn_distance, generator_figures, retention, share_in
 from fsu_ray.method.fit import predict
-from fsu_ray.method.networks import observe
 from fsu_ray.method.synthesize import Synthetic
+from fsu_ray.models.architectures import batch_norms
+from fsu_ray.models.networks import observe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SURE = torch.tensor([[9.0, 0.0, 0.0]])

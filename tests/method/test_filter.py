@@ -23,7 +23,7 @@ from fsu_ray.method.filter import (
     relabel,
     select,
 )
-from fsu_ray.method.networks import observe
+from fsu_ray.models.networks import observe
 from fsu_ray.recipes import FilterRecipe
 from fsu_ray.records import Behaviour
 
@@ -88,10 +88,10 @@ def test_the_near_are_selected_and_the_far_are_not(metric, policy):
     recipe = FilterRecipe(policy=policy, metric=metric, threshold=threshold)
     behaviour = Behaviour(name="some", kind="subset", targets=(1,))
     mask = select(recipe, behaviour, features, torch.ones(40, dtype=torch.long), examples)
-    assert mask.like[:20].float().mean() > 0.5
-    assert not bool(mask.like[20:].any())
+    assert mask.is_forget[:20].float().mean() > 0.5
+    assert not bool(mask.is_forget[20:].any())
     assert mask.policy == policy
-    assert not mask.everywhere
+    assert not mask.whole_class
     assert mask.threshold is not None
 
 
@@ -105,7 +105,7 @@ def test_leave_one_out_takes_the_quantile():
         mask = select(FilterRecipe(quantile=quantile), behaviour, features, seen, examples)
         assert mask.policy == "leave-one-out"
         assert mask.threshold == pytest.approx(float(own.quantile(quantile)))
-        assert torch.equal(mask.like, found <= mask.threshold)
+        assert torch.equal(mask.is_forget, found <= mask.threshold)
     assert mask.threshold == float(own.max())
 
 
@@ -116,7 +116,7 @@ def test_manual_takes_the_threshold_it_is_given():
     recipe = FilterRecipe(policy="manual", metric="l2", threshold=2.0)
     mask = select(recipe, behaviour, features, torch.zeros(4, dtype=torch.long), examples)
     assert mask.threshold == 2.0
-    assert mask.like.tolist() == [True, True, True, False]
+    assert mask.is_forget.tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -142,8 +142,8 @@ def test_class_policy_takes_every_sample_of_the_targets():
     predicted = torch.tensor([0, 1, 2, 1, 0])
     behaviour = Behaviour(name="ones and twos", kind="class", targets=(2, 1))
     mask = select(FilterRecipe(), behaviour, cloud(5, 0), predicted, cloud(3, 1, 50.0))
-    assert mask.like.tolist() == [False, True, True, True, False]
-    assert (mask.policy, mask.everywhere, mask.threshold, mask.targets) == ("class", True, None, (1, 2))
+    assert mask.is_forget.tolist() == [False, True, True, True, False]
+    assert (mask.policy, mask.whole_class, mask.threshold, mask.targets) == ("class", True, None, (1, 2))
     allowed = allowed_classes([mask], 5, 4)
     assert not bool(allowed[:, [1, 2]].any())
     assert bool(allowed[:, [0, 3]].all())
@@ -155,7 +155,7 @@ def test_a_subset_acts_on_its_samples_alone():
     features = torch.cat((examples.mean(0, keepdim=True), examples.mean(0, keepdim=True), examples[:1] + 40))
     behaviour = Behaviour(name="some", kind="subset", targets=(1,))
     mask = select(FilterRecipe(), behaviour, features, torch.tensor([1, 0, 1]), examples)
-    assert mask.like.tolist() == [True, False, False]
+    assert mask.is_forget.tolist() == [True, False, False]
     assert allowed_classes([mask], 3, 3).tolist() == [[True, False, True], [True] * 3, [True] * 3]
 
 
@@ -165,19 +165,19 @@ def test_nothing_found_is_an_empty_mask(policy):
     recipe = FilterRecipe(policy=policy, metric="l2", threshold=0.1 if policy == "manual" else None)
     behaviour = Behaviour(name="some", kind="subset", targets=(0,))
     mask = select(recipe, behaviour, cloud(20, 1, 100.0), torch.zeros(20, dtype=torch.long), cloud(5, 2))
-    assert int(mask.like.sum()) == 0
+    assert int(mask.is_forget.sum()) == 0
     assert bool(allowed_classes([mask], 20, 3).all())
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("whole_class", [True, False])
 @pytest.mark.parametrize("threshold", [None, 0.1 + 0.2])
-def test_a_mask_makes_the_round_trip(everywhere, threshold):
+def test_a_mask_makes_the_round_trip(whole_class, threshold):
     """to_bytes and from_bytes keep every field, and the same mask gives the same bytes."""
-    mask = Mask(torch.rand(17) < 0.5, (3, 7), everywhere, "knee", threshold)
+    mask = Mask(torch.rand(17) < 0.5, (3, 7), whole_class, "knee", threshold)
     again = Mask.from_bytes(mask.to_bytes())
-    assert torch.equal(again.like, mask.like)
-    assert again.like.dtype == torch.bool
-    assert (again.targets, again.everywhere, again.policy, again.threshold) == ((3, 7), everywhere, "knee", threshold)
+    assert torch.equal(again.is_forget, mask.is_forget)
+    assert again.is_forget.dtype == torch.bool
+    assert (again.targets, again.whole_class, again.policy, again.threshold) == ((3, 7), whole_class, "knee", threshold)
     assert again.to_bytes() == mask.to_bytes()
 
 
@@ -192,8 +192,8 @@ def test_masks_commute():
     """The allowed classes are the same in every order of the masks, and only shrink."""
     g = torch.Generator().manual_seed(0)
     masks = [
-        Mask(torch.rand(30, generator=g) < 0.4, targets, everywhere, "x", None)
-        for targets, everywhere in (((0,), True), ((1, 2), False), ((2, 3), False), ((4,), True))
+        Mask(torch.rand(30, generator=g) < 0.4, targets, whole_class, "x", None)
+        for targets, whole_class in (((0,), True), ((1, 2), False), ((2, 3), False), ((4,), True))
     ]
     whole = allowed_classes(masks, 30, 6)
     assert torch.equal(whole, allowed_classes(masks[::-1], 30, 6))
@@ -201,7 +201,7 @@ def test_masks_commute():
     expected = torch.ones(30, 6, dtype=torch.bool)
     for i in range(30):
         for mask in masks:
-            for target in mask.targets if mask.everywhere or bool(mask.like[i]) else ():
+            for target in mask.targets if mask.whole_class or bool(mask.is_forget[i]) else ():
                 expected[i, target] = False
     assert torch.equal(whole, expected)
     assert bool(allowed_classes([], 30, 6).all())
@@ -285,6 +285,6 @@ def test_the_likeliest_are_of_the_target_and_near():
         fewest: select(FilterRecipe(fewest=fewest), behaviour, features, logits.argmax(1), examples, (logits, seen))
         for fewest in (0, 1, 2)
     }
-    assert found[0].like.tolist() == [False] * 4
-    assert found[1].like.tolist() == [True, False, False, False]
-    assert found[2].like.tolist() == [True, False, False, False], ".02 is a tenth of .2, and the last one has less"
+    assert found[0].is_forget.tolist() == [False] * 4
+    assert found[1].is_forget.tolist() == [True, False, False, False]
+    assert found[2].is_forget.tolist() == [True, False, False, False], ".02 is a tenth of .2, and the last one has less"

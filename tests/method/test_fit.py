@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fsu_ray.method.architectures import batch_norms
 from fsu_ray.method.filter import relabel
-from fsu_ray.method.fit import Schedule, fit, predict
+from fsu_ray.method.fit import TrainingSchedule, fit, predict
 from fsu_ray.method.relearn import relearn
+from fsu_ray.models.architectures import batch_norms
 from fsu_ray.recipes import RelearnRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "schedule", [Schedule(2, 16), Schedule(1, 16, precision="bf16"), Schedule(2, 20, one_cycle=False)]
+    "schedule",
+    [TrainingSchedule(2, 16), TrainingSchedule(1, 16, precision="bf16"), TrainingSchedule(2, 20, one_cycle=False)],
 )
 def test_the_same_seed_gives_the_same_weights(classifier, schedule):
     """Two fits agree byte for byte whatever torch's own stream is at; another seed gives other weights."""
@@ -43,7 +44,7 @@ def test_the_same_seed_gives_the_same_weights(classifier, schedule):
     for seed in (0, 0, 1):
         network = classifier()
         torch.manual_seed(len(digests))
-        fit(network, *problem(), Schedule(**{**vars(schedule), "seed": seed}), flip=True)
+        fit(network, *problem(), TrainingSchedule(**{**vars(schedule), "seed": seed}), flip=True)
         digests.append(hashlib.sha256(network.to_bytes()).hexdigest())
     assert digests[0] == digests[1] != digests[2]
 
@@ -52,9 +53,9 @@ def test_one_step_is_sgd_with_cross_entropy(classifier):
     """One batch, no momentum, no decay, no view: w - lr * gradient, lr at the start of the cycle."""
     network, reference = classifier(), classifier()
     pixels, labels = torch.zeros(8, 1, 16, 16, dtype=torch.uint8), torch.arange(8) % 3  # a view of black is black
-    schedule = Schedule(1, 8, lr=0.5, momentum=0, weight_decay=0, frozen_statistics=True)
+    schedule = TrainingSchedule(1, 8, lr=0.5, momentum=0, weight_decay=0, frozen_statistics=True)
     for one_cycle, share in ((True, 0.1), (False, 1.0)):
-        fit(network, pixels, labels, Schedule(**{**vars(schedule), "one_cycle": one_cycle}))
+        fit(network, pixels, labels, TrainingSchedule(**{**vars(schedule), "one_cycle": one_cycle}))
         F.cross_entropy(reference(pixels / 255), labels).backward()
         with torch.no_grad():
             for p in reference.parameters():
@@ -68,8 +69,8 @@ def test_class_numbers_and_one_hot_targets_are_one(classifier):
     """Soft labels generalise class numbers."""
     first, second = classifier(), classifier()
     pixels, labels = problem()
-    fit(first, pixels, labels, Schedule(2, 16))
-    fit(second, pixels, F.one_hot(labels, 3).float(), Schedule(2, 16))
+    fit(first, pixels, labels, TrainingSchedule(2, 16))
+    fit(second, pixels, F.one_hot(labels, 3).float(), TrainingSchedule(2, 16))
     torch.testing.assert_close(predict(first, pixels), predict(second, pixels), rtol=1e-3, atol=1e-4)
 
 
@@ -78,7 +79,7 @@ def test_frozen_statistics_stay_and_others_move(classifier, frozen):
     """BatchNorm's running statistics change only in training that may change them; weights change in both."""
     network = classifier("preactresnet18:2")
     before, weights = statistics(network), [p.clone() for p in network.parameters()]
-    fit(network, *problem(), Schedule(1, 16, frozen_statistics=frozen))
+    fit(network, *problem(), TrainingSchedule(1, 16, frozen_statistics=frozen))
     assert same(before, statistics(network)) == frozen
     assert not same(weights, list(network.parameters()))
     assert not network.training
@@ -88,7 +89,7 @@ def test_the_loss_falls(classifier):
     """A tiny problem is learned, and progress tells of each epoch."""
     network, heard = classifier(), []
     pixels, labels = problem()
-    fit(network, pixels, labels, Schedule(12, 16), progress=lambda *a: heard.append(a))
+    fit(network, pixels, labels, TrainingSchedule(12, 16), progress=lambda *a: heard.append(a))
     assert [(done, total) for done, total, _ in heard] == [(i, 12) for i in range(1, 13)]
     assert heard[-1][2]["loss"] < 0.5 * heard[0][2]["loss"]
     assert float((predict(network, pixels).argmax(1) == labels).float().mean()) > 0.9
@@ -109,7 +110,7 @@ def test_predict_does_not_depend_on_the_batch(classifier):
 def learned(classifier):
     """A classifier that knows the problem, and its data."""
     network, (pixels, labels) = classifier(), problem()
-    fit(network, pixels, labels, Schedule(12, 16))
+    fit(network, pixels, labels, TrainingSchedule(12, 16))
     return network, pixels, labels
 
 
@@ -159,7 +160,7 @@ def test_what_is_to_stay_as_it_is_is_not_augmented():
             return super().forward(x.flatten(1))
 
     still = torch.tensor([True, False] * 3)
-    fit(Watch(32 * 32, 2), pixels, torch.zeros(6, dtype=torch.int64), Schedule(1, 6), as_they_are=still)
+    fit(Watch(32 * 32, 2), pixels, torch.zeros(6, dtype=torch.int64), TrainingSchedule(1, 6), as_they_are=still)
     (batch,) = met
     unit = pixels.float() / 255
     unchanged = [any(torch.equal(seen, one) for seen in batch) for one in unit]

@@ -21,7 +21,7 @@ from fsu_ray.errors import Stopped, UserError
 from fsu_ray.method import invert
 from fsu_ray.method.fit import Schedule, fit
 from fsu_ray.method.group import Group
-from fsu_ray.method.networks import Classifier, Generator
+from fsu_ray.models.networks import Classifier, Generator
 from fsu_ray.method.synthesize import synthesize
 from fsu_ray.recipes import InvertRecipe, SynthesizeRecipe
 from fsu_ray.records import ModelSpec

@@ -47,13 +47,13 @@ def test_five_points_are_enough_to_come_near_the_oracle(told: Setting, made: obj
     left = []
     for policy in ("none", "otsu"):
         chosen = subset(0.25, 0)
-        like = moons.resembling(told.original, x, y, told.x[chosen], told.y[chosen], policy)
-        left.append(away(told, moons.relearn(told.original, x, y, like, "drop", 100)))
+        is_forget = moons.resembling(told.original, x, y, told.x[chosen], told.y[chosen], policy)
+        left.append(away(told, moons.relearn(told.original, x, y, is_forget, "drop", 100)))
     assert left[1] < 0.043
     assert left[1] < left[0] / 5
     wrong = told.x[:80][told.y[:80] == 1][:5]  # the other end of the same moon
-    like = moons.resembling(told.original, x, y, wrong, torch.ones(5), "otsu")
-    assert away(told, moons.relearn(told.original, x, y, like, "drop", 100)) > 5 * left[1]
+    is_forget = moons.resembling(told.original, x, y, wrong, torch.ones(5), "otsu")
+    assert away(told, moons.relearn(told.original, x, y, is_forget, "drop", 100)) > 5 * left[1]
 
 
 def test_only_points_of_the_examples_class_are_like_them(told: Setting, made: object) -> None:
@@ -61,21 +61,21 @@ def test_only_points_of_the_examples_class_are_like_them(told: Setting, made: ob
     _, x, y = made
     chosen = subset(0.25, 0)
     labels = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
-    like = moons.resembling(told.original, x, y, told.x[chosen], labels, "otsu")
-    assert bool(like.any())
-    assert bool(y[like].all())
+    is_forget = moons.resembling(told.original, x, y, told.x[chosen], labels, "otsu")
+    assert bool(is_forget.any())
+    assert bool(y[is_forget].all())
 
 
 def test_what_becomes_of_the_points_that_are_like_them(told: Setting) -> None:
     """Dropped, they count for nothing; unsure, for one half each; renormalised, for the other class. D' as a whole
     weighs as many points as were learned."""
     gp, x, y = told.original, told.x, told.y
-    like = torch.zeros(100, dtype=torch.bool)
-    like[told.erased] = True
-    assert away(told, moons.relearn(gp, x, y, like, "drop", 100)) < 1e-9, "with D itself it is the oracle"
-    twice = moons.relearn(gp, x.repeat(2, 1), y.repeat(2), like.repeat(2), "drop", 100)
+    is_forget = torch.zeros(100, dtype=torch.bool)
+    is_forget[told.erased] = True
+    assert away(told, moons.relearn(gp, x, y, is_forget, "drop", 100)) < 1e-9, "with D itself it is the oracle"
+    twice = moons.relearn(gp, x.repeat(2, 1), y.repeat(2), is_forget.repeat(2), "drop", 100)
     assert away(told, twice) < 1e-9, "as many again weigh half each"
-    p = {mode: float(moons.relearn(gp, x, y, like, mode, 100).probability(x[like]).mean())
+    p = {mode: float(moons.relearn(gp, x, y, is_forget, mode, 100).probability(x[is_forget]).mean())
          for mode in ("drop", "unsure", "renormalise")}  # fmt: skip
     assert p["renormalise"] < 0.2 < p["unsure"] < p["drop"]
 
@@ -90,8 +90,8 @@ def test_distances_are_those_of_the_kernel(told: Setting) -> None:
 def test_otsu_parts_two_groups_wherever_they_lie() -> None:
     """Of very different sizes too; against the least variance within by trying every cut."""
     rng = torch.Generator().manual_seed(0)
-    for few, many in ((50, 50), (20, 400), (400, 20)):
-        low = 0.2 + 0.05 * torch.randn(few, generator=rng, dtype=torch.float64)
+    for subset_forget, many in ((50, 50), (20, 400), (400, 20)):
+        low = 0.2 + 0.05 * torch.randn(subset_forget, generator=rng, dtype=torch.float64)
         high = 0.8 + 0.05 * torch.randn(many, generator=rng, dtype=torch.float64)
         found = torch.cat([low, high])
         ordered = found.sort().values

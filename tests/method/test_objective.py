@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from fsu_ray.method import invert
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
-from fsu_ray.method.networks import Classifier
 from fsu_ray.method.objective import Objective, combine, reference
 from fsu_ray.method.synthesize import trustworthy
+from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
-from fsu_ray.space import apply
+from fsu_ray.search_space import apply
 from fsu_ray.work import WorkOrder
 
 RECIPE = apply(
@@ -78,8 +78,8 @@ def test_good_recipes_are_above_bad_ones(order: WorkOrder, store: Any) -> None:
     """One that forgets nothing, one that wrecks the classifier, one whose D' starves and one whose generator has
     collapsed to an image a class, of which the classifier is sure: all are worth less than an honest one."""
     objective = Objective(order, store, CPU, reference(order, store, CPU, RECIPE))
-    run = invert.begin(objective.labeller, RECIPE.invert)
-    generator = invert.invert(objective.labeller, RECIPE.invert, run)
+    run = invert.begin(objective.teacher, RECIPE.invert)
+    generator = invert.invert(objective.teacher, RECIPE.invert, run)
     good = objective.score(RECIPE, generator)
     assert good.score > 0.8
     assert good.reason == ""
@@ -99,7 +99,7 @@ def test_good_recipes_are_above_bad_ones(order: WorkOrder, store: Any) -> None:
         apply(RECIPE, {"synthesize.entropy_threshold": 1e-9, "synthesize.starved_below": 0.1}), generator
     )
     assert starved.reason.startswith("starved classes [")
-    collapsed: Any = Collapsed(generator, objective.labeller)
+    collapsed: Any = Collapsed(generator, objective.teacher)
     sure = objective.score(RECIPE, collapsed)
     assert sure.coverage == 1.0  # by its own D', nothing is wrong with it
     for bad in (idle, wrecked, starved, sure):

@@ -10,7 +10,7 @@ import torch
 
 from fsu_ray.method import precision
 from fsu_ray.method.group import Group
-from fsu_ray.method.precision import mixed, settled
+from fsu_ray.method.precision import autocast, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -19,10 +19,10 @@ CPU = torch.device("cpu")
 def test_auto_goes_by_the_device(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
     """What is asked for by name stands, whatever the device."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
-    assert settled("auto", CPU, Group()) == ("bf16" if able else "float32")
-    assert [settled(name, CPU, Group()) for name in ("bf16", "float32")] == ["bf16", "float32"]
+    assert resolve_precision("auto", CPU, Group()) == ("bf16" if able else "float32")
+    assert [resolve_precision(name, CPU, Group()) for name in ("bf16", "float32")] == ["bf16", "float32"]
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    assert settled("auto", CPU, Group()) == "float32"
+    assert resolve_precision("auto", CPU, Group()) == "float32"
 
 
 def test_a_gpu_is_asked_for_instructions_not_for_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,14 +35,14 @@ def test_a_gpu_is_asked_for_instructions_not_for_emulation(monkeypatch: pytest.M
 def test_one_rank_that_cannot_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the ranks' parts of a batch would not be of one network."""
     monkeypatch.setattr(Group, "everyone", lambda self, mine: [True, False])
-    assert settled("auto", CPU, Group()) == "float32"
+    assert resolve_precision("auto", CPU, Group()) == "float32"
 
 
 def test_mixed_runs_in_bf16_only_where_it_says_so() -> None:
     layer, x = torch.nn.Linear(4, 4), torch.zeros(1, 4)
     kinds = []
     for name in ("bf16", "float32"):
-        with mixed(name, CPU):
+        with autocast(name, CPU):
             kinds.append(layer(x).dtype)
     assert kinds == [torch.bfloat16, torch.float32]
 

@@ -143,8 +143,8 @@ def test_other_bytes_are_a_storage_error(data):
 
 def test_every_class_gets_its_number():
     """A willing generator fills each class; the figures say so, and holdout is about its share."""
-    made, figures = synthesize(Judge(), Painter(), recipe(per_class=300, holdout=0.2))
-    assert figures == {"acceptance": [1.0, 1.0, 1.0], "count": [300, 300, 300]}
+    made, metrics = synthesize(Judge(), Painter(), recipe(per_class=300, holdout=0.2))
+    assert metrics == {"acceptance": [1.0, 1.0, 1.0], "count": [300, 300, 300]}
     assert made.condition.tolist() == sorted(made.condition.tolist())
     assert torch.equal(made.condition, made.predicted)
     assert made.pixels.dtype == torch.uint8
@@ -159,10 +159,10 @@ def test_a_class_that_never_passes_ends_and_is_starved():
     painter = Painter()
     painter.register_forward_pre_hook(lambda _, inputs: calls.append(int(inputs[1][0])))
     asked = recipe(per_class=100, max_draws=10)
-    made, figures = synthesize(Judge(blind=1), painter, asked)
-    assert figures == {"acceptance": [1.0, 0.0, 1.0], "count": [100, 0, 100]}
+    made, metrics = synthesize(Judge(blind=1), painter, asked)
+    assert metrics == {"acceptance": [1.0, 0.0, 1.0], "count": [100, 0, 100]}
     assert calls == [0, 1, 2, 1, 1, 1]  # 4 chunks of 250 are the 1,000 draws
-    assert starved_classes(figures["count"], asked) == [1]
+    assert starved_classes(metrics["count"], asked) == [1]
     assert len(made) == 200
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from fsu_ray.method.context import Saved, save_samples
+from fsu_ray.method.context import RunState, save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.filter import Mask
-from fsu_ray.method.networks import Classifier
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.method.unlearn import unlearn
+from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
-from fsu_ray.work import GeneratorRef, Outcome, PriorErasure, WorkOrder
+from fsu_ray.work import EarlierErasure, GeneratorRef, Outcome, WorkOrder
 
 CPU = torch.device("cpu")
 EVERY = {"policy": "manual", "threshold": 1.0, "runner_up": 0.0}  # all of D' that gets a target class
@@ -39,15 +39,15 @@ def order_for(trained: Any, store: Any, recipe: Recipe, target: int = 8, count: 
 
 
 def ref(outcome: Outcome) -> GeneratorRef:
-    return GeneratorRef("g-1", outcome.generator_weights, outcome.dataset, outcome.figures)
+    return GeneratorRef("g-1", outcome.generator_weights, outcome.dataset, outcome.metrics)
 
 
-def prior(order: WorkOrder, outcome: Outcome) -> PriorErasure:
+def prior(order: WorkOrder, outcome: Outcome) -> EarlierErasure:
     assert outcome.mask
     assert outcome.probes
     share = outcome.report["forgetting"]["probes_in_target"]
     recipe = order.recipe.filter
-    return PriorErasure(
+    return EarlierErasure(
         order.request, order.behaviour, recipe, order.samples, outcome.mask, outcome.probes, outcome.dataset, share
     )
 
@@ -59,7 +59,7 @@ def test_a_second_request_reuses_generator_and_data_set(trained: Any, store: Any
     assert (one.reason, one.generator_use) == (None, "trained")
     assert one.report["forgetting"]["samples_held_out"] == 0
     second = order_for(
-        trained, store, quick, 3, current_weights=one.weights, priors=(prior(first, one),), reuse=ref(one)
+        trained, store, quick, 3, current_weights=one.weights, earlier_erasures=(prior(first, one),), reuse=ref(one)
     )
     two = unlearn(second, store, CPU)
     assert (two.generator_use, two.dataset, two.generator_weights) == ("reused", one.dataset, one.generator_weights)
@@ -85,17 +85,17 @@ def test_the_few_samples_come_in_as_often_as_asked(
     order = order_for(trained, store, recipe, behaviour=behaviour)
     first = unlearn(order, store, CPU)
     dataset, mask = Synthetic.from_bytes(store.get(first.dataset)), Mask.from_bytes(store.get(first.mask or ""))
-    assert (mask.like & dataset.holdout).any()
-    trained_on = ~dataset.holdout | mask.like if kind == "subset" else ~dataset.holdout
-    usable, like = int(trained_on.sum()), int(mask.like.sum())
-    again = 3 * like if kind == "subset" else 0
+    assert (mask.is_forget & dataset.holdout).any()
+    trained_on = ~dataset.holdout | mask.is_forget if kind == "subset" else ~dataset.holdout
+    usable, is_forget = int(trained_on.sum()), int(mask.is_forget.sum())
+    again = 3 * is_forget if kind == "subset" else 0
     pixels, targets, synthetic = seen[0]
     assert len(pixels) == len(targets) == usable + again + 3 * 8
     assert float(targets[usable:, 8].max()) == 0
     assert synthetic.tolist() == [True] * (usable + again) + [False] * 3 * 8
 
     seen_most = int(torch.bincount(dataset.predicted[dataset.predicted != 8]).argmax())  # so small a D' lacks classes
-    later = order_for(trained, store, recipe, seen_most, priors=(prior(order, first),), reuse=ref(first))
+    later = order_for(trained, store, recipe, seen_most, earlier_erasures=(prior(order, first),), reuse=ref(first))
     second = unlearn(later, store, CPU)
     assert second.reason is None, second.reason
     earlier = 3 * 8 if kind == "subset" else 0
@@ -112,9 +112,9 @@ def test_a_subset_with_few_probes_spares_none(
     behaviour = Behaviour(name="b", kind="subset", targets=(8,))
     found = unlearn(order_for(trained, store, recipe, count=20, behaviour=behaviour), store, CPU)
     holdout = Synthetic.from_bytes(store.get(found.dataset)).holdout
-    like = Mask.from_bytes(store.get(found.mask or "")).like
+    is_forget = Mask.from_bytes(store.get(found.mask or "")).is_forget
     forgetting = found.report["forgetting"]
-    assert forgetting["probes_held_out"] == (0 if fewest == 1000 else int((like & holdout).sum()))
+    assert forgetting["probes_held_out"] == (0 if fewest == 1000 else int((is_forget & holdout).sum()))
     assert (forgetting["probes_held_out_in_target"] is None) == (fewest == 1000)
 
 
@@ -152,7 +152,7 @@ def test_masks_of_earlier_erasures_are_rebuilt_on_a_new_data_set(trained: Any, s
     purged = type(store)(store)
     del purged[first.samples]
     second = order_for(
-        trained, store, fresh, 3, current_weights=one.weights, priors=(prior(first, one),), warm=ref(one)
+        trained, store, fresh, 3, current_weights=one.weights, earlier_erasures=(prior(first, one),), warm=ref(one)
     )
     purged.put(save_samples(trained.train.pixels[draw(trained.train, [3], 8, 0)]))
     for place in (store, purged):
@@ -177,7 +177,7 @@ def test_a_starved_class_is_an_outcome(trained: Any, store: Any, quick: Recipe) 
     outcome = unlearn(order_for(trained, store, poor), store, CPU)
     assert outcome.reason is not None
     assert outcome.reason.startswith("starved_class: ")
-    assert outcome.figures["starved"]
+    assert outcome.metrics["starved"]
 
 
 @pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (2, 3, 4, 5))])
@@ -190,9 +190,9 @@ def test_a_run_cut_off_at_any_checkpoint_ends_as_an_undisturbed_one(
         pass
 
     whole = unlearn(order_for(trained, store, quick), store, CPU)
-    kept: list[Saved] = []
+    kept: list[RunState] = []
 
-    def keep(saved: Saved) -> None:
+    def keep(saved: RunState) -> None:
         kept.append(copy.deepcopy(saved))
         if len(kept) == stop:
             raise CutOff
@@ -219,7 +219,7 @@ def test_the_papers_form_labels_with_the_current_version(trained: Any, store: An
     paper = Recipe.model_validate(quick.model_dump() | {"form": "paper"})
     first = order_for(trained, store, quick)
     one = unlearn(first, store, CPU)
-    second = order_for(trained, store, paper, 3, current_weights=one.weights, priors=(prior(first, one),))
+    second = order_for(trained, store, paper, 3, current_weights=one.weights, earlier_erasures=(prior(first, one),))
     two = unlearn(second, store, CPU)
     assert two.reason is None
     assert two.generator_use == "trained"
@@ -228,7 +228,7 @@ def test_the_papers_form_labels_with_the_current_version(trained: Any, store: An
     with torch.no_grad():
         expected = current(dataset.pixels[:20].float() / 255)
     torch.testing.assert_close(dataset.logits[:20], expected, rtol=1e-3, atol=1e-3)
-    assert int(Mask.from_bytes(store.get(two.mask or "")).like.sum()) > 0
+    assert int(Mask.from_bytes(store.get(two.mask or "")).is_forget.sum()) > 0
 
 
 DEEP = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("torchvision:resnet18", "resnet50")]

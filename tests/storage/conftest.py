@@ -53,7 +53,7 @@ class Line:
             "generator_use": "trained",
             "generator_weights": digest(f"generator of {request.id}"),
             "dataset": digest(f"dataset of {request.id}"),
-            "figures": {"agreement": 0.99, "starved": []},
+            "metrics": {"agreement": 0.99, "starved": []},
             "refused": (),
             "weights": digest(f"weights of {request.id}"),
             "mask": digest(f"mask of {request.id}"),

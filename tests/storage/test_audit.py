@@ -21,7 +21,7 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec, Policy, Request, Status, Terms
 from fsu_ray.storage import audit, chain, schema
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.storage.chain import Head
+from fsu_ray.storage.chain import ChainHead
 from fsu_ray.storage.columns import Instant, metadata
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.models import Measured
@@ -103,7 +103,7 @@ def outcome(request: Request, use: str = "trained") -> Outcome:
         generator_use=use,
         generator_weights=digest(f"generator of {request.id}"),
         dataset=digest(f"dataset of {request.id}"),
-        figures={"agreement": 0.99, "starved": []},
+        metrics={"agreement": 0.99, "starved": []},
         refused=(),
         weights=digest(f"weights of {request.id}"),
         mask=digest(f"mask of {request.id}"),
@@ -175,7 +175,7 @@ def fill(ledger: Ledger) -> None:
     assert window is not None
     ledger.schedules.close_window(window, 1)
     ledger.schedules.set_state(schedule.id, "paused", "u-23")
-    ledger.database.seal()
+    ledger.database.flush()
 
 
 def findings(line: Any, *arguments: Any) -> tuple[str, ...]:
@@ -246,11 +246,11 @@ def test_a_row_that_was_changed_or_taken_out_is_named(filled: Filled) -> None:
 
 def test_a_change_between_equal_values_of_json_is_one(filled: Filled) -> None:
     """Python takes 0, 0.0 and False for the same."""
-    for figures in ('{"agreement": 0.99, "starved": false}', '{"agreement": "0.99", "starved": []}', "[1"):
-        if figures == "[1" and filled.engine != "sqlite":
+    for metrics in ('{"agreement": 0.99, "starved": false}', '{"agreement": "0.99", "starved": []}', "[1"):
+        if metrics == "[1" and filled.engine != "sqlite":
             continue  # PostgreSQL takes nothing but JSON
         with filled.undone("generators"):
-            filled.execute("UPDATE generators SET figures = :figures", figures=figures)
+            filled.execute("UPDATE generators SET figures = :figures", metrics=metrics)
             assert ": column figures is not what event" in findings(filled)[0]
     with filled.undone("schedule_events"):
         filled.execute("UPDATE schedule_events SET actor = ' u-23'")
@@ -390,9 +390,9 @@ def test_two_events_that_were_swapped_are_named(filled: Filled) -> None:
 def test_a_noted_head_must_be_in_the_chain(filled: Filled) -> None:
     with filled.ledger.database.reading() as connection:
         events = [event for batch in chain.stored(connection) for event in batch]
-    assert findings(filled, None, Head(7, events[6].hash)) == ()
-    assert findings(filled, None, Head(0, chain.GENESIS)) == ()
-    for wrong in (Head(7, events[7].hash), Head(10_000, events[6].hash), Head(0, events[0].hash)):
+    assert findings(filled, None, ChainHead(7, events[6].hash)) == ()
+    assert findings(filled, None, ChainHead(0, chain.GENESIS)) == ()
+    for wrong in (ChainHead(7, events[7].hash), ChainHead(10_000, events[6].hash), ChainHead(0, events[0].hash)):
         (said,) = findings(filled, None, wrong)
         assert said == f"audit_events {wrong.seq}: the chain does not have the hash that was noted of it"
 

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from fsu_ray.errors import AlreadyExists, AuditFailed, InvalidData, NotFound, UserError
 from fsu_ray.storage import bundle, signing
-from fsu_ray.storage.chain import Head
+from fsu_ray.storage.chain import ChainHead
 from fsu_ray.storage.ledger import Ledger, open_ledger
 
 FORMS = ("jsonl", "parquet")
@@ -66,7 +66,7 @@ def test_a_bundle_is_checked_without_the_ledger(written: Path, tmp_path: Path, f
                   "cut off", "not the artifacts"):  # fmt: skip
         assert words in said
     assert findings(file, None, found.verdict.head) == ()
-    assert "hash that was noted" in findings(file, None, Head(14, "0" * 64))[0]
+    assert "hash that was noted" in findings(file, None, ChainHead(14, "0" * 64))[0]
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -196,7 +196,7 @@ def test_a_signature_is_of_the_whole_manifest(written: Path, tmp_path: Path) -> 
     file.write_text("".join([json.dumps(unsigned) + "\n", *text[1:]]))
     assert findings(file) == ()  # what the manifest says it does not prove
     assert findings(file, written / "public.pem") == ("the manifest of the bundle is not signed",)
-    assert findings(file, None, Head(manifest["events"], manifest["head"])) != ()
+    assert findings(file, None, ChainHead(manifest["events"], manifest["head"])) != ()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from fsu_ray.errors import LedgerUnavailable, UserError
 from fsu_ray.storage import chain
-from fsu_ray.storage.chain import GENESIS, Event, Head
+from fsu_ray.storage.chain import GENESIS, ChainHead, Event
 from fsu_ray.storage.schema import erasures, rechecks
 
 
@@ -32,7 +32,7 @@ def made(count: int) -> list[Event]:
     return events
 
 
-def told(events: list[Event], noted: Head | None = None) -> list[tuple[int, str]]:
+def told(events: list[Event], noted: ChainHead | None = None) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     batches = [events[first : first + 3] for first in range(0, len(events), 3)]
     assert [e for batch in chain.unbroken(batches, lambda *what: found.append(what), noted) for e in batch] == events
@@ -54,7 +54,7 @@ def test_a_hash_is_that_of_plain_json(line: Any) -> None:
 
 def test_what_json_has_no_words_for_is_recorded_as_it_is_kept(line: Any) -> None:
     """NaN, numbers for keys, tuples, whole numbers in a column of floats: the row comes back as the event has it."""
-    line.erase(report={"kl": float("nan"), "by": {10: (1, 2), 9: float("-inf")}}, figures={2: 0.5, 10: None})
+    line.erase(report={"kl": float("nan"), "by": {10: (1, 2), 9: float("-inf")}}, metrics={2: 0.5, 10: None})
 
     assert line.ledger.audit.verify().findings == ()
     (event,) = [event for event in events_of(line.ledger) if event.event == "erased"]
@@ -68,7 +68,7 @@ def test_what_json_has_no_words_for_is_recorded_as_it_is_kept(line: Any) -> None
 def test_a_good_chain_is_good() -> None:
     assert told(made(10)) == []
     assert told([]) == []
-    assert told(made(10), Head(7, made(10)[6].hash)) == []
+    assert told(made(10), ChainHead(7, made(10)[6].hash)) == []
 
 
 @pytest.mark.parametrize("field", Event._fields)
@@ -102,11 +102,11 @@ def test_bytes_in_the_place_of_text_are_told() -> None:
 
 
 def test_a_head_is_written_as_it_is_read() -> None:
-    head = Head(17, "ab" * 32)
-    assert Head.parse(str(head)) == head
+    head = ChainHead(17, "ab" * 32)
+    assert ChainHead.parse(str(head)) == head
     for wrong in ("17", f"17:{'ab' * 31}", f"-1:{'ab' * 32}", f"{'9' * 30}:{'ab' * 32}", f"17:{'AB' * 32}\n", ""):
         with pytest.raises(UserError, match="give SEQ:HASH"):
-            Head.parse(wrong)
+            ChainHead.parse(wrong)
 
 
 def test_events_take_no_update_delete_or_replace(line: Any, raw: Any) -> None:

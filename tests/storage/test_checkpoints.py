@@ -11,8 +11,8 @@ from fsu_ray.errors import StorageError
 from fsu_ray.pipeline import run_name
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
-from fsu_ray.search import Wanted, search_name
-from fsu_ray.space import SPACE
+from fsu_ray.search import SearchOptions, search_name
+from fsu_ray.search_space import SPACE
 from fsu_ray.storage.artifacts import locate
 from fsu_ray.storage.checkpoints import Checkpoints
 from fsu_ray.storage.rows import new_id
@@ -63,7 +63,7 @@ def test_the_names_of_runs_and_searches_are_those_that_are_looked_for(tmp_path: 
     eight = Behaviour(name="eight", kind="class", targets=(8,))
     spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.3,))
     order = WorkOrder(new_id("r"), spec, "0" * 64, "0" * 64, eight, "0" * 64, Recipe())
-    names = {run_name(order): order.request, search_name(order, Wanted(SPACE["class"], 2, False, 0)): None}
+    names = {run_name(order): order.request, search_name(order, SearchOptions(SPACE["class"], 2, False, 0)): None}
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_bytes(b"1")

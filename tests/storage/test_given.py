@@ -11,7 +11,7 @@ from fsu_ray.errors import AlreadyExists, GeneratorUnfit, NotFound, TransitionRe
 from fsu_ray.recipes import Recipe, SynthesizeRecipe
 from fsu_ray.records import Behaviour, Generator, Request, Terms
 from fsu_ray.storage.registry import offer, offer_named
-from fsu_ray.storage.serving import serves
+from fsu_ray.storage.serving import check_compatible
 
 OTHER = Recipe(synthesize=SynthesizeRecipe(per_class=7))
 FIGURES = {"acceptance": 0.9, "starved": []}
@@ -38,7 +38,7 @@ def test_an_import_is_on_record_with_who_made_it(line: Any) -> None:
     """In the chain and in the history; nothing of it is a request's."""
     made = imported(line)
     assert line.ledger.generators.all() == [made]
-    assert (made.origin, made.request, made.root, made.figures) == ("imported", None, 1, FIGURES)
+    assert (made.origin, made.request, made.root, made.metrics) == ("imported", None, 1, FIGURES)
     event = line.ledger.audit.log()[-1]
     assert (event.event, event.model, event.request, event.actor) == ("generator_imported", "digits", None, "alice")
     assert line.ledger.models.history("digits")[-1]["detail"] == {"generator": made.id}
@@ -133,15 +133,15 @@ def test_how_a_generator_would_serve(line: Any, new_line: Any) -> None:
     other, small = (
         new_line(name, **changes).ledger.models.get(name) for name, changes in (("o", {}), ("s", {"classes": 5}))
     )
-    assert serves(made, model, root, Recipe()) == "reuse"
-    assert serves(made, model, root, OTHER) == "transfer"
-    assert serves(made, model, root, Recipe(form="paper")) == "transfer"
-    assert serves(made, other, ledger.models.version("o"), Recipe()) == "transfer"
-    assert serves(made, model, ledger.models.add_version("digits", "f" * 64), Recipe()) == "transfer"
+    assert check_compatible(made, model, root, Recipe()) == "reuse"
+    assert check_compatible(made, model, root, OTHER) == "transfer"
+    assert check_compatible(made, model, root, Recipe(form="paper")) == "transfer"
+    assert check_compatible(made, other, ledger.models.version("o"), Recipe()) == "transfer"
+    assert check_compatible(made, model, ledger.models.add_version("digits", "f" * 64), Recipe()) == "transfer"
     with pytest.raises(GeneratorUnfit, match=r"draws 10 classes of 1x32x32, 's' takes 5 classes of 1x32x32"):
-        serves(made, small, ledger.models.version("s"), Recipe())
+        check_compatible(made, small, ledger.models.version("s"), Recipe())
     found = offer_named(ledger, other, ledger.models.version("o"), Recipe(), made.id)
-    assert (found.reuse, found.warm, found.bound) == (None, None, True)
+    assert (found.reuse, found.warm, found.required) == (None, None, True)
     assert found.transfer is not None
     assert found.transfer.id == made.id
     ledger.generators.retire(made.id)
@@ -208,9 +208,9 @@ def test_who_asks_for_a_generator_runs_alone(line: Any) -> None:
     made = imported(line)
     for number, generator in ((4, None), (5, made.id), (6, None)):
         asked(line, generator, f"c{number}", number)
-    led = line.ledger.requests.claim("w", 60.0, along=9)
+    led = line.ledger.requests.claim("w", 60.0, max_batch=9)
     assert [each.behaviour.name for each in line.ledger.requests.batch_members(led)] == ["c6"]
     line.ledger.requests.cancel(led.id)
     line.ledger.requests.stop(led)
-    led = line.ledger.requests.claim("w", 60.0, along=9)
+    led = line.ledger.requests.claim("w", 60.0, max_batch=9)
     assert (led.behaviour.name, line.ledger.requests.batch_members(led)) == ("c5", [])

@@ -16,7 +16,7 @@ from tests.storage.test_audit import fill
 def test_no_table_of_history_takes_an_update_a_delete_or_a_replacement(ledger: Ledger, raw: Any) -> None:
     """UPDATE, DELETE, TRUNCATE, INSERT OR REPLACE, ON CONFLICT DO UPDATE, each on a table with rows."""
     fill(ledger)
-    ledger.database.seal()
+    ledger.database.flush()
     for name in triggers.HISTORY:
         before = raw.execute(f"SELECT count(*) FROM {name}").scalar()
         assert before, f"nothing in {name}: nothing would be shown"

@@ -90,7 +90,7 @@ def first(url: str) -> str:
         )
         made.insert(
             "generators", id="g-1", model_id="m-1", root=1, spec=spec, recipe_digest=Recipe().generator_digest,
-            weights=digest("g"), dataset=digest("d"), origin="trained", figures={"agreement": 0.99, "starved": []},
+            weights=digest("g"), dataset=digest("d"), origin="trained", metrics={"agreement": 0.99, "starved": []},
             request_id=succeeded, created_at=AT.format(9),
         )  # fmt: skip
         made.insert(
@@ -108,7 +108,7 @@ def test_everything_is_there_and_adopted(first: str, raw: Any) -> None:
         assert states == ["succeeded", "rejected", "failed", "cancelled", "queued", "running"]
         assert [version.number for version in ledger.models.versions("digits")] == [1, 2]
         assert ledger.models.erasures("digits")[0].report == ledger.requests.all("digits")[1].report == REPORT
-        assert ledger.generators.all("digits")[0].figures == {"agreement": 0.99, "starved": []}
+        assert ledger.generators.all("digits")[0].metrics == {"agreement": 0.99, "starved": []}
         assert all(len(ledger.requests.events(request.id)) == 1 for request in ledger.requests.all())
 
         found = ledger.audit.verify()
@@ -133,7 +133,7 @@ def test_it_goes_on_working(first: str) -> None:
         assert claimed.behaviour.name == "class 5"
         outcome = Outcome(
             reason=None, generator_use="reused", generator_weights=digest("g"), dataset=digest("d"),
-            figures={"agreement": 0.99}, refused=(), weights=digest("w3"), mask=digest("m3"), probes=digest("p3"),
+            metrics={"agreement": 0.99}, refused=(), weights=digest("w3"), mask=digest("m3"), probes=digest("p3"),
             report=REPORT, seconds={"relearn": 1.0},
         )  # fmt: skip
         ledger.commit(claimed, outcome, ledger.models.version("digits"), generator_id="g-1")
@@ -204,7 +204,7 @@ def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str)
     with open_ledger(third) as ledger:
         assert every_row(third) == before
         events = ledger.audit.log()
-        found = ledger.audit.verify(None, audit.Head(events[-1].seq, events[-1].hash))
+        found = ledger.audit.verify(None, audit.ChainHead(events[-1].seq, events[-1].hash))
         assert (found.findings, found.waiting, found.events) == ((), 0, len(before["audit_events"]))
         assert ledger.recipes.all("digits") == []
         assert [each.recipe_origin for each in ledger.models.erased("digits")] == [None]
@@ -223,7 +223,7 @@ def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) 
             claimed = ledger.requests.claim("w1", 60.0, "digits")
             assert claimed is not None
             outcome = Outcome(
-                reason=None, generator_use="reused", generator_weights=digest("g"), dataset=digest("d"), figures={},
+                reason=None, generator_use="reused", generator_weights=digest("g"), dataset=digest("d"), metrics={},
                 refused=(), weights=digest(f"w{number}"), mask=digest("m"), probes=digest("p"), report=REPORT,
                 seconds={},
             )  # fmt: skip
@@ -247,7 +247,7 @@ def fourth(first: str) -> str:
         made.insert(
             "generators", id="g-2", model_id="m-1", root=1, spec=SPEC.model_dump(mode="json"),
             recipe_digest=Recipe().generator_digest, weights=digest("g2"), dataset=digest("d2"), origin="warm_started",
-            warm_started_from="g-1", figures={"starved": []}, request_id=rejected, created_at=AT.format(9),
+            warm_started_from="g-1", metrics={"starved": []}, request_id=rejected, created_at=AT.format(9),
         )  # fmt: skip
         made.insert("generator_retirements", id="t-1", generator_id="g-2", reason="operator", **old)
         made.insert(

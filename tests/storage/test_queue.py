@@ -266,7 +266,7 @@ class TestTogether:
         ask(4, Recipe(relearn=RelearnRecipe(epochs=1)))
         line.submit("crossed", 7, kind="subset")
         line.submit("one and five", 1, 5)
-        lead = line.ledger.requests.claim("w", 60, along=9)
+        lead = line.ledger.requests.claim("w", 60, max_batch=9)
         assert (lead.id, [each.id for each in line.ledger.requests.batch_members(lead)]) == (ids[0], ids[1:])
         return lead
 
@@ -280,7 +280,7 @@ class TestTogether:
 
     def test_they_run_as_one(self, line: Any, run: Any) -> None:
         for each in line.ledger.requests.batch_members(run):
-            assert (each.status, each.lead, each.worker, each.attempt) == (Status.RUNNING, run.id, "w", 1)
+            assert (each.status, each.batch_leader, each.worker, each.attempt) == (Status.RUNNING, run.id, "w", 1)
         assert line.ledger.requests.claim("w2", 60) is None, "one run of a model at a time"
         version = self.commit(line, run)
         assert (version.number, version.request) == (2, run.id)
@@ -312,14 +312,19 @@ class TestTogether:
         ended = getattr(line.ledger.requests, end)(run, "some reason")
         assert ended.status is (Status.FAILED if end == "fail" else Status.QUEUED)
         for each in map(line.ledger.requests.get, others):
-            assert (each.status, each.lead, each.worker, each.alone) == (Status.QUEUED, None, None, end == "separate")
+            assert (each.status, each.batch_leader, each.worker, each.no_coalesce) == (
+                Status.QUEUED,
+                None,
+                None,
+                end == "separate",
+            )
         if end == "separate":
-            assert line.ledger.requests.batch_members(line.ledger.requests.claim("w", 60, along=9)) == []
+            assert line.ledger.requests.batch_members(line.ledger.requests.claim("w", 60, max_batch=9)) == []
 
     def test_who_is_to_run_alone_does_not_run_along(self, line: Any, run: Any, ask: Callable[..., Any]) -> None:
         line.ledger.requests.separate(run, "coalesced run refused")
         fresh, _ = ask(0, priority=9)
-        lead = line.ledger.requests.claim("w", 60, along=9)
+        lead = line.ledger.requests.claim("w", 60, max_batch=9)
         assert lead.id == fresh.id
         assert [each.behaviour.name for each in line.ledger.requests.batch_members(lead)] == ["one and five"]
 
@@ -342,13 +347,13 @@ class TestTogether:
         small = new_line("small", classes=4)
         for target in range(4):
             small.submit(f"class-{target}", target)
-        lead = small.ledger.requests.claim("w", 60, "small", along=9)
+        lead = small.ledger.requests.claim("w", 60, "small", max_batch=9)
         assert len(small.ledger.requests.batch_members(lead)) == 1
 
     def test_no_more_than_wanted_run_along(self, line: Any, ask: Callable[..., Any]) -> None:
         for target in (1, 2, 3):
             ask(target)
-        assert len(line.ledger.requests.batch_members(line.ledger.requests.claim("w", 60, along=1))) == 1
+        assert len(line.ledger.requests.batch_members(line.ledger.requests.claim("w", 60, max_batch=1))) == 1
 
 
 class TestEvents:

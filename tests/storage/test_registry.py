@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fsu_ray.recipes import FilterRecipe, InvertRecipe, Recipe, RelearnRecipe, SynthesizeRecipe
-from fsu_ray.storage.registry import Offer, offer, priors
+from fsu_ray.storage.registry import GeneratorCandidates, earlier_erasures, offer
 
 
-def offered(line: Any, recipe: Recipe | None = None) -> Offer:
+def offered(line: Any, recipe: Recipe | None = None) -> GeneratorCandidates:
     ledger, base = line.ledger, line.ledger.models.version(line.name)
     return offer(
         ledger, ledger.models.get(line.name), base, ledger.models.sealed_root(line.name, base), recipe or Recipe()
@@ -20,11 +20,11 @@ def offered(line: Any, recipe: Recipe | None = None) -> Offer:
 
 def in_force(ledger: Any, number: int | None = None) -> Any:
     base = ledger.models.version("digits", number)
-    return priors(ledger, ledger.models.get("digits"), base, ledger.models.sealed_root("digits", base))
+    return earlier_erasures(ledger, ledger.models.get("digits"), base, ledger.models.sealed_root("digits", base))
 
 
 def test_a_new_line_is_offered_nothing(line: Any) -> None:
-    assert offered(line) == Offer(None, None)
+    assert offered(line) == GeneratorCandidates(None, None)
 
 
 def test_the_generator_of_the_line_is_offered_with_its_dataset(line: Any) -> None:
@@ -34,7 +34,7 @@ def test_the_generator_of_the_line_is_offered_with_its_dataset(line: Any) -> Non
     reuse = offered(line).reuse
     assert reuse is not None
     assert (reuse.id, reuse.weights, reuse.dataset) == (generator.id, generator.weights, generator.dataset)
-    assert reuse.figures == generator.figures
+    assert reuse.metrics == generator.metrics
     assert offered(line).warm == reuse
 
 
@@ -84,7 +84,7 @@ def test_a_generator_that_starved_a_class_is_passed_over(line: Any) -> None:
     line.erase("nine", 9)
     line.submit("four", 4)
     request = line.claim()
-    outcome = line.outcome(request, figures={"starved": [4]}, weights=None, mask=None, probes=None, reason="starved")
+    outcome = line.outcome(request, metrics={"starved": [4]}, weights=None, mask=None, probes=None, reason="starved")
     line.ledger.reject(request, "starved_class", outcome, line.ledger.models.version("digits"))
     good, starved = line.ledger.generators.all()
 
@@ -96,7 +96,7 @@ def test_a_generator_that_starved_a_class_is_passed_over(line: Any) -> None:
 
 def test_generators_serve_their_own_line(line: Any, new_line: Callable[..., Any]) -> None:
     line.erase()
-    assert offered(new_line("other")) == Offer(None, None)
+    assert offered(new_line("other")) == GeneratorCandidates(None, None)
 
 
 @pytest.mark.parametrize("changes", [{"channels": 3}, {"height": 28}, {"classes": 11}])
@@ -107,12 +107,12 @@ def test_generators_serve_their_own_shape_and_classes(line: Any, changes: dict[s
     grown = type(model)(model.id, model.name, spec, model.test_set, model.created_at)
 
     base = line.ledger.models.version("digits")
-    assert offer(line.ledger, grown, base, base, Recipe()) == Offer(None, None)
+    assert offer(line.ledger, grown, base, base, Recipe()) == GeneratorCandidates(None, None)
 
 
 def test_the_papers_form_trains_anew(line: Any) -> None:
     line.erase(recipe=Recipe(form="paper"))
-    assert offered(line, Recipe(form="paper")) == Offer(None, None)
+    assert offered(line, Recipe(form="paper")) == GeneratorCandidates(None, None)
     assert offered(line).reuse is None
 
 

@@ -34,7 +34,7 @@ class TestResults:
         assert (generator.weights, generator.dataset) == (outcome.generator_weights, outcome.dataset)
         assert generator.recipe_digest == request.recipe.generator_digest
         assert (generator.origin, generator.warm_started_from) == ("trained", None)
-        assert (generator.figures, generator.request) == (outcome.figures, request.id)
+        assert (generator.metrics, generator.request) == (outcome.metrics, request.id)
         (erasure,) = line.ledger.models.erasures("digits")
         assert (erasure.model, erasure.version, erasure.request) == ("digits", 2, request.id)
         assert (erasure.behaviour, erasure.samples) == (request.behaviour, request.samples)
@@ -51,7 +51,7 @@ class TestResults:
                 "id": generator.id,
                 "use": "trained",
                 "refused": ["agreement 0.9 < 0.95"],
-                "figures": outcome.figures,
+                "figures": outcome.metrics,
             },
             "recipe": {"digest": request.recipe.digest, "origin": None},
             "seconds": {"invert": 60.0},

@@ -224,7 +224,7 @@ class TestErasures:
         line.submit("nine", 9, recipe=FOUND)
         kept = line.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         line.submit("four", 4, recipe=FOUND)
-        lead = line.ledger.requests.claim("w1", 60.0, "digits", along=9)
+        lead = line.ledger.requests.claim("w1", 60.0, "digits", max_batch=9)
         (other,) = line.ledger.requests.batch_members(lead)
         part = Part(other.id, digest("mask"), digest("probes"), {"forgetting": {}})
         line.ledger.commit(lead, line.outcome(lead, also=(part,)), line.ledger.models.version("digits"))

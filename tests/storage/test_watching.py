@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fsu_ray.errors import LeaseLost, NotFound
-from fsu_ray.records import Figures, Status, Terms
+from fsu_ray.records import QueueStats, Status, Terms
 
 
 def test_what_comes_next_is_what_would_be_claimed(line: Any, new_line: Callable[..., Any]) -> None:
@@ -50,12 +50,12 @@ def test_those_that_run_along_come_with_it(line: Any) -> None:
     """A coalesced run has one worker: all its requests are taken over together."""
     line.submit("nine", 9)
     line.submit("four", 4)
-    claimed = line.ledger.requests.claim("dead", 3600.0, line.name, along=5)
+    claimed = line.ledger.requests.claim("dead", 3600.0, line.name, max_batch=5)
     assert len(line.ledger.requests.batch_members(claimed)) == 1
     assert line.ledger.requests.expire(claimed)
     now = datetime.now(UTC)
     assert all(each.lease_until <= now for each in line.ledger.requests.all(status=Status.RUNNING))
-    taken = line.ledger.requests.claim("w2", 60.0, line.name, along=5)
+    taken = line.ledger.requests.claim("w2", 60.0, line.name, max_batch=5)
     assert [each.worker for each in line.ledger.requests.batch_members(taken)] == ["w2"]
 
 
@@ -94,4 +94,4 @@ def test_figures(line: Any, new_line: Callable[..., Any]) -> None:
 
 def test_the_reuse_ratio_is_of_all_erasures() -> None:
     uses = {("m", "reused"): 3, ("m", "warm_started"): 1, ("n", "trained"): 2}
-    assert Figures({}, {}, uses).reuse_ratio == 0.5
+    assert QueueStats({}, {}, uses).reuse_ratio == 0.5

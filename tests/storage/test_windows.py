@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from fsu_ray import schedule as module
 from fsu_ray.errors import LeaseLost, LedgerUnavailable, NotFound, RunFailed, TransitionRefused, UserError
-from fsu_ray.pipeline import Drain, Result, drain, run_request
+from fsu_ray.pipeline import Result, WorkerOptions, drain, run_request
 from fsu_ray.records import Request, Schedule, Status, Window
 from fsu_ray.schedule import Carry, Fired, run_due
 from fsu_ray.storage import rows
@@ -291,13 +291,13 @@ class TestPasses:
         made, asked = add(minutes=60), []
         line.submit()
 
-        def nothing(wanted: Drain) -> list[Result]:
+        def nothing(wanted: WorkerOptions) -> list[Result]:
             asked.append(wanted)
             return []
 
         fired = the(run_due(line.ledger, artifacts, nothing, "w1", datetime.now(UTC) + 2 * DAY))
         end = window_of(line.ledger, made).starts_at + timedelta(minutes=60)
-        assert asked == [Drain(most=1, model="digits", until=end)]
+        assert asked == [WorkerOptions(max_requests=1, model="digits", until=end)]
         assert not fired.closed, "somebody was faster: the next pass looks again"
 
     @on_sqlite
@@ -394,7 +394,7 @@ class TestPasses:
         line.submit()
         other.submit()
 
-        def breaking(wanted: Drain) -> list[Result]:
+        def breaking(wanted: WorkerOptions) -> list[Result]:
             if wanted.model == "digits":
                 raise error
             return carry()(wanted)

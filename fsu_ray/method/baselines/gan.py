@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from fsu_ray.errors import InvalidData
 from fsu_ray.method.augment import seeded
+from fsu_ray.method.cuda_graph import CudaGraphStep
 from fsu_ray.method.group import Group
 from fsu_ray.method.invert import decay
-from fsu_ray.method.networks import Generator
-from fsu_ray.method.precision import mixed, settled
-from fsu_ray.method.replay import Replayed
+from fsu_ray.method.precision import autocast, resolve_precision
+from fsu_ray.models.networks import Generator
 from fsu_ray.recipes import Precision
 from fsu_ray.records import ModelSpec
 
@@ -77,7 +77,7 @@ def train(
     labels: Tensor,
     recipe: GanRecipe,
     device: torch.device,
-    tell: Callable[[int, int, dict[str, float]], None] | None = None,
+    on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Generator:
     """Train a generator of the classes of `spec` on pixels (N, C, H, W) uint8 with labels (N,), and return it in eval
     mode, on `device`.
@@ -93,7 +93,7 @@ def train(
         discriminator = Discriminator(spec, recipe.critic_width)
     generator = generator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     discriminator = discriminator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    precision = settled(recipe.precision, device, Group())
+    precision = resolve_precision(recipe.precision, device, Group())
     of_generator, of_discriminator = (
         torch.optim.Adam(
             network.parameters(), torch.tensor(lr, device=device), recipe.betas, capturable=device.type == "cuda"
@@ -106,20 +106,20 @@ def train(
         for optimiser, peak in ((of_generator, recipe.lr), (of_discriminator, recipe.critic_lr)):
             optimiser.param_groups[0]["lr"].copy_(peak * share)
         real = (real.float() / 255).contiguous(memory_format=torch.channels_last)
-        with mixed(precision, device):
+        with autocast(precision, device):
             drawn = generator(z, y)
             found = discriminator(torch.cat([real, drawn.detach().to(real.dtype)])).float()
         told_real, told_drawn = found.chunk(2)
         told = _bce(_of(told_real, y), 1) + (_bce(_of(told_drawn, y), 0) + _bce(_of(told_real, other), 0)) / 2
         _descend(of_discriminator, told)
         discriminator.requires_grad_(False)
-        with mixed(precision, device):
+        with autocast(precision, device):
             fooled = _bce(_of(discriminator(drawn).float(), y), 1)
         _descend(of_generator, fooled)
         discriminator.requires_grad_(True)
         return torch.stack([told, fooled]).detach()
 
-    replayed = Replayed(update, [], device)
+    replayed = CudaGraphStep(update, [], device)
     generator.train()
     for step in range(recipe.steps):
         rng = seeded(recipe.seed, step)
@@ -128,8 +128,8 @@ def train(
         other = (y + torch.randint(1, spec.classes, (recipe.batch,), generator=rng)) % spec.classes
         z = torch.randn((recipe.batch, recipe.latent), generator=rng)
         told, fooled = replayed(pixels[chosen], y, other, z, torch.tensor(decay(step / recipe.steps)))
-        if tell and ((step + 1) % 10 == 0 or step + 1 == recipe.steps):
-            tell(step + 1, recipe.steps, {"discriminator": told.item(), "generator": fooled.item()})
+        if on_progress and ((step + 1) % 10 == 0 or step + 1 == recipe.steps):
+            on_progress(step + 1, recipe.steps, {"discriminator": told.item(), "generator": fooled.item()})
     made: Generator = generator.eval()
     return made
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fsu_ray.errors import InvalidData
 from fsu_ray.method.baselines.gan import Discriminator, GanRecipe, train
-from fsu_ray.method.networks import Generator
+from fsu_ray.models.networks import Generator
 from fsu_ray.records import ModelSpec
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=16, width=16, classes=3)
@@ -52,11 +52,13 @@ def test_samples_are_like_the_images_of_their_class() -> None:
 def test_one_seed_one_generator() -> None:
     """Whatever was drawn before; another seed gives another one."""
     pixels, labels = bars(4)
-    few = GanRecipe(steps=3, batch=8, width=2, latent=4, critic_width=4)
+    subset_forget = GanRecipe(steps=3, batch=8, width=2, latent=4, critic_width=4)
     found = []
     for seed in (0, 0, 1):
         torch.rand(5)
-        found.append(train(SPEC, pixels, labels, GanRecipe(**{**few.__dict__, "seed": seed}), CPU).state_dict())
+        found.append(
+            train(SPEC, pixels, labels, GanRecipe(**{**subset_forget.__dict__, "seed": seed}), CPU).state_dict()
+        )
     same = [all(torch.equal(found[0][name], other[name]) for name in found[0]) for other in found]
     assert same == [True, True, False]
     fresh = Generator(SPEC, 2, 4).state_dict()

@@ -15,7 +15,7 @@ from fsu_ray.errors import InvalidConfig, InvalidData, UnsupportedModel
 from fsu_ray.method.baselines import last_layer
 from fsu_ray.method.baselines.last_layer import Learning
 from fsu_ray.method.baselines.variational import Descent, Diagonal
-from fsu_ray.method.networks import Classifier
+from fsu_ray.models.networks import Classifier
 from fsu_ray.records import ModelSpec
 
 LONG = Learning(steps=1500, samples=20, lr=0.03)
@@ -78,8 +78,10 @@ def test_likelihood_is_that_of_cross_entropy(monkeypatch: pytest.MonkeyPatch) ->
     theta = torch.randn((7, 12), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     wanted = torch.stack([-F.cross_entropy(x @ each.view(4, 3).T, y, reduction="sum") for each in theta])
     torch.testing.assert_close(last_layer.likelihood(x, y, 4)(theta), wanted)
-    few = last_layer.likelihood(x, y, 4, batch=10, seed=1)
-    torch.testing.assert_close(torch.stack([few(theta) for _ in range(3000)]).mean(0), wanted, rtol=0.02, atol=0)
+    subset_forget = last_layer.likelihood(x, y, 4, batch=10, seed=1)
+    torch.testing.assert_close(
+        torch.stack([subset_forget(theta) for _ in range(3000)]).mean(0), wanted, rtol=0.02, atol=0
+    )
     monkeypatch.setattr(last_layer, "AT_ONCE", 450)
     torch.testing.assert_close(last_layer.likelihood(x, y, 4)(theta), wanted)
 
@@ -136,8 +138,8 @@ def test_q_full_is_the_best_of_its_kind(line: tuple[Tensor, Tensor]) -> None:
     assert float(wanted.kl(Diagonal(torch.zeros(2), torch.ones(2)))) > 0.3
     begin = torch.tensor([2.0, 0.5], dtype=torch.float64)
     assert float(last_layer.posterior(x, y, begin, LONG, 0).kl(wanted)) < 2e-3
-    few = Learning(steps=1500, samples=20, lr=0.03, batch=10)
-    assert float(last_layer.posterior(x, y, begin, few, 0).kl(wanted)) < 2e-2
+    subset_forget = Learning(steps=1500, samples=20, lr=0.03, batch=10)
+    assert float(last_layer.posterior(x, y, begin, subset_forget, 0).kl(wanted)) < 2e-2
 
 
 def test_eubo_without_a_cut_is_the_best_of_its_kind(line: tuple[Tensor, Tensor]) -> None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from fsu_ray.errors import NotFound, TransitionRefused
 from fsu_ray.records import Generator
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.storage.checkpoints import Checkpoints, Kept
+from fsu_ray.storage.checkpoints import Checkpoints, RunFolder
 from fsu_ray.storage.generators import Why
 from fsu_ray.storage.ledger import Ledger
 
@@ -89,7 +89,7 @@ def garbage(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, stray_after
 def _over(ledger: Ledger, runs: Checkpoints, before: datetime) -> dict[str, int]:
     """Folders of runs whose requests have ended, and of searches that have written nothing since `before`."""
 
-    def over(kept: Kept) -> bool:
+    def over(kept: RunFolder) -> bool:
         if kept.request is None:
             return kept.at < before
         try:

@@ -8,7 +8,7 @@ import pytest
 
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.recipes import Recipe
-from fsu_ray.space import SPACE, Range, apply, around, draw, narrowed
+from fsu_ray.search_space import SPACE, Range, apply, around, draw, narrowed
 
 
 @pytest.mark.parametrize("kind", ["class", "subset"])

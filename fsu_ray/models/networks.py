@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from fsu_ray.errors import InvalidWeights, UnsupportedModel
-from fsu_ray.method.architectures import batch_norms, build_network
+from fsu_ray.models.architectures import batch_norms, build_network
 from fsu_ray.records import ModelSpec
 
 

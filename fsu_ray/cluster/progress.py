@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-Tell = Callable[[str, int, int, dict[str, float]], None]
+ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
 """Hears of progress: the stage, how much of it is done, of how much, and its figures."""
 
 
-class Line:
+class ProgressActor:
     """An actor between worker and driver: progress goes one way, the word to stop the other."""
 
     def __init__(self) -> None:
@@ -29,24 +29,24 @@ class Line:
         return told
 
 
-def new_line() -> Any:
+def new_progress_actor() -> Any:
     """A `Line` on the node of this process, which is not taken away under it: Ray would put it anywhere."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Line).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote()
 
 
-class Listener:
+class ProgressListener:
     """Hands what workers say to a function of this process, and its word to stop to them, while the block runs."""
 
-    def __init__(self, line: Any, tell: Tell, stop: threading.Event) -> None:
-        self._line, self._tell, self._stop = line, tell, stop
+    def __init__(self, line: Any, on_progress: ProgressCallback, stop: threading.Event) -> None:
+        self._line, self._tell, self._stop = line, on_progress, stop
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
-    def __enter__(self) -> Listener:
+    def __enter__(self) -> ProgressListener:
         self._thread.start()
         return self
 

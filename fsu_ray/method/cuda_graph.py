@@ -25,7 +25,7 @@ class _Recorded:
     gradients: list[Tensor | None]
 
 
-class Replayed:
+class CudaGraphStep:
     """`step(*inputs) -> Tensor`, which leaves gradients in `parameters`, called or, on a GPU, replayed.
 
     A call takes tensors of any device and clears the gradients first. On a GPU each shape of the inputs is recorded at

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fsu_ray.method import fit as fitting
 from fsu_ray.method import invert as inversion
-from fsu_ray.method.fit import Schedule, fit
-from fsu_ray.method.networks import Classifier
+from fsu_ray.method.cuda_graph import WARM_UP, CudaGraphStep
+from fsu_ray.method.fit import TrainingSchedule, fit
 from fsu_ray.method.precision import repeatable
-from fsu_ray.method.replay import WARM_UP, Replayed
+from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import InvertRecipe
 from fsu_ray.records import ModelSpec
 
@@ -38,7 +38,7 @@ def step_of(parameter: nn.Parameter, calls: list[int]) -> Callable[[Tensor], Ten
 def test_each_call_has_gradients_of_its_own(plain: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parameter, calls = nn.Parameter(torch.full((), 2.0, device=device)), []
-    replayed = Replayed(step_of(parameter, calls), [parameter], device, plain)
+    replayed = CudaGraphStep(step_of(parameter, calls), [parameter], device, plain)
     for number in range(2 * WARM_UP + 4):
         x = torch.arange(2.0 + number % 2) + number  # two shapes in turn
         assert float(replayed(x)) == pytest.approx(2 * float(x.sum()))
@@ -58,7 +58,7 @@ def test_a_step_that_cannot_be_recorded_is_called() -> None:
         loss.backward()
         return loss.detach()
 
-    replayed = Replayed(step, [parameter], torch.device("cuda"))
+    replayed = CudaGraphStep(step, [parameter], torch.device("cuda"))
     for number in range(WARM_UP + 3):
         assert float(replayed(torch.full((3,), 1.0 + number))) == pytest.approx(6 * (1 + number))
         assert float(parameter.grad) == pytest.approx(3 * (1 + number))
@@ -72,7 +72,7 @@ def repeats() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-class Plain(Replayed):
+class Plain(CudaGraphStep):
     """Never recorded."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -81,9 +81,9 @@ class Plain(Replayed):
 
 def both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     """What `make` makes with steps recorded, and without."""
-    seen: list[Replayed] = []
+    seen: list[CudaGraphStep] = []
 
-    class Seen(Replayed):
+    class Seen(CudaGraphStep):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named)
             seen.append(self)
@@ -108,7 +108,7 @@ def agree(one: nn.Module, other: nn.Module, most: float) -> None:
 def test_a_classifier_learns_the_same(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
     pixels = torch.randint(0, 256, (330, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(330) % 10
-    how = Schedule(epochs=4, batch=50, lr=0.01, frozen_statistics=frozen)
+    how = TrainingSchedule(epochs=4, batch=50, lr=0.01, frozen_statistics=frozen)
 
     def make() -> nn.Module:
         torch.manual_seed(0)

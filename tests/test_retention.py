@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fsu_ray import upkeep
+from fsu_ray import retention
 from fsu_ray.app import App
 from fsu_ray.errors import AlreadyExists, StorageError, TransitionRefused, UserError
 from fsu_ray.method.datasets import draw, write_samples
@@ -75,7 +75,7 @@ def test_samples_are_kept_for_as_long_as_the_policy_says(app: App, erase: Callab
         app.ledger.requests.purge(request)
     app.ledger.requests.cancel(again.id)
     assert {due.id for due in app.ledger.requests.due_samples()} == {request.id, again.id}
-    upkeep.tidy(app.ledger, app.artifacts)
+    retention.tidy(app.ledger, app.artifacts)
     assert not app.artifacts.has(request.samples)
     assert app.ledger.requests.due_samples() == []
 
@@ -96,7 +96,7 @@ def test_a_retired_generator_is_gone_and_offered_no_more(app: App, erase: Callab
     """The next request trains anew; the earlier erasure's mask is rebuilt on its D'."""
     erase(8)
     (old,) = app.ledger.generators.all("m")
-    retired = upkeep.retire(app.ledger, app.artifacts, old.id, "operator", "alice")
+    retired = retention.retire(app.ledger, app.artifacts, old.id, "operator", "alice")
     assert retired.retired == "operator"
     assert not app.artifacts.has(old.weights)
     assert not app.artifacts.has(old.dataset)
@@ -181,7 +181,7 @@ class TestSeal:
         app.ledger.models.move_alias("m", "production", 2)
         app.seal(generator.id, "alice")
         assert not app.artifacts.has(root.weights)
-        upkeep.retire(app.ledger, app.artifacts, generator.id, "operator", "alice")
+        retention.retire(app.ledger, app.artifacts, generator.id, "operator", "alice")
         later = erase(3)
         assert later.request.status is Status.SUCCEEDED, later.request.reason
         assert app.ledger.generators.all("m")[-1].root == 2
@@ -219,25 +219,27 @@ class TestGarbage:
             folder.mkdir(parents=True)
             (folder / "state.pt").write_bytes(b"1234")
         runs = runs_of(app)
-        assert upkeep.garbage(app.ledger, app.artifacts, runs).checkpoints == {names[0]: 4}
-        found = upkeep.garbage(app.ledger, app.artifacts, runs, timedelta(0))
+        assert retention.garbage(app.ledger, app.artifacts, runs).checkpoints == {names[0]: 4}
+        found = retention.garbage(app.ledger, app.artifacts, runs, timedelta(0))
         assert found.checkpoints == {names[0]: 4, names[3]: 4}
-        upkeep.collect(app.ledger, app.artifacts, runs, found, "alice")
+        retention.collect(app.ledger, app.artifacts, runs, found, "alice")
         assert {folder.name for folder in Path(app.settings.runs).iterdir()} == set(names) - set(found.checkpoints)
-        upkeep.collect(app.ledger, app.artifacts, runs, found, "alice")  # somebody else was faster
+        retention.collect(app.ledger, app.artifacts, runs, found, "alice")  # somebody else was faster
 
     def test_only_what_nothing_refers_to_is_deleted(self, app: App, erase: Callable[..., Result]) -> None:
         """And only when it is old; a dry run deletes nothing."""
         erase(8)
         stray = app.artifacts.put(b"nobody's")
         kept = set(app.artifacts.digests()) - {stray}
-        assert upkeep.garbage(app.ledger, app.artifacts, runs_of(app)).stray == {}, "it may be in use for all we know"
-        found = upkeep.garbage(app.ledger, app.artifacts, runs_of(app), timedelta(0))
+        assert retention.garbage(app.ledger, app.artifacts, runs_of(app)).stray == {}, (
+            "it may be in use for all we know"
+        )
+        found = retention.garbage(app.ledger, app.artifacts, runs_of(app), timedelta(0))
         assert stray in found.stray
         needed, _ = app.ledger.references()
         assert needed.isdisjoint(found.stray)
         assert app.artifacts.has(stray)
-        upkeep.collect(app.ledger, app.artifacts, runs_of(app), found, "alice")
+        retention.collect(app.ledger, app.artifacts, runs_of(app), found, "alice")
         assert set(app.artifacts.digests()) == kept - set(found.stray)
         assert all(app.artifacts.has(digest) for digest in needed)
 
@@ -247,7 +249,7 @@ class TestGarbage:
         app.ledger.requests.submit("m", Behaviour(name="x", kind="class", targets=(1,)), "0" * 64, 1, Recipe())
         assert app.ledger.requests.claim("w", 60)
         fresh = app.artifacts.put(b"relearned just now")
-        assert fresh not in upkeep.garbage(app.ledger, app.artifacts, runs_of(app), timedelta(0)).stray
+        assert fresh not in retention.garbage(app.ledger, app.artifacts, runs_of(app), timedelta(0)).stray
 
     def test_what_is_on_record_as_removed_is_deleted_after_a_crash(
         self, app: App, erase: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
@@ -256,9 +258,9 @@ class TestGarbage:
         request = erase(8).request
         app.ledger.requests.purge(request)
         assert app.artifacts.has(request.samples)
-        found = upkeep.garbage(app.ledger, app.artifacts, runs_of(app))
+        found = retention.garbage(app.ledger, app.artifacts, runs_of(app))
         assert set(found.late) == {request.samples}
-        upkeep.collect(app.ledger, app.artifacts, runs_of(app), found, "alice")
+        retention.collect(app.ledger, app.artifacts, runs_of(app), found, "alice")
         assert not app.artifacts.has(request.samples)
 
     def test_a_file_that_cannot_be_deleted_is_an_error(self, app: App, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from fsu_ray.errors import InvalidWeights, UnsupportedModel
-from fsu_ray.method.architectures import batch_norms, build_network
-from fsu_ray.method.networks import (
+from fsu_ray.models.architectures import batch_norms, build_network
+from fsu_ray.models.networks import (
     Classifier,
     Generator,
     UpsampledConv,
