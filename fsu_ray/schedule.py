@@ -10,6 +10,7 @@ one that it repeats comes once, and an expression with a star for its minute or 
 
 from __future__ import annotations
 
+import functools
 import time
 import zoneinfo
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
-from fsu_ray.config import LEASE_SECONDS
+from fsu_ray.config import Timings
 from fsu_ray.errors import FsuError, RunFailed, UserError
 from fsu_ray.pipeline import Heartbeat, Result, WorkerOptions, retry_while_unavailable
 from fsu_ray.records import Schedule, Status, Window
@@ -129,6 +130,7 @@ def run_due(
     worker: str,
     moment: datetime,
     begun: Callable[[Schedule, Window], None] | None = None,
+    timings: Timings = Timings(),
 ) -> list[Fired]:
     """One pass over the active schedules: go on with windows that were left open, fire those that are due at `moment`.
 
@@ -141,7 +143,7 @@ def run_due(
     for schedule in ledger.schedules.all():
         while schedule.state == "active":
             try:
-                taken = _take(ledger, schedule, worker, moment)
+                taken = _take(ledger, schedule, worker, moment, timings)
             except FsuError as error:
                 fired.append(Fired(schedule, None, False, (), False, error))
                 break
@@ -150,7 +152,7 @@ def run_due(
             window, resumed = taken
             if begun is not None:
                 begun(schedule, window)
-            fired.append(_work(ledger, carry, schedule, window, resumed))
+            fired.append(_work(ledger, carry, schedule, window, resumed, timings))
             if not fired[-1].closed:
                 break
     if any(each.closed for each in fired):
@@ -180,26 +182,29 @@ def pause(schedules: list[Schedule], passed: datetime, moment: datetime) -> floa
     return max(seconds, 0.05)
 
 
-def _take(ledger: Ledger, schedule: Schedule, worker: str, moment: datetime) -> tuple[Window, bool] | None:
+def _take(
+    ledger: Ledger, schedule: Schedule, worker: str, moment: datetime, timings: Timings
+) -> tuple[Window, bool] | None:
     """The window to work in, and whether it was opened before."""
     last = ledger.schedules.last_window(schedule.id)
     if last is not None and last.finished_at is None:
-        window = ledger.schedules.resume_window(schedule, worker, LEASE_SECONDS)
+        window = ledger.schedules.resume_window(schedule, worker, timings.lease)
         return None if window is None else (window, True)
     found = due(schedule, None if last is None else last.starts_at, moment)
-    fired = None if found is None else ledger.schedules.fire(schedule, *found, worker, LEASE_SECONDS)
+    fired = None if found is None else ledger.schedules.fire(schedule, *found, worker, timings.lease)
     return None if fired is None else (fired, False)
 
 
-def _work(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resumed: bool) -> Fired:
+def _work(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resumed: bool, timings: Timings) -> Fired:
     """Carry out requests in a window that this worker holds, then close it or leave it open."""
     results: list[Result] = []
     stop = Event()
     try:
-        with Heartbeat(lambda: ledger.schedules.renew_window(window, LEASE_SECONDS), stop=stop):
+        renew = functools.partial(ledger.schedules.renew_window, window, timings.lease)
+        with Heartbeat(renew, stop=stop, timings=timings):
             left = retry_while_unavailable(lambda: _left(ledger, schedule, window, 0))
             while left == "ready" and not stop.is_set():
-                left = _one(ledger, carry, schedule, window, results)
+                left = _one(ledger, carry, schedule, window, results, timings)
         over, count = left == "nothing", window.requests + len(results)
         leave = ledger.schedules.close_window if over else ledger.schedules.release_window
         retry_while_unavailable(lambda: leave(window, count))
@@ -214,12 +219,14 @@ def _work(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resu
         raise
 
 
-def _one(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, results: list[Result]) -> Left:
+def _one(
+    ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, results: list[Result], timings: Timings
+) -> Left:
     """Carry out the next request of a window, add its result, keep the count in the ledger: what is left then."""
     ended = carry(WorkerOptions(max_requests=1, model=schedule.model, until=ends_at(schedule, window)))
     results += ended
     count = window.requests + len(results)
-    retry_while_unavailable(lambda: ledger.schedules.renew_window(window, LEASE_SECONDS, count))
+    retry_while_unavailable(lambda: ledger.schedules.renew_window(window, timings.lease, count))
     left = retry_while_unavailable(lambda: _left(ledger, schedule, window, len(results)))
     return "later" if left == "ready" and not ended else left  # another worker was faster
 

@@ -27,7 +27,7 @@ from typing import Any
 from fsu_ray.cluster.growth import growth, reach
 from fsu_ray.cluster.progress import ProgressCallback, ProgressListener, new_progress_actor
 from fsu_ray.errors import ClusterUnavailable, FsuError, RunFailed, Stopped, UserError
-from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
+from fsu_ray.work import BlobStore, Outcome, TargetResult, WorkOrder
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def execute(
     if not isinstance(answer, dict):
         raise RunFailed(f"run {name} ended without an outcome; see {runs[1]}/{name}")
     found = answer["outcome"]
-    return Outcome(**{**found, "also": tuple(Part(**part) for part in found["also"])})
+    return Outcome(**{**found, "targets": tuple(TargetResult(**target) for target in found["targets"])})
 
 
 def checkpoints(folder: Path) -> list[str]:

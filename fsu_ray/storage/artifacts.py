@@ -22,6 +22,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from fsu_ray.errors import StorageError
+from fsu_ray.records import Digest
 from fsu_ray.storage import places
 
 ATTEMPTS = 4
@@ -64,13 +65,13 @@ class Artifacts:
         _try_out(*store._place, f"artifacts {places.shown(location)}", "FSU_ARTIFACTS")
         return store
 
-    def put(self, data: bytes) -> str:
+    def put(self, data: bytes) -> Digest:
         """Write `data` once and return its SHA-256 in hex; what is there already is not written again.
 
         Raises StorageError where it cannot be written. Whatever ends the writing, the artifact is
         absent or whole afterwards, and nothing else is left behind.
         """
-        digest = hashlib.sha256(data).hexdigest()
+        digest = Digest(hashlib.sha256(data).hexdigest())
         filesystem, _ = self._place
         target = self._file(digest)
         folder = target.rpartition("/")[0]

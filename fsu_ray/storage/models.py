@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from fsu_ray.errors import AlreadyExists, InvalidConfig, NotFound, TransitionRefused, UserError
 from fsu_ray.records import AliasMove, Behaviour, Erasure, Model, ModelSpec, ModelVersion, Policy, Recheck, Status
-from fsu_ray.storage import chain, history, results, rows
+from fsu_ray.storage import chain, history, rows
 from fsu_ray.storage.database import Database
 from fsu_ray.storage.policies import OPERATOR, check_actor, check_word, fetch_policy
 from fsu_ray.storage.schema import (
@@ -86,7 +86,7 @@ class Models:
             columns = {"id": model.id, "name": name, "test_set": test_set, "created_at": moment}
             values: dict[str, Any] = {**columns, "spec": spec.model_dump(mode="json")}
             chain.insert(connection, "registered", models, values, actor=actor, model=name)
-            results.keep_version(connection, model, None, weights, moment, actor=actor)
+            insert_version(connection, model, None, weights, moment, actor=actor)
         return model
 
     def add_version(self, model: str, weights: str, actor: str = OPERATOR) -> ModelVersion:
@@ -103,7 +103,7 @@ class Models:
             if running is not None:
                 raise TransitionRefused(f"request {running} of {model!r} is running; add the version when it has ended")
             latest = rows.fetch_version(connection, line)
-            return results.keep_version(connection, line, latest, weights, rows.now(), actor=actor)
+            return insert_version(connection, line, latest, weights, rows.now(), actor=actor)
 
     def all(self) -> list[Model]:
         """All models, by name."""
@@ -369,3 +369,39 @@ def _check_name(name: str) -> None:
         raise InvalidConfig(
             f"{name!r} is no name for a model; use up to 100 letters, digits, '.', '_' and '-', not a sign first"
         )
+
+
+def insert_version(
+    connection: sa.Connection,
+    model: Model,
+    parent: ModelVersion | None,
+    weights: str,
+    moment: datetime,
+    request: str | None = None,
+    actor: str = OPERATOR,
+) -> ModelVersion:
+    """Insert the version after `parent` and return it. A version that a request made keeps its parent's root; any
+    other is a root of its own."""
+    number = 1 if parent is None else parent.number + 1
+    version = ModelVersion(
+        id=rows.new_id("v"),
+        model=model.name,
+        number=number,
+        parent=None if parent is None else parent.number,
+        root=number if parent is None or request is None else parent.root,
+        weights=weights,
+        request=request,
+        created_at=moment,
+    )
+    values = {
+        "id": version.id,
+        "model_id": model.id,
+        "number": version.number,
+        "parent": version.parent,
+        "root": version.root,
+        "weights": weights,
+        "request_id": request,
+        "created_at": moment,
+    }
+    chain.insert(connection, "version_added", model_versions, values, actor=actor, model=model.name, request=request)
+    return version

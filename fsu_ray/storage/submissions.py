@@ -11,8 +11,8 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Model, Request, Status, Terms
 from fsu_ray.storage import chain, recipes, rows
 from fsu_ray.storage.claims import step_waiting
+from fsu_ray.storage.planning import check_compatible
 from fsu_ray.storage.schema import LIVE, TERMS, generators, requests
-from fsu_ray.storage.serving import check_compatible
 
 
 def derived_key(behaviour: Behaviour, samples: str) -> str:

@@ -16,7 +16,6 @@ from fsu_ray.recipes import Recipe, RelearnRecipe
 from fsu_ray.records import TRANSITIONS, Behaviour, Policy, Status, Terms
 from fsu_ray.storage import claims
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.work import Part
 from tests.storage.conftest import SPEC, digest
 
 NOW = datetime.now(UTC)
@@ -271,12 +270,10 @@ class TestTogether:
         return lead
 
     def commit(self, line: Any, lead: Any) -> Any:
-        parts = tuple(
-            Part(each.id, digest(f"mask of {each.id}"), digest(f"probes of {each.id}"),
-                 {"forgetting": {"probes_in_target": 0.02}})
-            for each in line.ledger.requests.batch_members(lead)
-        )  # fmt: skip
-        return line.ledger.commit(lead, line.outcome(lead, also=parts), line.ledger.models.version("digits"))
+        report = {"forgetting": {"probes_in_target": 0.02}}
+        members = [line.result(member, report=report) for member in line.ledger.requests.batch_members(lead)]
+        outcome = line.outcome(lead, targets=(line.result(lead), *members))
+        return line.ledger.commit(lead, outcome, line.ledger.models.version("digits"))
 
     def test_they_run_as_one(self, line: Any, run: Any) -> None:
         for each in line.ledger.requests.batch_members(run):

@@ -15,7 +15,6 @@ from fsu_ray.recipes import Recipe, RelearnRecipe, SynthesizeRecipe
 from fsu_ray.records import Behaviour, Request, Terms
 from fsu_ray.storage import rows
 from fsu_ray.storage.rows import now
-from fsu_ray.work import Part
 from tests.storage.conftest import digest
 
 FOUND = Recipe(synthesize=SynthesizeRecipe(entropy_threshold=0.9), relearn=RelearnRecipe(epochs=7))
@@ -226,8 +225,8 @@ class TestErasures:
         line.submit("four", 4, recipe=FOUND)
         lead = line.ledger.requests.claim("w1", 60.0, "digits", max_batch=9)
         (other,) = line.ledger.requests.batch_members(lead)
-        part = Part(other.id, digest("mask"), digest("probes"), {"forgetting": {}})
-        line.ledger.commit(lead, line.outcome(lead, also=(part,)), line.ledger.models.version("digits"))
+        outcome = line.outcome(lead, targets=(line.result(lead), line.result(other, report={"forgetting": {}})))
+        line.ledger.commit(lead, outcome, line.ledger.models.version("digits"))
 
         origins = {each.request: each.report["recipe"]["origin"] for each in line.ledger.models.erasures("digits")}
         assert origins == {lead.id: None, other.id: kept.id}

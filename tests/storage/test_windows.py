@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from fsu_ray import schedule as module
+from fsu_ray.config import Timings
 from fsu_ray.errors import LeaseLost, LedgerUnavailable, NotFound, RunFailed, TransitionRefused, UserError
 from fsu_ray.pipeline import Result, WorkerOptions, drain, run_request
 from fsu_ray.records import Request, Schedule, Status, Window
@@ -74,8 +75,11 @@ def carry(line: Any) -> Callable[..., Carry]:
 def one_pass(line: Any, artifacts: Artifacts, carry: Callable[..., Carry]) -> Callable[..., list[Fired]]:
     """One pass of a scheduler, at this moment unless told otherwise."""
 
-    def make(run: Any = None, worker: str = "w1", moment: datetime | None = None) -> list[Fired]:
-        return run_due(line.ledger, artifacts, carry(run, worker), worker, moment or datetime.now(UTC))
+    def make(
+        run: Any = None, worker: str = "w1", moment: datetime | None = None, timings: Timings = Timings()
+    ) -> list[Fired]:
+        now = moment or datetime.now(UTC)
+        return run_due(line.ledger, artifacts, carry(run, worker), worker, now, timings=timings)
 
     return make
 
@@ -408,17 +412,11 @@ class TestPasses:
 
     @on_sqlite
     def test_the_lease_of_a_window_is_renewed_while_it_works(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
+        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+    ) -> None:
         """Work that takes longer than a lease is not taken over by another scheduler."""
-        from fsu_ray import pipeline
-
         made = add(days=2)
         line.submit()
-        for place, name, value in ((module, "LEASE_SECONDS", 0.6), (pipeline, "LEASE_SECONDS", 0.6)):
-            monkeypatch.setattr(place, name, value)
-        monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
 
         def slow(request: Request) -> list[Result]:
             module.time.sleep(1.0)
@@ -429,7 +427,7 @@ class TestPasses:
                 )
             ]
 
-        assert the(one_pass(slow)).closed
+        assert the(one_pass(slow, timings=Timings(lease=0.6, poll=0.05))).closed
 
     @on_sqlite
     def test_a_scheduler_that_lost_its_window_takes_nothing_more(
