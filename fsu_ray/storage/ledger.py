@@ -11,35 +11,37 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import TracebackType
 
+from fsu_ray.config import Timings
 from fsu_ray.errors import TransitionRefused
-from fsu_ray.records import ModelVersion, Request, Status
+from fsu_ray.records import Digest, ModelVersion, Request, Status
 from fsu_ray.storage import claims, recipes, removals, results, rows
 from fsu_ray.storage.audit import Audit
-from fsu_ray.storage.database import Database
+from fsu_ray.storage.database import OPERATOR, Database
 from fsu_ray.storage.generators import Generators
-from fsu_ray.storage.models import Models
-from fsu_ray.storage.policies import OPERATOR, check_actor
+from fsu_ray.storage.models import Models, insert_version
 from fsu_ray.storage.recipes import Recipes
 from fsu_ray.storage.requests import Requests
 from fsu_ray.storage.schedules import Schedules
 from fsu_ray.work import Outcome
 
 
-def open_ledger(url: str) -> Ledger:
-    """The ledger at a SQLAlchemy `url` such as `sqlite:///folder/ledger.db`, made where it is missing.
+def open_ledger(url: str, timings: Timings | None = None) -> Ledger:
+    """The ledger at a SQLAlchemy `url` such as `sqlite:///folder/ledger.db`, created if it is missing.
 
-    Raises InvalidConfig where the folder or file is unusable, or was written by a newer fsu_ray.
+    Raises InvalidConfig where the folder, the file or the server is unusable, or where a newer fsu_ray wrote the
+    ledger.
     """
-    return Ledger(Database.open(url))
+    timings = timings or Timings()
+    return Ledger(Database.open(url, timings), timings)
 
 
 class Ledger:
-    """The system of record. `open_ledger` makes it; it may be shared by threads, not by processes."""
+    """The system of record. `open_ledger` opens it. Threads may share it, processes may not."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, timings: Timings) -> None:
         self.database = database
         self.models = Models(database)
-        self.requests = Requests(database)
+        self.requests = Requests(database, timings)
         self.generators = Generators(database)
         self.schedules = Schedules(database)
         self.recipes = Recipes(database)
@@ -102,7 +104,7 @@ class Ledger:
                     "written; run the request again"
                 )
             ended.keep_generator(connection, model, root or latest.root, moment)
-            version = results.keep_version(connection, model, latest, outcome.weights, moment, request.id, worker)
+            version = insert_version(connection, model, latest, Digest(outcome.weights), moment, request.id, worker)
             ended.keep_erasure(connection, model, version, request)
             for part in outcome.also:
                 ended.keep_erasure(connection, model, version, along[part.request], part)
@@ -138,13 +140,12 @@ class Ledger:
             ended.keep_generator(connection, rows.fetch_model(connection, request.model), root or base.root, moment)
             return rejected
 
-    def discard(self, digests: Iterable[str], actor: str = OPERATOR) -> list[str]:
+    def discard(self, digests: Iterable[Digest], actor: str = OPERATOR) -> list[Digest]:
         """Record that artifacts which nothing refers to are deleted; the digests to be deleted now."""
-        check_actor(actor)
-        with self.database.writing("the artifacts") as connection:
+        with self.database.writing("the artifacts", actor) as connection:
             return removals.record(connection, digests, "unreferenced", actor, None)
 
-    def references(self) -> tuple[set[str], set[str]]:
+    def references(self) -> tuple[set[Digest], set[Digest]]:
         """The digests that the ledger needs, and those that it refers to but has recorded as removed."""
         with self.database.reading() as connection:
             return removals.references(connection)

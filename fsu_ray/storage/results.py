@@ -11,8 +11,7 @@ import sqlalchemy as sa
 
 from fsu_ray.records import Model, ModelVersion, Request
 from fsu_ray.storage import chain, rows
-from fsu_ray.storage.policies import OPERATOR
-from fsu_ray.storage.schema import erasures, generators, model_versions
+from fsu_ray.storage.schema import erasures, generators
 from fsu_ray.work import Outcome, Part
 
 
@@ -134,38 +133,3 @@ class RunRecord:
         chain.insert(
             connection, "erased", erasures, values, actor=str(self.request.worker), model=model.name, request=request.id
         )
-
-
-def keep_version(
-    connection: sa.Connection,
-    model: Model,
-    parent: ModelVersion | None,
-    weights: str,
-    moment: datetime,
-    request: str | None = None,
-    actor: str = OPERATOR,
-) -> ModelVersion:
-    """Insert the version after `parent` and return it: of its root if a request made it, else a root of its own."""
-    number = 1 if parent is None else parent.number + 1
-    version = ModelVersion(
-        id=rows.new_id("v"),
-        model=model.name,
-        number=number,
-        parent=None if parent is None else parent.number,
-        root=number if parent is None or request is None else parent.root,
-        weights=weights,
-        request=request,
-        created_at=moment,
-    )
-    values = {
-        "id": version.id,
-        "model_id": model.id,
-        "number": version.number,
-        "parent": version.parent,
-        "root": version.root,
-        "weights": weights,
-        "request_id": request,
-        "created_at": moment,
-    }
-    chain.insert(connection, "version_added", model_versions, values, actor=actor, model=model.name, request=request)
-    return version
