@@ -29,7 +29,7 @@ from fsu_ray.storage.schema import LIVE, models, requests
 
 Moment = datetime | sa.ColumnElement[datetime]
 
-KEPT_CLASSES = {"class": 2, "subset": 1}
+MIN_CLASSES_LEFT = {"class": 2, "subset": 1}
 """How many classes of a model an erasure must leave, by its kind. Two are needed to classify; the samples of a subset
 request need one class that they may get."""
 
@@ -212,7 +212,7 @@ def batch_candidates(
     connection: sa.Connection, leader: Request, model: Model, erased: set[int], moment: datetime
 ) -> list[Request]:
     """The requests that can join the run of a claimed `leader`, the most urgent first and then the oldest: ready class
-    requests of its `model` with its recipe, for classes other than the `erased` ones. `KEPT_CLASSES` stay.
+    requests of its `model` with its recipe, for classes other than the `erased` ones. `MIN_CLASSES_LEFT` holds.
     """
     ready = rows.REQUESTS.where(
         *_waiting(moment, requests.c),
@@ -228,7 +228,7 @@ def batch_candidates(
         targets = set(request.behaviour.targets)
         if request.recipe != leader.recipe or targets & taken or request.behaviour.name in names:
             continue
-        if classes_left(model, taken, targets) < KEPT_CLASSES["class"]:
+        if classes_left(model, taken, targets) < MIN_CLASSES_LEFT["class"]:
             continue
         chosen.append(request)
         names.add(request.behaviour.name)

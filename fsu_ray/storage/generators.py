@@ -84,12 +84,12 @@ class Generators:
             record = rows.fetch_model(connection, model)
             policy = rows.fetch_policy(connection, record)
             query = rows.GENERATORS.where(generators.c.model_id == record.id, rows.NOT_RETIRED)
-            candidates = [rows.to_generator(each) for each in connection.execute(query).mappings()]
+            candidates = [rows.to_generator(row) for row in connection.execute(query).mappings()]
         if policy.generators == "retire-after-erasure":
-            return [(each, "erasure") for each in candidates if each.taints and each.sealed is None]
+            return [(g, "erasure") for g in candidates if g.taints and g.sealed is None]
         if policy.generator_days is not None:
             oldest = rows.now() - timedelta(days=policy.generator_days)
-            return [(each, "age") for each in candidates if each.created_at < oldest]
+            return [(g, "age") for g in candidates if g.created_at < oldest]
         return []
 
     def retire(self, id_or_prefix: str, why: Why = "operator", actor: str = OPERATOR) -> tuple[Generator, list[Digest]]:

@@ -1,9 +1,9 @@
-"""The ledger: models, their versions, the requests to erase a behaviour, and what came of them.
+"""The ledger: models, their versions, the requests to erase a behaviour, and their results.
 
-Every method is one transaction, and what it writes into history enters the audit chain with it. Models are
-named by their name, requests, generators and schedules by their id or a prefix of it that fits only one.
-Digests point into the artifacts; the ledger itself holds no images and no words of a requester. Reports and
-figures come back as JSON gives them: tuples as lists, numbers as keys as text, NaN as None.
+Every method is one transaction, and the rows of history that it writes enter the audit chain in it. A model is named by
+its name; a request, generator or schedule by its id or an unambiguous prefix of it. The ledger holds no images and no
+free text of a requester, only digests of artifacts. Reports and metrics come back as JSON gives them: lists for tuples,
+text for keys that were numbers, None for NaN.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Ledger:
             return rejected
 
     def discard(self, digests: Iterable[Digest], actor: str = OPERATOR) -> list[Digest]:
-        """Record that artifacts which nothing refers to are deleted; the digests to be deleted now."""
+        """Record that unreferenced artifacts are removed; the digests to be deleted now."""
         with self.database.writing("the artifacts", actor) as connection:
             return removals.record(connection, digests, "unreferenced", actor, None)
 

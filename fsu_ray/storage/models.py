@@ -215,15 +215,17 @@ class Models:
             rows.fetch_version(connection, record, version)
             in_force = set(connection.scalars(sa.select(erasures.c.id).where(rows.in_force(record, version))))
             moment, recorded = rows.now(), []
-            for each in measured:
-                if each.erasure not in in_force:
-                    raise NotFound(f"erasure {each.erasure} is not in force at version {version} of {model!r}")
-                values: dict[str, Any] = {"id": rows.new_id("c"), "erasure_id": each.erasure, "model_id": record.id}
-                values |= {"version": version, "probes": each.probes, "share": each.share, "passed": each.passed}
+            for result in measured:
+                if result.erasure not in in_force:
+                    raise NotFound(f"erasure {result.erasure} is not in force at version {version} of {model!r}")
+                values: dict[str, Any] = {"id": rows.new_id("c"), "erasure_id": result.erasure, "model_id": record.id}
+                values |= {"version": version, "probes": result.probes, "share": result.share, "passed": result.passed}
                 values["created_at"] = moment
-                event = "recheck_passed" if each.passed else "recheck_failed"
+                event = "recheck_passed" if result.passed else "recheck_failed"
                 chain.insert(connection, event, rechecks, values, actor=actor, model=model)
-                recorded.append(Recheck(each.erasure, version, each.probes, each.share, each.passed, actor, moment))
+                recorded.append(
+                    Recheck(result.erasure, version, result.probes, result.share, result.passed, actor, moment)
+                )
             return recorded
 
     # Aliases.

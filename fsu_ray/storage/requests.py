@@ -324,15 +324,15 @@ class Requests:
                 chosen = [rows.to_model(row) for row in connection.execute(sa.select(models)).mappings()]
             else:
                 chosen = [rows.fetch_model(connection, model)]
-            for each in chosen:
-                days = rows.fetch_policy(connection, each).samples_days
+            for record in chosen:
+                days = rows.fetch_policy(connection, record).samples_days
                 if days is None:
                     continue
                 other = requests.alias("other").c
                 needed = sa.exists().where(other.samples == requests.c.samples, claims.is_live(other))
                 purged = sa.exists().where(removals_table.c.request_id == requests.c.id)
                 query = rows.REQUESTS.where(
-                    requests.c.model_id == each.id,
+                    requests.c.model_id == record.id,
                     requests.c.status.in_(TERMINAL),
                     requests.c.finished_at <= moment - timedelta(days=days),
                     ~needed,
@@ -367,7 +367,7 @@ def _check_targets(behaviour: Behaviour, model: Model) -> None:
 
 def _check_not_erased(connection: sa.Connection, behaviour: Behaviour, model: Model) -> None:
     """Raise AlreadyErased where the latest version lacks the behaviour already, InvalidBehaviour where too few classes
-    would stay (`claims.KEPT_CLASSES`)."""
+    would stay (`claims.MIN_CLASSES_LEFT`)."""
     erased = rows.fetch_erased(connection, model)
     for earlier, version in erased:
         if earlier.name == behaviour.name:
@@ -381,17 +381,19 @@ def _check_not_erased(connection: sa.Connection, behaviour: Behaviour, model: Mo
         raise AlreadyErased(
             f"{_class_list(behaviour.targets)} of {model.name!r} is already erased in version {version}"
         )
-    left, kept = claims.classes_left(model, erased_classes, behaviour.targets), claims.KEPT_CLASSES[behaviour.kind]
-    if left < kept:
+    left, least = claims.classes_left(model, erased_classes, behaviour.targets), claims.MIN_CLASSES_LEFT[behaviour.kind]
+    if left < least:
         raise InvalidBehaviour(
             f"{_class_list(behaviour.targets)}: with what is erased already this leaves {left} of the "
-            f"{model.spec.classes} classes of {model.name!r}, and {kept} must stay; give fewer targets"
+            f"{model.spec.classes} classes of {model.name!r}, and {least} must stay; give fewer targets"
         )
 
 
 def _erased_classes(erased: list[tuple[Behaviour, int]]) -> dict[int, int]:
     """The classes that were erased as a whole, each with the version that erased it."""
-    return {target: version for each, version in erased if each.kind == "class" for target in each.targets}
+    return {
+        target: version for behaviour, version in erased if behaviour.kind == "class" for target in behaviour.targets
+    }
 
 
 def _class_list(targets: list[int] | tuple[int, ...]) -> str:
