@@ -22,6 +22,7 @@ from fsu_ray.pipeline import Execute, Result, WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import (
     Behaviour,
+    Digest,
     Generator,
     Kind,
     Model,
@@ -137,7 +138,7 @@ class App:
         digest, number = self.keep_samples(name, samples)
         return self.ledger.requests.submit(name, behaviour, digest, number, chosen, terms, named=named)
 
-    def keep_samples(self, name: str, samples: str) -> tuple[str, int]:
+    def keep_samples(self, name: str, samples: str) -> tuple[Digest, int]:
         """Read target samples for model `name` and store them: their digest and number; raises InvalidSamples."""
         from fsu_ray.method.context import save_samples
         from fsu_ray.method.datasets import read_samples
@@ -164,12 +165,12 @@ class App:
 
         if recipe.form == "paper":
             raise UserError("the paper's form draws D' anew from each version: import for another recipe")
-        self.ledger.generators.check_import(name, hashlib.sha256(weights).hexdigest(), recipe)
+        self.ledger.generators.check_import(name, Digest(hashlib.sha256(weights).hexdigest()), recipe)
         state = self.ledger.lineage(name)
         size, device = latent or recipe.invert.latent, default_device()
         found = adopt(self.artifacts, state.order((), recipe), weights, size, device, on_progress)
         return self.ledger.generators.add_imported(
-            name, state.root, recipe, found.weights, found.dataset, found.metrics, actor
+            name, state.root, recipe, Digest(found.weights), Digest(found.dataset), found.metrics, actor
         )
 
     def seal(self, generator: str, actor: str) -> Generator:
@@ -194,7 +195,7 @@ class App:
             raise UserError(f"alias {pointing[0]!r} points to the root, which is to be destroyed; move it first")
         if found.sealed or found.retired:
             raise AlreadyExists(f"generator {found.id} is {'retired' if found.retired else 'sealed'} already")
-        dataset = seal(self.artifacts, model.spec, root.weights, found.dataset, masks)
+        dataset = Digest(seal(self.artifacts, model.spec, root.weights, found.dataset, masks))
         destroy(self.artifacts, self.ledger.generators.seal(found, base, dataset, actor))
         return self.ledger.generators.get(found.id)
 

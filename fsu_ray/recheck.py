@@ -10,9 +10,9 @@ from fsu_ray.gate import refuse_result
 from fsu_ray.recipes import GateRecipe
 from fsu_ray.records import Erasure, Model, ModelVersion
 from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.database import check_actor
 from fsu_ray.storage.ledger import Ledger
 from fsu_ray.storage.models import Measured
-from fsu_ray.storage.policies import check_actor
 
 if TYPE_CHECKING:
     from fsu_ray.models.networks import Classifier

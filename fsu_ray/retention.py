@@ -3,11 +3,12 @@ checkpoints of what is over, of which there is no record."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from fsu_ray.errors import NotFound, TransitionRefused
-from fsu_ray.records import Generator
+from fsu_ray.records import Digest, Generator
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.checkpoints import Checkpoints, RunFolder
 from fsu_ray.storage.generators import Why
@@ -63,7 +64,7 @@ def retire(ledger: Ledger, artifacts: Artifacts, generator: str, why: Why, actor
     return retired
 
 
-def destroy(artifacts: Artifacts, digests: list[str]) -> None:
+def destroy(artifacts: Artifacts, digests: Iterable[str]) -> None:
     """Delete what the ledger has recorded as removed."""
     for digest in digests:
         artifacts.delete(digest)
@@ -102,8 +103,8 @@ def _over(ledger: Ledger, runs: Checkpoints, before: datetime) -> dict[str, int]
 
 def collect(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, found: Garbage, actor: str) -> None:
     """Delete `found`."""
-    destroy(artifacts, list(found.late))
-    destroy(artifacts, ledger.discard(found.stray, actor))
+    destroy(artifacts, found.late)
+    destroy(artifacts, ledger.discard(map(Digest, found.stray), actor))
     for name in found.unfinished:
         artifacts.discard(name)
     for name in found.checkpoints:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from fsu_ray.config import Timings, sqlite_url
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec, Request, Status
+from fsu_ray.records import Behaviour, Digest, ModelSpec, Request, Status
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.work import BlobStore, Outcome, WorkOrder
@@ -155,8 +155,8 @@ class Subject:
     """A classifier of the digits, and samples of one of its classes: digests of what is in the store."""
 
     spec: ModelSpec
-    weights: str
-    samples: str
+    weights: Digest
+    samples: Digest
 
     @classmethod
     def train(cls, app: App, seed: int) -> Subject:

@@ -27,7 +27,7 @@ from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, 
 from fsu_ray.method.context import save_samples
 from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.records import Behaviour, Digest, ModelSpec
 from fsu_ray.search import SearchOptions, search
 from fsu_ray.search_space import SPACE
 from fsu_ray.storage.artifacts import Artifacts
@@ -71,8 +71,8 @@ def compare(
 
 
 def _erase(
-    ledger: Ledger, store: Artifacts, execute: Any, line: str, spec: ModelSpec, root: str, behaviour: Behaviour,
-    samples: str, number: int, recipe: Recipe,
+    ledger: Ledger, store: Artifacts, execute: Any, line: str, spec: ModelSpec, root: Digest, behaviour: Behaviour,
+    samples: Digest, number: int, recipe: Recipe,
 ) -> dict[str, Any]:  # fmt: skip
     ledger.models.register(line, spec, root)
     ledger.requests.submit(line, behaviour, samples, number, recipe)

@@ -183,8 +183,8 @@ def fill(ledger: Ledger) -> None:
     ledger.database.flush()
 
 
-def findings(line: Any, *arguments: Any) -> tuple[str, ...]:
-    found = line.ledger.audit.verify(*arguments)
+def findings(driver: Any, *arguments: Any) -> tuple[str, ...]:
+    found = driver.ledger.audit.verify(*arguments)
     assert found.found == len(found.findings)
     return found.findings
 
@@ -319,7 +319,7 @@ def test_an_event_that_was_changed_is_named(filled: Filled) -> None:
             said = [words for words in findings(filled) if words.startswith("audit_events")]
         first = "its hash is not that of its content"
         if column == "previous":
-            first = "what it has for the hash before is not that of event 16"
+            first = "its previous hash is not that of event 16"
         assert said[0] == f"audit_events 17: {first}"
         assert len(said) == (2 if column in ("hash", "previous") else 1)
     with filled.undone("audit_events"):
@@ -341,7 +341,7 @@ def test_an_event_with_a_hash_of_its_own_breaks_the_next_one(filled: Filled) -> 
     link = chain.hash_of(event)
     with filled.undone("audit_events"):
         filled.execute("UPDATE audit_events SET actor = 'somebody', hash = :link WHERE seq = 17", link=link)
-        assert findings(filled) == ("audit_events 18: what it has for the hash before is not that of event 17",)
+        assert findings(filled) == ("audit_events 18: its previous hash is not that of event 17",)
 
 
 def test_an_event_that_says_again_what_another_one_said_is_named(filled: Filled) -> None:
@@ -411,23 +411,23 @@ def test_the_first_finding_is_told_with_the_number_of_the_others(filled: Filled)
     assert str(caught.value) == "audit_events 17: its hash is not that of its content (and 3 more)"
 
 
-def test_steps_that_wait_for_the_chain_are_no_finding(line: Any, raw: Any) -> None:
+def test_steps_that_wait_for_the_chain_are_no_finding(driver: Any, raw: Any) -> None:
     """The queue's steps enter it within a second; an audit in between changes nothing and counts them."""
-    line.submit()
-    line.ledger.database._sealed_at += 3600
-    line.claim()
+    driver.submit()
+    driver.ledger.database._flushed_at += 3600
+    driver.claim()
 
-    found = line.ledger.audit.verify()
+    found = driver.ledger.audit.verify()
     assert (found.found, found.waiting) == (0, 1)
-    assert line.ledger.audit.verify().waiting == 1
-    assert line.ledger.audit.head().seq == found.events + 1
-    assert line.ledger.audit.verify().waiting == 0
+    assert driver.ledger.audit.verify().waiting == 1
+    assert driver.ledger.audit.head().seq == found.events + 1
+    assert driver.ledger.audit.verify().waiting == 0
     raw.execute("INSERT INTO audit_pending SELECT request_id, number FROM request_events WHERE number = 3")
-    assert findings(line)[0].endswith(f" 3: waits for the chain, and is in event {found.events + 1}")
+    assert findings(driver)[0].endswith(f" 3: waits for the chain, and is in event {found.events + 1}")
 
 
 def test_many_findings_are_counted_and_the_first_kept(filled: Filled, monkeypatch: Any) -> None:
-    monkeypatch.setattr(audit, "MOST", 2)
+    monkeypatch.setattr(audit, "MAX_FINDINGS", 2)
     with filled.undone("audit_events"):
         filled.execute("UPDATE audit_events SET actor = 'somebody'")
         found = filled.ledger.audit.verify()
@@ -486,10 +486,10 @@ def test_an_artifact_that_is_purged_during_the_audit_is_no_finding(
         assert not has(stored, request.samples)
 
 
-def test_the_log_is_of_a_model_a_request_or_the_latest(line: Any, new_line: Any) -> None:
-    line.erase()
-    other = new_line("other").submit()
-    ledger = line.ledger
+def test_the_log_is_of_a_model_a_request_or_the_latest(driver: Any, new_driver: Any) -> None:
+    driver.erase()
+    other = new_driver("other").submit()
+    ledger = driver.ledger
 
     assert {event.model for event in ledger.audit.log("other")} == {"other"}
     assert next(event.event for event in ledger.audit.log(request=other.id[:15])) == "submitted"

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from fsu_ray.errors import AlreadyExists, AuditFailed, InvalidData, NotFound, UserError
-from fsu_ray.storage import bundle, signing
+from fsu_ray.storage import bundle
 from fsu_ray.storage.chain import ChainHead
 from fsu_ray.storage.ledger import Ledger, open_ledger
 
@@ -26,7 +26,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles")
     with open_ledger(f"sqlite:///{folder}/ledger.db") as ledger:
         fill(ledger)
-        (folder / "public.pem").write_text(signing.keygen(folder / "key.pem"))
+        (folder / "public.pem").write_text(bundle.keygen(folder / "key.pem"))
         for form in FORMS:
             bundle.write(ledger, folder / f"a.{form}", form)
             bundle.write(ledger, folder / f"signed.{form}", form, key=folder / "key.pem", model="digits")
@@ -70,17 +70,17 @@ def test_a_bundle_is_checked_without_the_ledger(written: Path, tmp_path: Path, f
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_both_forms_have_the_same_chain(line: Any, tmp_path: Path) -> None:
+def test_both_forms_have_the_same_chain(driver: Any, tmp_path: Path) -> None:
     """On both engines, and all of it, also steps that were waiting."""
-    line.erase()
-    line.submit("four", 4)
-    line.ledger.database._sealed_at += 3600
-    line.claim()
+    driver.erase()
+    driver.submit("four", 4)
+    driver.ledger.database._flushed_at += 3600
+    driver.claim()
     for form in FORMS:
-        bundle.write(line.ledger, tmp_path / form, form)
+        bundle.write(driver.ledger, tmp_path / form, form)
     verdicts = [bundle.verify(tmp_path / form).verdict for form in FORMS]
     assert {(verdict.events, verdict.head, verdict.found) for verdict in verdicts} == {
-        (line.ledger.audit.verify().events, line.ledger.audit.head(), 0)
+        (driver.ledger.audit.verify().events, driver.ledger.audit.head(), 0)
     }
 
 
@@ -166,7 +166,7 @@ def test_a_signature_is_worth_what_the_key_is(written: Path, tmp_path: Path, for
     assert found.manifest["model"] == {"name": "digits", "events": 12}
     assert bundle.verify(file, public).signature == "signed with the key given"
     assert findings(written / f"a.{form}", public) == ("the manifest of the bundle is not signed",)
-    (tmp_path / "other.pem").write_text(signing.keygen(tmp_path / "k.pem"))
+    (tmp_path / "other.pem").write_text(bundle.keygen(tmp_path / "k.pem"))
     assert findings(file, tmp_path / "other.pem") == (
         "the manifest of the bundle is signed with another key than the one given",
     )
@@ -226,10 +226,10 @@ def test_files_that_cannot_be_read(written: Path, tmp_path: Path) -> None:
             bundle.verify(written / "signed.jsonl", written / wrong)
 
 
-def test_a_bundle_is_whole_or_not_there(line: Any, raw: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_bundle_is_whole_or_not_there(driver: Any, raw: Any, tmp_path: Path, monkeypatch: Any) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("mine")
-    ledger = line.ledger
+    ledger = driver.ledger
     with pytest.raises(AlreadyExists, match="--force"):
         bundle.write(ledger, file, "jsonl")
     with pytest.raises(NotFound, match="no model 'x'"):
@@ -261,15 +261,15 @@ def test_a_bundle_is_whole_or_not_there(line: Any, raw: Any, tmp_path: Path, mon
 
 def test_a_private_key_is_its_owners_alone(tmp_path: Path) -> None:
     file = tmp_path / "key.pem"
-    public = signing.keygen(file)
+    public = bundle.keygen(file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert public.startswith("-----BEGIN PUBLIC KEY-----\n")
     before = file.read_bytes()
     with pytest.raises(AlreadyExists, match="never overwritten"):
-        signing.keygen(file)
+        bundle.keygen(file)
     assert file.read_bytes() == before
     with pytest.raises(UserError, match="cannot be written"):
-        signing.keygen(tmp_path / "no folder" / "key.pem")
+        bundle.keygen(tmp_path / "no folder" / "key.pem")
 
 
 def test_an_empty_ledger_has_a_bundle(ledger: Ledger, tmp_path: Path) -> None:

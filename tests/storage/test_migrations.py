@@ -10,10 +10,11 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 
+from fsu_ray.config import Timings
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec, Policy, Status
-from fsu_ray.storage import audit, engines
-from fsu_ray.storage.database import Database, migrations
+from fsu_ray.storage import audit
+from fsu_ray.storage.database import Database, connect, migrations
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.schema import LATER
 from fsu_ray.work import Outcome, TargetResult
@@ -69,7 +70,7 @@ def ended(status: str, **values: Any) -> dict[str, Any]:
 @pytest.fixture
 def first(url: str) -> str:
     """The URL of a ledger of the first revision: a model, two versions, requests in every state but approval."""
-    connected = engines.connect(url)
+    connected = connect(url, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
         config.attributes["connection"] = connection
@@ -163,7 +164,7 @@ THEN = (
 @pytest.fixture
 def third(first: str) -> str:
     """That ledger as revision 0003 had it: what was adopted, and steps that its own chain recorded."""
-    connected = engines.connect(first)
+    connected = connect(first, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
         config.attributes["connection"] = connection
@@ -171,7 +172,7 @@ def third(first: str) -> str:
         connection.exec_driver_sql(
             "ALTER TABLE requests ADD COLUMN generator_id VARCHAR(40)"
         )  # today's code asks for it
-    with Ledger(Database(connected)) as ledger:  # which nothing has brought up to date
+    with Ledger(Database(connected, Timings()), Timings()) as ledger:  # which nothing has brought up to date
         ledger.models.set_policy("digits", Policy(samples_days=30.0))
         taken = ledger.requests.claim("w1", 60.0)
         assert taken is not None
@@ -237,7 +238,7 @@ def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) 
 @pytest.fixture
 def fourth(first: str) -> str:
     """That ledger as revision 0004 had it, with rows that refer to its generators and its erasure."""
-    connected = engines.connect(first)
+    connected = connect(first, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
         config.attributes["connection"] = connection
@@ -304,7 +305,7 @@ def test_what_the_chain_has_not_recorded_stays_empty(fourth: str, raw: Any, tabl
 
 
 def test_an_empty_ledger_of_the_first_revision_has_an_empty_chain(url: str) -> None:
-    connected = engines.connect(url)
+    connected = connect(url, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
         config.attributes["connection"] = connection

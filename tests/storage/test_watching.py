@@ -12,16 +12,16 @@ from fsu_ray.errors import LeaseLost, NotFound
 from fsu_ray.records import QueueStats, Status, Terms
 
 
-def test_what_comes_next_is_what_would_be_claimed(line: Any, new_line: Callable[..., Any]) -> None:
+def test_what_comes_next_is_what_would_be_claimed(driver: Any, new_driver: Callable[..., Any]) -> None:
     """By priority and age, of one model or of all, and a request whose lease is over comes first."""
-    ledger = line.ledger
+    ledger = driver.ledger
     assert ledger.requests.upcoming() is None
-    first, other = line.submit("nine", 9), new_line("other").submit("four", 4)
+    first, other = driver.submit("nine", 9), new_driver("other").submit("four", 4)
     assert ledger.requests.upcoming().id == first.id
     assert ledger.requests.upcoming("other").id == other.id
     with pytest.raises(NotFound):
         ledger.requests.upcoming("nobody")
-    claimed = line.claim(lease=-1)
+    claimed = driver.claim(lease=-1)
     coming = ledger.requests.upcoming("digits")
     assert (coming.id, coming.attempt, coming.status) == (claimed.id, 1, Status.RUNNING)
     assert ledger.requests.get(first.id).attempt == 1, "looking changes nothing"
@@ -30,11 +30,11 @@ def test_what_comes_next_is_what_would_be_claimed(line: Any, new_line: Callable[
     assert ledger.requests.upcoming("digits") is None
 
 
-def test_the_claim_of_a_dead_worker_ends_at_once(line: Any) -> None:
+def test_the_claim_of_a_dead_worker_ends_at_once(driver: Any) -> None:
     """The next claim takes over, as it does when a lease has run out; the dead worker has lost it."""
-    line.submit("nine", 9)
-    claimed = line.claim("dead", 3600.0)
-    ledger = line.ledger
+    driver.submit("nine", 9)
+    claimed = driver.claim("dead", 3600.0)
+    ledger = driver.ledger
     assert not ledger.requests.claimable()
     assert ledger.requests.expire(claimed)
     taken = ledger.requests.claim("w2", 60.0)
@@ -46,43 +46,43 @@ def test_the_claim_of_a_dead_worker_ends_at_once(line: Any) -> None:
     assert ledger.requests.get(taken.id).lease_until > datetime.now(UTC)
 
 
-def test_those_that_run_along_come_with_it(line: Any) -> None:
+def test_those_that_run_along_come_with_it(driver: Any) -> None:
     """A coalesced run has one worker: all its requests are taken over together."""
-    line.submit("nine", 9)
-    line.submit("four", 4)
-    claimed = line.ledger.requests.claim("dead", 3600.0, line.name, max_batch=5)
-    assert len(line.ledger.requests.batch_members(claimed)) == 1
-    assert line.ledger.requests.expire(claimed)
+    driver.submit("nine", 9)
+    driver.submit("four", 4)
+    claimed = driver.ledger.requests.claim("dead", 3600.0, driver.name, max_batch=5)
+    assert len(driver.ledger.requests.batch_members(claimed)) == 1
+    assert driver.ledger.requests.expire(claimed)
     now = datetime.now(UTC)
-    assert all(each.lease_until <= now for each in line.ledger.requests.all(status=Status.RUNNING))
-    taken = line.ledger.requests.claim("w2", 60.0, line.name, max_batch=5)
-    assert [each.worker for each in line.ledger.requests.batch_members(taken)] == ["w2"]
+    assert all(each.lease_until <= now for each in driver.ledger.requests.all(status=Status.RUNNING))
+    taken = driver.ledger.requests.claim("w2", 60.0, driver.name, max_batch=5)
+    assert [each.worker for each in driver.ledger.requests.batch_members(taken)] == ["w2"]
 
 
-def test_a_worker_that_lives_after_all_keeps_its_request(line: Any) -> None:
+def test_a_worker_that_lives_after_all_keeps_its_request(driver: Any) -> None:
     """Its next heartbeat renews the lease, as long as nobody was faster."""
-    line.submit("nine", 9)
-    claimed = line.claim("alive", 3600.0)
-    assert line.ledger.requests.expire(claimed)
-    line.ledger.requests.heartbeat(claimed, 3600.0)
-    assert line.ledger.requests.claim("w2", 60.0) is None
+    driver.submit("nine", 9)
+    claimed = driver.claim("alive", 3600.0)
+    assert driver.ledger.requests.expire(claimed)
+    driver.ledger.requests.heartbeat(claimed, 3600.0)
+    assert driver.ledger.requests.claim("w2", 60.0) is None
 
 
-def test_figures(line: Any, new_line: Callable[..., Any]) -> None:
+def test_figures(driver: Any, new_driver: Callable[..., Any]) -> None:
     """Every state of every model, what could begin now, and what generators were used for."""
-    other = new_line("other")
-    assert line.ledger.requests.stats().reuse_ratio is None
-    line.erase("one", 1)
-    line.erase("two", 2, generator_use="reused", generator_id=line.ledger.generators.all("digits")[0].id)
-    line.submit("three", 3)
-    line.claim()
-    line.submit("four", 4)
+    other = new_driver("other")
+    assert driver.ledger.requests.stats().reuse_ratio is None
+    driver.erase("one", 1)
+    driver.erase("two", 2, generator_use="reused", generator_id=driver.ledger.generators.all("digits")[0].id)
+    driver.submit("three", 3)
+    driver.claim()
+    driver.submit("four", 4)
     other.submit("five", 5)
     six = other.submit("six", 6)
     later = Terms(not_before=datetime.now(UTC) + timedelta(hours=1))
     seven = six.behaviour.model_copy(update={"name": "seven", "targets": (7,)})
-    line.ledger.requests.submit("other", seven, "0" * 64, 8, six.recipe, later)
-    found = line.ledger.requests.stats()
+    driver.ledger.requests.submit("other", seven, "0" * 64, 8, six.recipe, later)
+    found = driver.ledger.requests.stats()
     assert found.requests["digits", "succeeded"] == 2
     assert (found.requests["digits", "running"], found.requests["digits", "queued"]) == (1, 1)
     assert (found.requests["other", "queued"], found.requests["other", "failed"]) == (3, 0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from fsu_ray.config import BACKOFF_SECONDS, MOST_FAILURES
+from fsu_ray.config import MOST_FAILURES, Timings
 from fsu_ray.errors import AlreadyExists, LeaseLost, TransitionRefused, UserError
 from fsu_ray.recipes import Recipe, RelearnRecipe
 from fsu_ray.records import TRANSITIONS, Behaviour, Policy, Status, Terms
@@ -22,13 +22,13 @@ NOW = datetime.now(UTC)
 
 
 @pytest.fixture
-def ask(line: Any) -> Callable[..., Any]:
+def ask(driver: Any) -> Callable[..., Any]:
     """Submits a class request with terms."""
 
     def submit(target: int, recipe: Recipe | None = None, samples: str = "", **terms: Any) -> Any:
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
         given = digest(samples or f"samples of {target}")
-        return line.ledger.requests.submit("digits", behaviour, given, 8, recipe or Recipe(), Terms(**terms))
+        return driver.ledger.requests.submit("digits", behaviour, given, 8, recipe or Recipe(), Terms(**terms))
 
     return submit
 
@@ -44,41 +44,41 @@ def _text(raw: Any, seconds: float) -> Any:
 
 
 class TestKeys:
-    def test_a_given_key_stands_for_one_request_for_ever(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_a_given_key_stands_for_one_request_for_ever(self, driver: Any, ask: Callable[..., Any]) -> None:
         first, new = ask(9, key="ticket-1")
         again, second = ask(9, key="ticket-1")
         assert (new, second, again.id) == (True, False, first.id)
-        line.ledger.requests.cancel(first.id)
+        driver.ledger.requests.cancel(first.id)
         ended, third = ask(9, key="ticket-1")
         assert (ended.id, ended.status, third) == (first.id, Status.CANCELLED, False)
 
-    def test_a_different_request_under_a_used_key_is_an_error(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_a_different_request_under_a_used_key_is_an_error(self, driver: Any, ask: Callable[..., Any]) -> None:
         first, _ = ask(9, key="ticket-1")
         for other in (
             lambda: ask(4, key="ticket-1"),
             lambda: ask(9, key="ticket-1", samples="others"),
             lambda: ask(9, Recipe(relearn=RelearnRecipe(epochs=1)), key="ticket-1"),
         ):
-            with pytest.raises(AlreadyExists, match=f"'ticket-1' of 'digits' stands for request {first.id}"):
+            with pytest.raises(AlreadyExists, match=f"'ticket-1' of 'digits' belongs to request {first.id}"):
                 other()
-        assert len(line.ledger.requests.all()) == 1
+        assert len(driver.ledger.requests.all()) == 1
 
-    def test_a_key_belongs_to_its_model(self, ask: Callable[..., Any], new_line: Callable[..., Any]) -> None:
+    def test_a_key_belongs_to_its_model(self, ask: Callable[..., Any], new_driver: Callable[..., Any]) -> None:
         ask(9, key="ticket-1")
-        other = new_line("other")
+        other = new_driver("other")
         behaviour = Behaviour(name="x", kind="class", targets=(1,))
         _, new = other.ledger.requests.submit("other", behaviour, digest("s"), 1, Recipe(), Terms(key="ticket-1"))
         assert new
 
-    def test_a_derived_key_stands_for_its_request_while_it_lives(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_a_derived_key_stands_for_its_request_while_it_lives(self, driver: Any, ask: Callable[..., Any]) -> None:
         first, _ = ask(9)
         assert ask(9)[1] is False
-        line.ledger.requests.cancel(first.id)
+        driver.ledger.requests.cancel(first.id)
         again, new = ask(9)
         assert new
         assert again.id != first.id
 
-    def test_the_database_refuses_a_given_key_twice(self, line: Any, ask: Callable[..., Any], raw: Any) -> None:
+    def test_the_database_refuses_a_given_key_twice(self, driver: Any, ask: Callable[..., Any], raw: Any) -> None:
         ask(9, key="ticket-1")
         columns = raw.columns("requests")
         first = {"id": "'x'", "status": "'submitted'", "changes": "1", "lease_until": "NULL"}
@@ -88,125 +88,125 @@ class TestKeys:
 
 
 class TestOrder:
-    def test_the_more_urgent_comes_first_and_then_the_older(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_the_more_urgent_comes_first_and_then_the_older(self, driver: Any, ask: Callable[..., Any]) -> None:
         ids = [ask(target, priority=priority)[0].id for target, priority in ((1, 0), (2, 5), (3, 5), (4, -1))]
         claimed = []
-        while (request := line.ledger.requests.claim("w", 60)) is not None:
+        while (request := driver.ledger.requests.claim("w", 60)) is not None:
             claimed.append(request.id)
-            line.ledger.requests.fail(request, "no-op")
+            driver.ledger.requests.fail(request, "no-op")
         assert claimed == [ids[1], ids[2], ids[0], ids[3]]
 
-    def test_nothing_runs_before_its_time(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_nothing_runs_before_its_time(self, driver: Any, ask: Callable[..., Any]) -> None:
         ask(1, not_before=NOW + timedelta(hours=1))
         ready, _ = ask(2, not_before=NOW - timedelta(seconds=1))
-        assert line.claim().id == ready.id
-        line.ledger.requests.fail(line.ledger.requests.get(ready.id), "no-op")
-        assert line.ledger.requests.claim("w", 60) is None
-        assert not line.ledger.requests.claimable()
+        assert driver.claim().id == ready.id
+        driver.ledger.requests.fail(driver.ledger.requests.get(ready.id), "no-op")
+        assert driver.ledger.requests.claim("w", 60) is None
+        assert not driver.ledger.requests.claimable()
 
-    def test_what_is_late_says_so(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_what_is_late_says_so(self, driver: Any, ask: Callable[..., Any]) -> None:
         overdue, _ = ask(1, due_at=NOW - timedelta(seconds=1))
         in_time, _ = ask(2, due_at=NOW + timedelta(hours=1))
         moment = datetime.now(UTC)
         assert (overdue.overdue(moment), in_time.overdue(moment)) == (True, False)
-        ended = line.ledger.requests.cancel(in_time.id)
+        ended = driver.ledger.requests.cancel(in_time.id)
         assert not ended.overdue(moment + timedelta(days=9)), "it had ended by then"
 
-    def test_a_worker_has_as_many_runs_as_its_cap(self, line: Any, new_line: Callable[..., Any]) -> None:
+    def test_a_worker_has_as_many_runs_as_its_cap(self, driver: Any, new_driver: Callable[..., Any]) -> None:
         for name in ("digits", "second", "third"):
-            own = line if name == "digits" else new_line(name)
+            own = driver if name == "digits" else new_driver(name)
             own.submit("nine", 9)
-        claim = line.ledger.requests.claim
+        claim = driver.ledger.requests.claim
         first = claim("w", 60, cap=2)
         assert claim("w", 60, cap=2) is not None
         assert claim("w", 60, cap=2) is None
         assert claim("other", 60, cap=2) is not None
-        line.ledger.requests.fail(first, "no-op")
-        line.submit("four", 4)
+        driver.ledger.requests.fail(first, "no-op")
+        driver.submit("four", 4)
         assert claim("w", 60, cap=2) is not None
 
 
 class TestApproval:
     @pytest.fixture(autouse=True)
-    def _policy(self, line: Any) -> None:
-        line.ledger.models.set_policy("digits", Policy(approval=True), "head")
+    def _policy(self, driver: Any) -> None:
+        driver.ledger.models.set_policy("digits", Policy(approval=True), "head")
 
-    def test_a_request_waits_until_somebody_else_approves(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_a_request_waits_until_somebody_else_approves(self, driver: Any, ask: Callable[..., Any]) -> None:
         request, _ = ask(9, requested_by="alice")
         assert request.status is Status.AWAITING_APPROVAL
-        assert line.ledger.requests.claim("w", 60) is None
+        assert driver.ledger.requests.claim("w", 60) is None
         with pytest.raises(UserError, match=f"alice asked for request {request.id}: somebody else"):
-            line.ledger.requests.approve(request.id, "alice")
-        approved = line.ledger.requests.approve(request.id, "bob")
+            driver.ledger.requests.approve(request.id, "alice")
+        approved = driver.ledger.requests.approve(request.id, "bob")
         assert approved.status is Status.QUEUED
-        assert line.ledger.requests.events(request.id)[-1].actor == "bob"
+        assert driver.ledger.requests.events(request.id)[-1].actor == "bob"
         with pytest.raises(TransitionRefused, match="it awaits no approval"):
-            line.ledger.requests.deny(request.id, "bob")
+            driver.ledger.requests.deny(request.id, "bob")
 
-    def test_a_denied_request_is_rejected(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_a_denied_request_is_rejected(self, driver: Any, ask: Callable[..., Any]) -> None:
         request, _ = ask(9, requested_by="alice")
-        denied = line.ledger.requests.deny(request.id, "bob")
+        denied = driver.ledger.requests.deny(request.id, "bob")
         assert (denied.status, denied.reason) == (Status.REJECTED, "denied")
 
-    def test_nobody_asks_without_a_name(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_nobody_asks_without_a_name(self, driver: Any, ask: Callable[..., Any]) -> None:
         with pytest.raises(UserError, match="say who asks"):
             ask(9)
-        assert line.ledger.requests.all() == []
+        assert driver.ledger.requests.all() == []
 
-    def test_an_actor_is_an_opaque_id(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_an_actor_is_an_opaque_id(self, driver: Any, ask: Callable[..., Any]) -> None:
         request, _ = ask(9, requested_by="alice")
         with pytest.raises(UserError, match="no opaque id"):
-            line.ledger.requests.approve(request.id, "bob@example.org")
+            driver.ledger.requests.approve(request.id, "bob@example.org")
 
 
 class TestFailures:
     def test_a_run_that_breaks_is_tried_again_later_and_later_and_then_fails(
-        self, line: Any, ask: Callable[..., Any], raw: Any
+        self, driver: Any, ask: Callable[..., Any], raw: Any
     ) -> None:
         request, _ = ask(9)
         for failure in range(1, MOST_FAILURES):
             before = datetime.now(UTC)
-            waiting = line.ledger.requests.retry(line.claim(), f"broke {failure}")
-            pause = timedelta(seconds=BACKOFF_SECONDS * 2 ** (failure - 1))
+            waiting = driver.ledger.requests.retry(driver.claim(), f"broke {failure}")
+            pause = timedelta(seconds=Timings().backoff * 2 ** (failure - 1))
             assert (waiting.status, waiting.failures) == (Status.QUEUED, failure)
             assert before + pause <= waiting.retry_at <= datetime.now(UTC) + pause
-            assert line.ledger.requests.claim("w", 60) is None
+            assert driver.ledger.requests.claim("w", 60) is None
             raw.execute("UPDATE requests SET retry_at = :then", {"then": _text(raw, -1)})
-        failed = line.ledger.requests.retry(line.claim(), "broke again")
+        failed = driver.ledger.requests.retry(driver.claim(), "broke again")
         assert (failed.status, failed.failures, failed.reason) == (Status.FAILED, MOST_FAILURES, "broke again")
-        reasons = [event.reason for event in line.ledger.requests.events(request.id) if event.reason]
+        reasons = [event.reason for event in driver.ledger.requests.events(request.id) if event.reason]
         assert reasons == ["broke 1", "broke 2", "broke again"]
 
-    def test_a_request_that_costs_its_workers_fails(self, line: Any, ask: Callable[..., Any], raw: Any) -> None:
+    def test_a_request_that_costs_its_workers_fails(self, driver: Any, ask: Callable[..., Any], raw: Any) -> None:
         request, _ = ask(9)
         for attempt in range(1, MOST_FAILURES + 1):
-            assert line.claim(f"w{attempt}").attempt == attempt
+            assert driver.claim(f"w{attempt}").attempt == attempt
             late(raw)
-        line.ledger.requests._looked_at = 0.0
-        assert line.ledger.requests.claim("w9", 60) is None
-        ended = line.ledger.requests.get(request.id)
+        driver.ledger.requests._abandoned_at = 0.0
+        assert driver.ledger.requests.claim("w9", 60) is None
+        ended = driver.ledger.requests.get(request.id)
         assert (ended.status, ended.attempt, ended.failures) == (Status.FAILED, MOST_FAILURES, MOST_FAILURES)
         assert ended.reason == "lease_expired: 3 workers have vanished"
-        steps = [(event.actor, event.reason) for event in line.ledger.requests.events(request.id)][3:]
+        steps = [(event.actor, event.reason) for event in driver.ledger.requests.events(request.id)][3:]
         assert steps == [("w2", "lease_expired"), ("w3", "lease_expired"), ("w9", ended.reason)]
 
-    def test_nobody_takes_over_what_is_to_end(self, line: Any, ask: Callable[..., Any], raw: Any) -> None:
+    def test_nobody_takes_over_what_is_to_end(self, driver: Any, ask: Callable[..., Any], raw: Any) -> None:
         """Neither what is to be cancelled nor what has cost too many workers, even before anybody has ended it."""
         doomed, _ = ask(9)
-        line.claim()
+        driver.claim()
         late(raw)
-        line.ledger.requests._looked_at = time.monotonic()
-        line.ledger.requests.cancel(doomed.id, "alice")
-        assert line.ledger.requests.claim("w2", 60) is None
+        driver.ledger.requests._abandoned_at = time.monotonic()
+        driver.ledger.requests.cancel(doomed.id, "alice")
+        assert driver.ledger.requests.claim("w2", 60) is None
         raw.execute("UPDATE requests SET cancel_by = NULL, failures = 2")
-        assert line.ledger.requests.claim("w2", 60) is None
+        assert driver.ledger.requests.claim("w2", 60) is None
         raw.execute("UPDATE requests SET failures = 1")
-        assert line.claim("w2").failures == 2
+        assert driver.claim("w2").failures == 2
 
-    def test_a_release_is_no_failure(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_a_release_is_no_failure(self, driver: Any, ask: Callable[..., Any]) -> None:
         ask(9)
         for _ in range(MOST_FAILURES + 1):
-            assert line.ledger.requests.release(line.claim(), "interrupted").failures == 0
+            assert driver.ledger.requests.release(driver.claim(), "interrupted").failures == 0
 
     @pytest.mark.parametrize(
         ("said", "kept"),
@@ -225,90 +225,91 @@ class TestFailures:
     def test_reasons_hold_no_places(self, said: str, kept: str) -> None:
         assert claims.without_paths(said) == kept
 
-    def test_reasons_are_kept_without_places(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_reasons_are_kept_without_places(self, driver: Any, ask: Callable[..., Any]) -> None:
         ask(9)
-        assert line.ledger.requests.fail(line.claim(), "none at /home/alice/me.png").reason == "none at <path>"
+        assert driver.ledger.requests.fail(driver.claim(), "none at /home/alice/me.png").reason == "none at <path>"
 
 
 class TestCancelling:
-    def test_a_running_request_is_asked_to_stop(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_a_running_request_is_asked_to_stop(self, driver: Any, ask: Callable[..., Any]) -> None:
         ask(9)
-        request = line.claim()
-        assert not line.ledger.requests.cancel_requested(request)
-        asked = line.ledger.requests.cancel(request.id, "alice")
+        request = driver.claim()
+        assert not driver.ledger.requests.cancel_requested(request)
+        asked = driver.ledger.requests.cancel(request.id, "alice")
         assert (asked.status, asked.cancel_by) == (Status.RUNNING, "alice")
-        assert line.ledger.requests.cancel_requested(request)
-        assert line.ledger.requests.heartbeat(request, 60)
-        stopped = line.ledger.requests.stop(request)
+        assert driver.ledger.requests.cancel_requested(request)
+        assert driver.ledger.requests.heartbeat(request, 60)
+        stopped = driver.ledger.requests.stop(request)
         assert (stopped.status, stopped.lease_until) == (Status.CANCELLED, None)
-        assert line.ledger.requests.events(request.id)[-1].actor == "alice"
+        assert driver.ledger.requests.events(request.id)[-1].actor == "alice"
         with pytest.raises(LeaseLost):
-            line.ledger.requests.heartbeat(request, 60)
+            driver.ledger.requests.heartbeat(request, 60)
 
     def test_a_request_whose_worker_died_before_it_could_stop_is_not_run_again(
-        self, line: Any, ask: Callable[..., Any], raw: Any
+        self, driver: Any, ask: Callable[..., Any], raw: Any
     ) -> None:
         ask(9)
-        request = line.claim()
-        line.ledger.requests.cancel(request.id, "alice")
+        request = driver.claim()
+        driver.ledger.requests.cancel(request.id, "alice")
         late(raw)
-        line.ledger.requests._looked_at = 0.0
-        assert line.ledger.requests.claim("w2", 60) is None
-        assert line.ledger.requests.get(request.id).status is Status.CANCELLED
+        driver.ledger.requests._abandoned_at = 0.0
+        assert driver.ledger.requests.claim("w2", 60) is None
+        assert driver.ledger.requests.get(request.id).status is Status.CANCELLED
 
 
 class TestTogether:
     @pytest.fixture
-    def run(self, line: Any, ask: Callable[..., Any]) -> Any:
+    def run(self, driver: Any, ask: Callable[..., Any]) -> Any:
         """The claim of a run of three requests; a subset, another recipe and a taken class stay behind."""
         ids = [ask(target)[0].id for target in (1, 2, 3)]
         ask(4, Recipe(relearn=RelearnRecipe(epochs=1)))
-        line.submit("crossed", 7, kind="subset")
-        line.submit("one and five", 1, 5)
-        lead = line.ledger.requests.claim("w", 60, max_batch=9)
-        assert (lead.id, [each.id for each in line.ledger.requests.batch_members(lead)]) == (ids[0], ids[1:])
+        driver.submit("crossed", 7, kind="subset")
+        driver.submit("one and five", 1, 5)
+        lead = driver.ledger.requests.claim("w", 60, max_batch=9)
+        assert (lead.id, [each.id for each in driver.ledger.requests.batch_members(lead)]) == (ids[0], ids[1:])
         return lead
 
-    def commit(self, line: Any, lead: Any) -> Any:
+    def commit(self, driver: Any, lead: Any) -> Any:
         report = {"forgetting": {"probes_in_target": 0.02}}
-        members = [line.result(member, report=report) for member in line.ledger.requests.batch_members(lead)]
-        outcome = line.outcome(lead, targets=(line.result(lead), *members))
-        return line.ledger.commit(lead, outcome, line.ledger.models.version("digits"))
+        members = [driver.result(member, report=report) for member in driver.ledger.requests.batch_members(lead)]
+        outcome = driver.outcome(lead, targets=(driver.result(lead), *members))
+        return driver.ledger.commit(lead, outcome, driver.ledger.models.version("digits"))
 
-    def test_they_run_as_one(self, line: Any, run: Any) -> None:
-        for each in line.ledger.requests.batch_members(run):
+    def test_they_run_as_one(self, driver: Any, run: Any) -> None:
+        for each in driver.ledger.requests.batch_members(run):
             assert (each.status, each.batch_leader, each.worker, each.attempt) == (Status.RUNNING, run.id, "w", 1)
-        assert line.ledger.requests.claim("w2", 60) is None, "one run of a model at a time"
-        version = self.commit(line, run)
+        assert driver.ledger.requests.claim("w2", 60) is None, "one run of a model at a time"
+        version = self.commit(driver, run)
         assert (version.number, version.request) == (2, run.id)
-        erasures = line.ledger.models.erasures("digits")
+        erasures = driver.ledger.models.erasures("digits")
         assert [(e.behaviour.targets, e.version) for e in erasures] == [((1,), 2), ((2,), 2), ((3,), 2)]
         assert len({e.mask for e in erasures}) == 3
         assert erasures[1].report["forgetting"] == {"probes_in_target": 0.02}
         assert erasures[1].report["coalesced"] == [e.request for e in erasures]
-        ended = [line.ledger.requests.get(e.request) for e in erasures]
+        ended = [driver.ledger.requests.get(e.request) for e in erasures]
         assert {(r.status, r.version) for r in ended} == {(Status.SUCCEEDED, 2)}
 
-    def test_their_lease_is_one(self, line: Any, run: Any, raw: Any) -> None:
-        line.ledger.requests.heartbeat(run, 3600)
+    def test_their_lease_is_one(self, driver: Any, run: Any, raw: Any) -> None:
+        driver.ledger.requests.heartbeat(run, 3600)
         leases = {
-            each.lease_until for each in (line.ledger.requests.get(run.id), *line.ledger.requests.batch_members(run))
+            each.lease_until
+            for each in (driver.ledger.requests.get(run.id), *driver.ledger.requests.batch_members(run))
         }
         assert len(leases) == 1
         late(raw)
-        again = line.ledger.requests.claim("w2", 60)
-        assert (again.id, again.attempt, len(line.ledger.requests.batch_members(again))) == (run.id, 2, 2)
-        assert {each.worker for each in line.ledger.requests.batch_members(again)} == {"w2"}
+        again = driver.ledger.requests.claim("w2", 60)
+        assert (again.id, again.attempt, len(driver.ledger.requests.batch_members(again))) == (run.id, 2, 2)
+        assert {each.worker for each in driver.ledger.requests.batch_members(again)} == {"w2"}
         with pytest.raises(LeaseLost):
-            self.commit(line, run)
-        self.commit(line, again)
+            self.commit(driver, run)
+        self.commit(driver, again)
 
     @pytest.mark.parametrize("end", ["release", "retry", "fail", "separate"])
-    def test_none_is_left_behind(self, line: Any, run: Any, end: str) -> None:
-        others = [each.id for each in line.ledger.requests.batch_members(run)]
-        ended = getattr(line.ledger.requests, end)(run, "some reason")
+    def test_none_is_left_behind(self, driver: Any, run: Any, end: str) -> None:
+        others = [each.id for each in driver.ledger.requests.batch_members(run)]
+        ended = getattr(driver.ledger.requests, end)(run, "some reason")
         assert ended.status is (Status.FAILED if end == "fail" else Status.QUEUED)
-        for each in map(line.ledger.requests.get, others):
+        for each in map(driver.ledger.requests.get, others):
             assert (each.status, each.batch_leader, each.worker, each.no_coalesce) == (
                 Status.QUEUED,
                 None,
@@ -316,49 +317,49 @@ class TestTogether:
                 end == "separate",
             )
         if end == "separate":
-            assert line.ledger.requests.batch_members(line.ledger.requests.claim("w", 60, max_batch=9)) == []
+            assert driver.ledger.requests.batch_members(driver.ledger.requests.claim("w", 60, max_batch=9)) == []
 
-    def test_who_is_to_run_alone_does_not_run_along(self, line: Any, run: Any, ask: Callable[..., Any]) -> None:
-        line.ledger.requests.separate(run, "coalesced run refused")
+    def test_who_is_to_run_alone_does_not_run_along(self, driver: Any, run: Any, ask: Callable[..., Any]) -> None:
+        driver.ledger.requests.separate(run, "coalesced run refused")
         fresh, _ = ask(0, priority=9)
-        lead = line.ledger.requests.claim("w", 60, max_batch=9)
+        lead = driver.ledger.requests.claim("w", 60, max_batch=9)
         assert lead.id == fresh.id
-        assert [each.behaviour.name for each in line.ledger.requests.batch_members(lead)] == ["one and five"]
+        assert [each.behaviour.name for each in driver.ledger.requests.batch_members(lead)] == ["one and five"]
 
-    def test_a_result_must_be_of_all_of_them(self, line: Any, run: Any) -> None:
+    def test_a_result_must_be_of_all_of_them(self, driver: Any, run: Any) -> None:
         """Else one would stay running for ever."""
         with pytest.raises(LeaseLost):
-            line.ledger.commit(run, line.outcome(run), line.ledger.models.version("digits"))
-        assert len(line.ledger.models.versions("digits")) == 1
-        self.commit(line, run)
+            driver.ledger.commit(run, driver.outcome(run), driver.ledger.models.version("digits"))
+        assert len(driver.ledger.models.versions("digits")) == 1
+        self.commit(driver, run)
 
-    def test_one_of_them_is_cancelled(self, line: Any, run: Any) -> None:
-        second, third = line.ledger.requests.batch_members(run)
-        line.ledger.requests.cancel(second.id, "alice")
-        assert line.ledger.requests.cancel_requested(run)
-        assert line.ledger.requests.stop(run).status is Status.QUEUED
-        assert line.ledger.requests.get(second.id).status is Status.CANCELLED
-        assert line.ledger.requests.get(third.id).status is Status.QUEUED
+    def test_one_of_them_is_cancelled(self, driver: Any, run: Any) -> None:
+        second, third = driver.ledger.requests.batch_members(run)
+        driver.ledger.requests.cancel(second.id, "alice")
+        assert driver.ledger.requests.cancel_requested(run)
+        assert driver.ledger.requests.stop(run).status is Status.QUEUED
+        assert driver.ledger.requests.get(second.id).status is Status.CANCELLED
+        assert driver.ledger.requests.get(third.id).status is Status.QUEUED
 
-    def test_at_least_two_classes_stay(self, new_line: Callable[..., Any]) -> None:
-        small = new_line("small", classes=4)
+    def test_at_least_two_classes_stay(self, new_driver: Callable[..., Any]) -> None:
+        small = new_driver("small", classes=4)
         for target in range(4):
             small.submit(f"class-{target}", target)
         lead = small.ledger.requests.claim("w", 60, "small", max_batch=9)
         assert len(small.ledger.requests.batch_members(lead)) == 1
 
-    def test_no_more_than_wanted_run_along(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_no_more_than_wanted_run_along(self, driver: Any, ask: Callable[..., Any]) -> None:
         for target in (1, 2, 3):
             ask(target)
-        assert len(line.ledger.requests.batch_members(line.ledger.requests.claim("w", 60, max_batch=1))) == 1
+        assert len(driver.ledger.requests.batch_members(driver.ledger.requests.claim("w", 60, max_batch=1))) == 1
 
 
 class TestEvents:
-    def test_every_step_is_on_record(self, line: Any, ask: Callable[..., Any]) -> None:
+    def test_every_step_is_on_record(self, driver: Any, ask: Callable[..., Any]) -> None:
         request, _ = ask(9, requested_by="alice")
-        line.ledger.requests.release(line.claim("w1"), "interrupted")
-        line.ledger.requests.fail(line.claim("w2"), "broke")
-        events = line.ledger.requests.events(request.id)
+        driver.ledger.requests.release(driver.claim("w1"), "interrupted")
+        driver.ledger.requests.fail(driver.claim("w2"), "broke")
+        events = driver.ledger.requests.events(request.id)
         assert [(e.number, e.old, e.new, e.actor, e.attempt, e.reason) for e in events] == [
             (1, None, Status.SUBMITTED, "alice", 0, None),
             (2, Status.SUBMITTED, Status.QUEUED, "alice", 0, None),
@@ -370,17 +371,17 @@ class TestEvents:
         assert all(event.new in TRANSITIONS[event.old] for event in events[1:])
         assert sorted(event.at for event in events) == [event.at for event in events]
 
-    def test_a_step_without_a_count_is_refused(self, line: Any, raw: Any) -> None:
+    def test_a_step_without_a_count_is_refused(self, driver: Any, raw: Any) -> None:
         """By hand, past the ledger: who forgets to say who and when is told so."""
-        line.submit()
+        driver.submit()
         with pytest.raises(sa.exc.IntegrityError, match="a step between states is counted"):
             raw.execute("UPDATE requests SET status = 'cancelled', finished_at = '2030-01-01'")
 
-    def test_a_step_by_hand_is_on_record_too(self, line: Any, raw: Any) -> None:
-        request = line.submit()
+    def test_a_step_by_hand_is_on_record_too(self, driver: Any, raw: Any) -> None:
+        request = driver.submit()
         by_hand = "changes = changes + 1, changed_by = 'mallory', changed_at = '2026-01-01T00:00:00.000000+00:00'"
         raw.execute(f"UPDATE requests SET status = 'cancelled', finished_at = '2030-01-01', {by_hand}")
-        assert line.ledger.requests.events(request.id)[-1].actor == "mallory"
+        assert driver.ledger.requests.events(request.id)[-1].actor == "mallory"
 
 
 @pytest.mark.slow
