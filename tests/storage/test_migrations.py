@@ -91,7 +91,7 @@ def first(url: str) -> str:
         )
         made.insert(
             "generators", id="g-1", model_id="m-1", root=1, spec=spec, recipe_digest=Recipe().generator_digest,
-            weights=digest("g"), dataset=digest("d"), origin="trained", metrics={"agreement": 0.99, "starved": []},
+            weights=digest("g"), dataset=digest("d"), origin="trained", figures={"agreement": 0.99, "starved": []},
             request_id=succeeded, created_at=AT.format(9),
         )  # fmt: skip
         made.insert(
@@ -248,7 +248,7 @@ def fourth(first: str) -> str:
         made.insert(
             "generators", id="g-2", model_id="m-1", root=1, spec=SPEC.model_dump(mode="json"),
             recipe_digest=Recipe().generator_digest, weights=digest("g2"), dataset=digest("d2"), origin="warm_started",
-            warm_started_from="g-1", metrics={"starved": []}, request_id=rejected, created_at=AT.format(9),
+            warm_started_from="g-1", figures={"starved": []}, request_id=rejected, created_at=AT.format(9),
         )  # fmt: skip
         made.insert("generator_retirements", id="t-1", generator_id="g-2", reason="operator", **old)
         made.insert(

@@ -192,7 +192,7 @@ class TestFailures:
         assert steps == [("w2", "lease_expired"), ("w3", "lease_expired"), ("w9", ended.reason)]
 
     def test_nobody_takes_over_a_request_that_is_given_up(self, driver: Any, ask: Callable[..., Any], raw: Any) -> None:
-        """Neither a request that is to be cancelled nor one with too many failures, even before anybody has ended it."""
+        """Neither a request that is to be cancelled nor one with too many failures, even before it has ended."""
         doomed, _ = ask(9)
         driver.claim()
         late(raw)
