@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from fsu_ray.config import Timings
 from fsu_ray.errors import AlreadyExists, AuditFailed, InvalidData, NotFound, UserError
 from fsu_ray.storage import bundle
 from fsu_ray.storage.chain import ChainHead
@@ -70,11 +71,11 @@ def test_a_bundle_is_checked_without_the_ledger(written: Path, tmp_path: Path, f
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("timings", [Timings(flush=3600.0)])
 def test_both_forms_have_the_same_chain(driver: Any, tmp_path: Path) -> None:
     """On both engines, and all of it, also steps that were waiting."""
     driver.erase()
     driver.submit("four", 4)
-    driver.ledger.database._flushed_at += 3600
     driver.claim()
     for form in FORMS:
         bundle.write(driver.ledger, tmp_path / form, form)

@@ -151,9 +151,8 @@ def test_the_last_events_enter_the_chain_when_the_ledger_is_closed(url: str, dri
     """Steps of the queue wait for the next writer; closing is one."""
     from fsu_ray.storage.ledger import open_ledger
 
-    with open_ledger(url) as other:
+    with open_ledger(url, Timings(flush=3600.0)) as other:
         driver.submit()
-        other.database._flushed_at += 3600
         assert other.requests.claim("w9", 60.0) is not None
         assert driver.ledger.audit.verify().waiting == 1
     assert driver.ledger.audit.verify().waiting == 0

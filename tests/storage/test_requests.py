@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -178,12 +177,12 @@ class TestFailures:
         reasons = [event.reason for event in driver.ledger.requests.events(request.id) if event.reason]
         assert reasons == ["broke 1", "broke 2", "broke again"]
 
+    @pytest.mark.parametrize("timings", [Timings(abandoned=0.0)])
     def test_a_request_that_costs_its_workers_fails(self, driver: Any, ask: Callable[..., Any], raw: Any) -> None:
         request, _ = ask(9)
         for attempt in range(1, MOST_FAILURES + 1):
             assert driver.claim(f"w{attempt}").attempt == attempt
             late(raw)
-        driver.ledger.requests._abandoned_at = 0.0
         assert driver.ledger.requests.claim("w9", 60) is None
         ended = driver.ledger.requests.get(request.id)
         assert (ended.status, ended.attempt, ended.failures) == (Status.FAILED, MOST_FAILURES, MOST_FAILURES)
@@ -191,12 +190,12 @@ class TestFailures:
         steps = [(event.actor, event.reason) for event in driver.ledger.requests.events(request.id)][3:]
         assert steps == [("w2", "lease_expired"), ("w3", "lease_expired"), ("w9", ended.reason)]
 
+    @pytest.mark.parametrize("timings", [Timings(abandoned=3600.0)])
     def test_nobody_takes_over_a_request_that_is_given_up(self, driver: Any, ask: Callable[..., Any], raw: Any) -> None:
         """Neither a request that is to be cancelled nor one with too many failures, even before it has ended."""
         doomed, _ = ask(9)
         driver.claim()
         late(raw)
-        driver.ledger.requests._abandoned_at = time.monotonic()
         driver.ledger.requests.cancel(doomed.id, "alice")
         assert driver.ledger.requests.claim("w2", 60) is None
         raw.execute("UPDATE requests SET cancel_by = NULL, failures = 2")
@@ -246,6 +245,7 @@ class TestCancelling:
         with pytest.raises(LeaseLost):
             driver.ledger.requests.heartbeat(request, 60)
 
+    @pytest.mark.parametrize("timings", [Timings(abandoned=0.0)])
     def test_a_request_whose_worker_died_before_it_could_stop_is_not_run_again(
         self, driver: Any, ask: Callable[..., Any], raw: Any
     ) -> None:
@@ -253,7 +253,6 @@ class TestCancelling:
         request = driver.claim()
         driver.ledger.requests.cancel(request.id, "alice")
         late(raw)
-        driver.ledger.requests._abandoned_at = 0.0
         assert driver.ledger.requests.claim("w2", 60) is None
         assert driver.ledger.requests.get(request.id).status is Status.CANCELLED
 
