@@ -12,6 +12,9 @@ from fsu_ray.records import Digest
 from fsu_ray.storage import chain, rows
 from fsu_ray.storage.schema import erasures, generators, model_versions, removals, requests, seals
 
+IS_PURGED = sa.exists().where(removals.c.request_id == requests.c.id)
+"""The condition that a request's target samples are recorded as removed."""
+
 
 def references(connection: sa.Connection) -> tuple[set[Digest], set[Digest]]:
     """The digests that the ledger needs, and those that it refers to but has recorded as removed.

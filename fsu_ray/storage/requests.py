@@ -17,7 +17,6 @@ from fsu_ray.storage import chain, claims, recipes, removals, rows
 from fsu_ray.storage.database import OPERATOR, Database
 from fsu_ray.storage.planning import check_compatible
 from fsu_ray.storage.schema import TERMINAL, TERMS, erasures, models, request_events, requests
-from fsu_ray.storage.schema import removals as removals_table
 
 
 class Requests:
@@ -330,13 +329,12 @@ class Requests:
                     continue
                 other = requests.alias("other").c
                 needed = sa.exists().where(other.samples == requests.c.samples, claims.is_live(other))
-                purged = sa.exists().where(removals_table.c.request_id == requests.c.id)
                 query = rows.REQUESTS.where(
                     requests.c.model_id == record.id,
                     requests.c.status.in_(TERMINAL),
                     requests.c.finished_at <= moment - timedelta(days=days),
                     ~needed,
-                    ~purged,
+                    ~removals.IS_PURGED,
                 ).order_by(*rows.REQUEST_ORDER)
                 due += [rows.to_request(row) for row in connection.execute(query).mappings()]
         return due

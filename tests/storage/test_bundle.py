@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from fsu_ray.config import Timings
 from fsu_ray.errors import AlreadyExists, AuditFailed, InvalidData, NotFound, UserError
 from fsu_ray.storage import bundle
 from fsu_ray.storage.chain import ChainHead
@@ -55,26 +56,26 @@ def lines_of(written: Path) -> list[str]:
 def test_a_bundle_is_checked_without_the_ledger(written: Path, tmp_path: Path, form: str) -> None:
     file = tmp_path / "elsewhere"
     file.write_bytes((written / f"a.{form}").read_bytes())
-    found = bundle.verify(file)
+    checked = bundle.verify(file)
 
-    found.verdict.check()
-    assert (found.verdict.events, found.signature) == (14, "not signed")
-    assert found.manifest["events"] == 14
-    assert found.manifest["model"] is None
-    said = " ".join(found.manifest["proves"] + found.manifest["proves_not"])
+    checked.verdict.check()
+    assert (checked.verdict.events, checked.signature) == (14, "not signed")
+    assert checked.manifest["events"] == 14
+    assert checked.manifest["model"] is None
+    said = " ".join(checked.manifest["proves"] + checked.manifest["proves_not"])
     for words in ("in their order", "approximate", "not a guarantee", "not altered", "what was written was true",
                   "cut off", "not the artifacts"):  # fmt: skip
         assert words in said
-    assert findings(file, None, found.verdict.head) == ()
+    assert findings(file, None, checked.verdict.head) == ()
     assert "hash that was noted" in findings(file, None, ChainHead(14, "0" * 64))[0]
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("timings", [Timings(flush=3600.0)])
 def test_both_forms_have_the_same_chain(driver: Any, tmp_path: Path) -> None:
     """On both engines, and all of it, also steps that were waiting."""
     driver.erase()
     driver.submit("four", 4)
-    driver.ledger.database._flushed_at += 3600
     driver.claim()
     for form in FORMS:
         bundle.write(driver.ledger, tmp_path / form, form)
@@ -161,9 +162,9 @@ def test_a_table_that_was_changed_is_named(written: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("form", FORMS)
 def test_a_signature_is_worth_what_the_key_is(written: Path, tmp_path: Path, form: str) -> None:
     file, public = written / f"signed.{form}", written / "public.pem"
-    found = bundle.verify(file)
-    assert (found.verdict.found, found.signature) == (0, "signed with a key that only the bundle names")
-    assert found.manifest["model"] == {"name": "digits", "events": 12}
+    checked = bundle.verify(file)
+    assert (checked.verdict.found, checked.signature) == (0, "signed with a key that only the bundle names")
+    assert checked.manifest["model"] == {"name": "digits", "events": 12}
     assert bundle.verify(file, public).signature == "signed with the key given"
     assert findings(written / f"a.{form}", public) == ("the manifest of the bundle is not signed",)
     (tmp_path / "other.pem").write_text(bundle.keygen(tmp_path / "k.pem"))

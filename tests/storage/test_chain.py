@@ -34,10 +34,10 @@ def made(count: int) -> list[Event]:
 
 
 def told(events: list[Event], noted: ChainHead | None = None) -> list[tuple[int, str]]:
-    found: list[tuple[int, str]] = []
+    broken: list[tuple[int, str]] = []
     batches = [events[first : first + 3] for first in range(0, len(events), 3)]
-    assert [e for batch in chain.unbroken(batches, lambda *what: found.append(what), noted) for e in batch] == events
-    return found
+    assert [e for batch in chain.unbroken(batches, lambda *what: broken.append(what), noted) for e in batch] == events
+    return broken
 
 
 def test_a_hash_is_that_of_plain_json(driver: Any) -> None:
@@ -78,9 +78,9 @@ def test_a_change_of_any_field_is_told(field: str) -> None:
     changed = {"seq": 40, "request": "r-1", "previous": GENESIS, "hash": "1" * 64}.get(field, "other")
     events[4] = events[4]._replace(**{field: changed})
 
-    found = told(events)
-    assert found[0][0] == 5
-    assert len(found) == (3 if field == "seq" else 2 if field in ("previous", "hash") else 1)
+    broken = told(events)
+    assert broken[0][0] == 5
+    assert len(broken) == (3 if field == "seq" else 2 if field in ("previous", "hash") else 1)
 
 
 def test_the_borders_between_fields_are_part_of_the_hash() -> None:
@@ -151,9 +151,8 @@ def test_the_last_events_enter_the_chain_when_the_ledger_is_closed(url: str, dri
     """Steps of the queue wait for the next writer; closing is one."""
     from fsu_ray.storage.ledger import open_ledger
 
-    with open_ledger(url) as other:
+    with open_ledger(url, Timings(flush=3600.0)) as other:
         driver.submit()
-        other.database._flushed_at += 3600
         assert other.requests.claim("w9", 60.0) is not None
         assert driver.ledger.audit.verify().waiting == 1
     assert driver.ledger.audit.verify().waiting == 0
@@ -182,8 +181,8 @@ with open_ledger(url) as ledger:
 def test_eight_processes_that_write_make_one_chain(url: str, ledger: Any, in_processes: Any) -> None:
     in_processes(WRITER, url, processes=8)
 
-    found = ledger.audit.verify()
-    assert (found.findings, found.waiting) == ((), 0)
+    verdict = ledger.audit.verify()
+    assert (verdict.findings, verdict.waiting) == ((), 0)
     events = events_of(ledger)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert len(events) >= 8 * (2 + 5 * 4)

@@ -91,7 +91,7 @@ def first(url: str) -> str:
         )
         made.insert(
             "generators", id="g-1", model_id="m-1", root=1, spec=spec, recipe_digest=Recipe().generator_digest,
-            weights=digest("g"), dataset=digest("d"), origin="trained", metrics={"agreement": 0.99, "starved": []},
+            weights=digest("g"), dataset=digest("d"), origin="trained", figures={"agreement": 0.99, "starved": []},
             request_id=succeeded, created_at=AT.format(9),
         )  # fmt: skip
         made.insert(
@@ -112,13 +112,13 @@ def test_everything_is_there_and_adopted(first: str, raw: Any) -> None:
         assert ledger.generators.all("digits")[0].metrics == {"agreement": 0.99, "starved": []}
         assert all(len(ledger.requests.events(request.id)) == 1 for request in ledger.requests.all())
 
-        found = ledger.audit.verify()
-        assert found.findings == ()
+        verdict = ledger.audit.verify()
+        assert verdict.findings == ()
         events = ledger.audit.log()
         rows = sum(raw.execute(f"SELECT count(*) FROM {table}").scalar() for table in audit.AUDITED)
         assert {event.event for event in events} == {"adopted"}
-        assert len(events) == found.events == rows == 17
-        assert found.waiting == 0
+        assert len(events) == verdict.events == rows == 17
+        assert verdict.waiting == 0
 
 
 def test_it_goes_on_working(first: str) -> None:
@@ -142,9 +142,9 @@ def test_it_goes_on_working(first: str) -> None:
         assert ledger.requests.get(claimed.id).status is Status.SUCCEEDED
         assert [erasure.version for erasure in ledger.models.erasures("digits")] == [2, 3]
     with open_ledger(first) as ledger:
-        found = ledger.audit.verify()
-        assert (found.findings, found.waiting) == ((), 0)
-        assert found.events > 17
+        verdict = ledger.audit.verify()
+        assert (verdict.findings, verdict.waiting) == ((), 0)
+        assert verdict.events > 17
 
 
 def test_what_was_adopted_cannot_change_unnoticed(first: str, raw: Any) -> None:
@@ -187,15 +187,15 @@ def third(first: str) -> str:
 
 def every_row(url: str, tables: tuple[str, ...] = THEN) -> dict[str, Any]:
     """The rows of every table that revision 0003 had, without the columns that have come since."""
-    engine, found = sa.create_engine(url), {}
+    engine, contents = sa.create_engine(url), {}
     with engine.connect() as connection:
         for name in tables:
             columns = (column["name"] for column in sa.inspect(connection).get_columns(name))
             kept = ", ".join(sorted(column for column in columns if column not in LATER.get(name, ())))
             rows = connection.exec_driver_sql(f"SELECT {kept} FROM {name}").fetchall()
-            found[name] = sorted(rows, key=str)
+            contents[name] = sorted(rows, key=str)
     engine.dispose()
-    return found
+    return contents
 
 
 def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str) -> None:
@@ -205,8 +205,8 @@ def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str)
     with open_ledger(third) as ledger:
         assert every_row(third) == before
         events = ledger.audit.log()
-        found = ledger.audit.verify(None, audit.ChainHead(events[-1].seq, events[-1].hash))
-        assert (found.findings, found.waiting, found.events) == ((), 0, len(before["audit_events"]))
+        verdict = ledger.audit.verify(None, audit.ChainHead(events[-1].seq, events[-1].hash))
+        assert (verdict.findings, verdict.waiting, verdict.events) == ((), 0, len(before["audit_events"]))
         assert ledger.recipes.all("digits") == []
         assert [each.recipe_origin for each in ledger.models.erased("digits")] == [None]
         assert (
@@ -231,8 +231,8 @@ def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) 
             ledger.commit(claimed, outcome, ledger.models.version("digits"), generator_id="g-1")
         gone = [(each.behaviour.name, each.recipe_origin) for each in ledger.models.erased("digits")]
         assert gone == [("class 1", None), ("class 5", None), ("seven", kept.id)]
-        found = ledger.audit.verify()
-        assert (found.findings, found.waiting) == ((), 0)
+        verdict = ledger.audit.verify()
+        assert (verdict.findings, verdict.waiting) == ((), 0)
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def fourth(first: str) -> str:
         made.insert(
             "generators", id="g-2", model_id="m-1", root=1, spec=SPEC.model_dump(mode="json"),
             recipe_digest=Recipe().generator_digest, weights=digest("g2"), dataset=digest("d2"), origin="warm_started",
-            warm_started_from="g-1", metrics={"starved": []}, request_id=rejected, created_at=AT.format(9),
+            warm_started_from="g-1", figures={"starved": []}, request_id=rejected, created_at=AT.format(9),
         )  # fmt: skip
         made.insert("generator_retirements", id="t-1", generator_id="g-2", reason="operator", **old)
         made.insert(

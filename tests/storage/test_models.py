@@ -264,9 +264,9 @@ def test_what_is_inherited_is_found_by_indexes(ledger: Ledger, raw: Any, analyse
         (rows.latest_rechecks(model, 300), {gone, checks}),
     )
     for query, expected in queries:
-        found = plan(ledger, query)
-        whole = "\n".join(found)
-        read = [step for step in found if "Seq Scan" in step or (step.startswith("SCAN") and step != "SCAN ancestry")]
+        steps = plan(ledger, query)
+        whole = "\n".join(steps)
+        read = [step for step in steps if "Seq Scan" in step or (step.startswith("SCAN") and step != "SCAN ancestry")]
         assert not read, whole
         assert not [words for words in expected if words not in whole], whole
     assert len(ledger.models.erased("line")) == len(ledger.models.rechecks("line")) == 299
@@ -348,9 +348,9 @@ class TestHistory:
     def test_one_summary_of_what_was_measured_at_once(self, driver: Any) -> None:
         for number, name in enumerate(("nine", "four", "one")):
             driver.erase(name, number)
-        found = [Measured(each.id, 5, 0.0, True) for each in driver.ledger.models.erasures("digits")]
-        driver.ledger.models.record_rechecks("digits", 4, found)
-        driver.ledger.models.record_rechecks("digits", 4, found[:2])
+        measured = [Measured(each.id, 5, 0.0, True) for each in driver.ledger.models.erasures("digits")]
+        driver.ledger.models.record_rechecks("digits", 4, measured)
+        driver.ledger.models.record_rechecks("digits", 4, measured[:2])
         rechecked = [event["detail"] for event in driver.ledger.models.history("digits") if "recheck" in event["event"]]
         assert [(each["erasures"], each["failed"]) for each in rechecked] == [(3, 0), (2, 0)]
 

@@ -171,9 +171,9 @@ def impatient(proxy: Proxy, s3_bucket: Any) -> Artifacts:
 
 def methods(proxy: Proxy) -> list[str]:
     """The methods since the last look."""
-    found = [seen.partition(" ")[0] for seen in proxy.seen]
+    methods = [seen.partition(" ")[0] for seen in proxy.seen]
     proxy.seen.clear()
-    return found
+    return methods
 
 
 def test_few_requests(proxy: Proxy, store: Artifacts) -> None:

@@ -108,9 +108,9 @@ class TestInForce:
         driver.ledger.recipes.keep("digits", "class", FOUND, 0.9, EVIDENCE, "u-1")
         driver.ledger.recipes.reset("digits", "class", "u-2")
 
-        (found,), (reset,) = chained(driver, "recipe_found"), chained(driver, "recipe_reset")
-        assert (found["recipe"], found["recipe_digest"]) == (FOUND.model_dump(mode="json"), FOUND.digest)
-        assert (found["score"], found["evidence"]["trials"], found["actor"]) == (0.9, 24, "u-1")
+        (recorded,), (reset,) = chained(driver, "recipe_found"), chained(driver, "recipe_reset")
+        assert (recorded["recipe"], recorded["recipe_digest"]) == (FOUND.model_dump(mode="json"), FOUND.digest)
+        assert (recorded["score"], recorded["evidence"]["trials"], recorded["actor"]) == (0.9, 24, "u-1")
         assert (reset["recipe"], reset["score"], reset["kind"], reset["actor"]) == (None, None, "class", "u-2")
         assert driver.ledger.audit.verify().findings == ()
 
@@ -188,8 +188,8 @@ class TestOrigin:
         chosen = chosen.replace(":recipe", "CAST(:recipe AS JSON)" if raw.engine == "postgresql" else ":recipe")
         raw.execute(f"INSERT INTO searches SELECT {chosen} FROM searches", {"recipe": json.dumps(older)})
 
-        found = driver.ledger.recipes.origin(driver.submit("nine", 9, recipe=FOUND))
-        assert (found.id, found.recipe, found.created_at) == ("s-old", FOUND, kept.created_at)
+        origin = driver.ledger.recipes.origin(driver.submit("nine", 9, recipe=FOUND))
+        assert (origin.id, origin.recipe, origin.created_at) == ("s-old", FOUND, kept.created_at)
 
 
 class TestErasures:
@@ -245,10 +245,10 @@ class TestErasures:
 class TestRepeats:
     def submit(self, driver: Any, recipe: Recipe, named: bool) -> tuple[Request, bool]:
         behaviour, terms = Behaviour(name="nine", kind="class", targets=(9,)), Terms(key="t-1")
-        found: tuple[Request, bool] = driver.ledger.requests.submit(
+        submitted: tuple[Request, bool] = driver.ledger.requests.submit(
             "digits", behaviour, digest("samples"), 8, recipe, terms, named=named
         )
-        return found
+        return submitted
 
     def test_a_recipe_found_meanwhile_makes_no_other_request(self, driver: Any) -> None:
         """Who tries again with one key, and names no recipe, asks for the same."""

@@ -1,8 +1,7 @@
-"""What may be asked of the queue beside claiming: keys, order, approval, retries, cancelling, runs together."""
+"""Requests: keys, order, approval, retries, cancelling, batches, events, and what may be read of the queue."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,9 +10,9 @@ import pytest
 import sqlalchemy as sa
 
 from fsu_ray.config import MOST_FAILURES, Timings
-from fsu_ray.errors import AlreadyExists, LeaseLost, TransitionRefused, UserError
+from fsu_ray.errors import AlreadyExists, LeaseLost, NotFound, TransitionRefused, UserError
 from fsu_ray.recipes import Recipe, RelearnRecipe
-from fsu_ray.records import TRANSITIONS, Behaviour, Policy, Status, Terms
+from fsu_ray.records import TRANSITIONS, Behaviour, Policy, QueueStats, Status, Terms
 from fsu_ray.storage import claims
 from fsu_ray.storage.ledger import Ledger
 from tests.storage.conftest import SPEC, digest
@@ -27,14 +26,14 @@ def ask(driver: Any) -> Callable[..., Any]:
 
     def submit(target: int, recipe: Recipe | None = None, samples: str = "", **terms: Any) -> Any:
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
-        given = digest(samples or f"samples of {target}")
-        return driver.ledger.requests.submit("digits", behaviour, given, 8, recipe or Recipe(), Terms(**terms))
+        chosen = digest(samples or f"samples of {target}")
+        return driver.ledger.requests.submit("digits", behaviour, chosen, 8, recipe or Recipe(), Terms(**terms))
 
     return submit
 
 
 def late(raw: Any) -> None:
-    """Let all leases have ended, without a step."""
+    """Make all leases expire, without a step."""
     raw.execute("UPDATE requests SET lease_until = :then WHERE status = 'running'", {"then": _text(raw, -60)})
 
 
@@ -44,7 +43,7 @@ def _text(raw: Any, seconds: float) -> Any:
 
 
 class TestKeys:
-    def test_a_given_key_stands_for_one_request_for_ever(self, driver: Any, ask: Callable[..., Any]) -> None:
+    def test_a_key_belongs_to_one_request_for_ever(self, driver: Any, ask: Callable[..., Any]) -> None:
         first, new = ask(9, key="ticket-1")
         again, second = ask(9, key="ticket-1")
         assert (new, second, again.id) == (True, False, first.id)
@@ -70,7 +69,7 @@ class TestKeys:
         _, new = other.ledger.requests.submit("other", behaviour, digest("s"), 1, Recipe(), Terms(key="ticket-1"))
         assert new
 
-    def test_a_derived_key_stands_for_its_request_while_it_lives(self, driver: Any, ask: Callable[..., Any]) -> None:
+    def test_a_derived_key_belongs_to_its_request_until_that_ends(self, driver: Any, ask: Callable[..., Any]) -> None:
         first, _ = ask(9)
         assert ask(9)[1] is False
         driver.ledger.requests.cancel(first.id)
@@ -177,12 +176,12 @@ class TestFailures:
         reasons = [event.reason for event in driver.ledger.requests.events(request.id) if event.reason]
         assert reasons == ["broke 1", "broke 2", "broke again"]
 
+    @pytest.mark.parametrize("timings", [Timings(abandoned=0.0)])
     def test_a_request_that_costs_its_workers_fails(self, driver: Any, ask: Callable[..., Any], raw: Any) -> None:
         request, _ = ask(9)
         for attempt in range(1, MOST_FAILURES + 1):
             assert driver.claim(f"w{attempt}").attempt == attempt
             late(raw)
-        driver.ledger.requests._abandoned_at = 0.0
         assert driver.ledger.requests.claim("w9", 60) is None
         ended = driver.ledger.requests.get(request.id)
         assert (ended.status, ended.attempt, ended.failures) == (Status.FAILED, MOST_FAILURES, MOST_FAILURES)
@@ -190,12 +189,12 @@ class TestFailures:
         steps = [(event.actor, event.reason) for event in driver.ledger.requests.events(request.id)][3:]
         assert steps == [("w2", "lease_expired"), ("w3", "lease_expired"), ("w9", ended.reason)]
 
-    def test_nobody_takes_over_what_is_to_end(self, driver: Any, ask: Callable[..., Any], raw: Any) -> None:
-        """Neither what is to be cancelled nor what has cost too many workers, even before anybody has ended it."""
+    @pytest.mark.parametrize("timings", [Timings(abandoned=3600.0)])
+    def test_nobody_takes_over_a_request_that_is_given_up(self, driver: Any, ask: Callable[..., Any], raw: Any) -> None:
+        """Neither a request that is to be cancelled nor one with too many failures, even before it has ended."""
         doomed, _ = ask(9)
         driver.claim()
         late(raw)
-        driver.ledger.requests._abandoned_at = time.monotonic()
         driver.ledger.requests.cancel(doomed.id, "alice")
         assert driver.ledger.requests.claim("w2", 60) is None
         raw.execute("UPDATE requests SET cancel_by = NULL, failures = 2")
@@ -209,7 +208,7 @@ class TestFailures:
             assert driver.ledger.requests.release(driver.claim(), "interrupted").failures == 0
 
     @pytest.mark.parametrize(
-        ("said", "kept"),
+        ("reason", "expected"),
         [
             ("none at /home/alice/me.png:\n try ./other/place.db", "none at <path>: try <path>"),
             (
@@ -222,10 +221,10 @@ class TestFailures:
             ("retention_lost: agreement 0.9 is below 0.97", "retention_lost: agreement 0.9 is below 0.97"),
         ],
     )
-    def test_reasons_hold_no_places(self, said: str, kept: str) -> None:
-        assert claims.without_paths(said) == kept
+    def test_reasons_hold_no_paths(self, reason: str, expected: str) -> None:
+        assert claims.without_paths(reason) == expected
 
-    def test_reasons_are_kept_without_places(self, driver: Any, ask: Callable[..., Any]) -> None:
+    def test_reasons_are_stored_without_paths(self, driver: Any, ask: Callable[..., Any]) -> None:
         ask(9)
         assert driver.ledger.requests.fail(driver.claim(), "none at /home/alice/me.png").reason == "none at <path>"
 
@@ -245,6 +244,7 @@ class TestCancelling:
         with pytest.raises(LeaseLost):
             driver.ledger.requests.heartbeat(request, 60)
 
+    @pytest.mark.parametrize("timings", [Timings(abandoned=0.0)])
     def test_a_request_whose_worker_died_before_it_could_stop_is_not_run_again(
         self, driver: Any, ask: Callable[..., Any], raw: Any
     ) -> None:
@@ -252,12 +252,11 @@ class TestCancelling:
         request = driver.claim()
         driver.ledger.requests.cancel(request.id, "alice")
         late(raw)
-        driver.ledger.requests._abandoned_at = 0.0
         assert driver.ledger.requests.claim("w2", 60) is None
         assert driver.ledger.requests.get(request.id).status is Status.CANCELLED
 
 
-class TestTogether:
+class TestBatches:
     @pytest.fixture
     def run(self, driver: Any, ask: Callable[..., Any]) -> Any:
         """The claim of a run of three requests; a subset, another recipe and a taken class stay behind."""
@@ -319,15 +318,15 @@ class TestTogether:
         if end == "separate":
             assert driver.ledger.requests.batch_members(driver.ledger.requests.claim("w", 60, max_batch=9)) == []
 
-    def test_who_is_to_run_alone_does_not_run_along(self, driver: Any, run: Any, ask: Callable[..., Any]) -> None:
+    def test_a_separated_request_joins_no_batch(self, driver: Any, run: Any, ask: Callable[..., Any]) -> None:
         driver.ledger.requests.separate(run, "coalesced run refused")
         fresh, _ = ask(0, priority=9)
         lead = driver.ledger.requests.claim("w", 60, max_batch=9)
         assert lead.id == fresh.id
         assert [each.behaviour.name for each in driver.ledger.requests.batch_members(lead)] == ["one and five"]
 
-    def test_a_result_must_be_of_all_of_them(self, driver: Any, run: Any) -> None:
-        """Else one would stay running for ever."""
+    def test_a_result_must_be_of_the_whole_batch(self, driver: Any, run: Any) -> None:
+        """Otherwise a member would stay running for ever."""
         with pytest.raises(LeaseLost):
             driver.ledger.commit(run, driver.outcome(run), driver.ledger.models.version("digits"))
         assert len(driver.ledger.models.versions("digits")) == 1
@@ -348,7 +347,7 @@ class TestTogether:
         lead = small.ledger.requests.claim("w", 60, "small", max_batch=9)
         assert len(small.ledger.requests.batch_members(lead)) == 1
 
-    def test_no_more_than_wanted_run_along(self, driver: Any, ask: Callable[..., Any]) -> None:
+    def test_a_batch_has_max_batch_members_at_most(self, driver: Any, ask: Callable[..., Any]) -> None:
         for target in (1, 2, 3):
             ask(target)
         assert len(driver.ledger.requests.batch_members(driver.ledger.requests.claim("w", 60, max_batch=1))) == 1
@@ -372,7 +371,7 @@ class TestEvents:
         assert sorted(event.at for event in events) == [event.at for event in events]
 
     def test_a_step_without_a_count_is_refused(self, driver: Any, raw: Any) -> None:
-        """By hand, past the ledger: who forgets to say who and when is told so."""
+        """By hand, past the ledger: the trigger names the missing columns."""
         driver.submit()
         with pytest.raises(sa.exc.IntegrityError, match="a step between states is counted"):
             raw.execute("UPDATE requests SET status = 'cancelled', finished_at = '2030-01-01'")
@@ -382,6 +381,91 @@ class TestEvents:
         by_hand = "changes = changes + 1, changed_by = 'mallory', changed_at = '2026-01-01T00:00:00.000000+00:00'"
         raw.execute(f"UPDATE requests SET status = 'cancelled', finished_at = '2030-01-01', {by_hand}")
         assert driver.ledger.requests.events(request.id)[-1].actor == "mallory"
+
+
+def test_upcoming_is_what_would_be_claimed(driver: Any, new_driver: Callable[..., Any]) -> None:
+    """By priority and age, of one model or of all; a request whose lease has expired comes first."""
+    ledger = driver.ledger
+    assert ledger.requests.upcoming() is None
+    first, other = driver.submit("nine", 9), new_driver("other").submit("four", 4)
+    assert ledger.requests.upcoming().id == first.id
+    assert ledger.requests.upcoming("other").id == other.id
+    with pytest.raises(NotFound):
+        ledger.requests.upcoming("nobody")
+    claimed = driver.claim(lease=-1)
+    coming = ledger.requests.upcoming("digits")
+    assert (coming.id, coming.attempt, coming.status) == (claimed.id, 1, Status.RUNNING)
+    assert ledger.requests.get(first.id).attempt == 1, "looking changes nothing"
+    again = ledger.requests.claim("w2", 60.0)
+    assert (again.id, again.attempt) == (coming.id, coming.attempt + 1)
+    assert ledger.requests.upcoming("digits") is None
+
+
+def test_expire_ends_the_claim_of_a_dead_worker_at_once(driver: Any) -> None:
+    """The next claim takes the request over, as it does after an expired lease; the dead worker has lost it."""
+    driver.submit("nine", 9)
+    claimed = driver.claim("dead", 3600.0)
+    ledger = driver.ledger
+    assert not ledger.requests.claimable()
+    assert ledger.requests.expire(claimed)
+    taken = ledger.requests.claim("w2", 60.0)
+    assert (taken.id, taken.attempt, taken.failures, taken.worker) == (claimed.id, 2, 1, "w2")
+    assert [event.reason for event in ledger.requests.events(claimed.id)][-1] == "lease_expired"
+    with pytest.raises(LeaseLost):
+        ledger.requests.heartbeat(claimed, 60.0)
+    assert not ledger.requests.expire(claimed), "the request that was read is of another attempt"
+    assert ledger.requests.get(taken.id).lease_until > datetime.now(UTC)
+
+
+def test_expire_ends_the_lease_of_the_whole_batch(driver: Any) -> None:
+    """A batch has one worker: all its requests are taken over together."""
+    driver.submit("nine", 9)
+    driver.submit("four", 4)
+    claimed = driver.ledger.requests.claim("dead", 3600.0, driver.name, max_batch=5)
+    assert len(driver.ledger.requests.batch_members(claimed)) == 1
+    assert driver.ledger.requests.expire(claimed)
+    now = datetime.now(UTC)
+    assert all(each.lease_until <= now for each in driver.ledger.requests.all(status=Status.RUNNING))
+    taken = driver.ledger.requests.claim("w2", 60.0, driver.name, max_batch=5)
+    assert [each.worker for each in driver.ledger.requests.batch_members(taken)] == ["w2"]
+
+
+def test_a_worker_that_is_alive_after_all_keeps_its_request(driver: Any) -> None:
+    """Its next heartbeat renews the lease, if nobody has taken the request over."""
+    driver.submit("nine", 9)
+    claimed = driver.claim("alive", 3600.0)
+    assert driver.ledger.requests.expire(claimed)
+    driver.ledger.requests.heartbeat(claimed, 3600.0)
+    assert driver.ledger.requests.claim("w2", 60.0) is None
+
+
+def test_stats(driver: Any, new_driver: Callable[..., Any]) -> None:
+    """Requests by model and state, requests that could begin now, and erasures by generator use."""
+    other = new_driver("other")
+    assert driver.ledger.requests.stats().reuse_ratio is None
+    driver.erase("one", 1)
+    driver.erase("two", 2, generator_use="reused", generator_id=driver.ledger.generators.all("digits")[0].id)
+    driver.submit("three", 3)
+    driver.claim()
+    driver.submit("four", 4)
+    other.submit("five", 5)
+    six = other.submit("six", 6)
+    later = Terms(not_before=datetime.now(UTC) + timedelta(hours=1))
+    seven = six.behaviour.model_copy(update={"name": "seven", "targets": (7,)})
+    driver.ledger.requests.submit("other", seven, "0" * 64, 8, six.recipe, later)
+    stats = driver.ledger.requests.stats()
+    assert stats.requests["digits", "succeeded"] == 2
+    assert (stats.requests["digits", "running"], stats.requests["digits", "queued"]) == (1, 1)
+    assert (stats.requests["other", "queued"], stats.requests["other", "failed"]) == (3, 0)
+    assert len(stats.requests) == 2 * len(Status)
+    assert stats.depth == {"digits": 1, "other": 2}
+    assert stats.uses == {("digits", "trained"): 1, ("digits", "reused"): 1}
+    assert stats.reuse_ratio == 0.5
+
+
+def test_the_reuse_ratio_is_of_all_erasures() -> None:
+    uses = {("m", "reused"): 3, ("m", "warm_started"): 1, ("n", "trained"): 2}
+    assert QueueStats({}, {}, uses).reuse_ratio == 0.5
 
 
 @pytest.mark.slow
@@ -415,4 +499,4 @@ ledger.close()
     requests = ledger.requests.all()
     assert sorted(done) == sorted(request.id for request in requests)
     assert {(request.status, request.attempt) for request in requests} == {(Status.REJECTED, 1)}
-    assert all(len(answer) > 50 for answer in answers), "one worker did it all: nothing was shown"
+    assert all(len(answer) > 50 for answer in answers), "one worker did it all: the test shows nothing"

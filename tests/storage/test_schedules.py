@@ -90,9 +90,9 @@ def the(fired: list[Fired]) -> Fired:
 
 
 def window_of(ledger: Ledger, schedule: Schedule) -> Window:
-    found = ledger.schedules.last_window(schedule.id)
-    assert found is not None
-    return found
+    window = ledger.schedules.last_window(schedule.id)
+    assert window is not None
+    return window
 
 
 class TestSchedules:
@@ -139,8 +139,8 @@ class TestSchedules:
         made = add()
         driver.ledger.schedules.fire(made, datetime(2027, 1, 1, 2, tzinfo=UTC), 0, "w1", 60)
         driver.ledger.schedules.set_state(made.id, "paused", "bob")
-        found = raw.execute("SELECT event, actor, model FROM audit_events WHERE event LIKE '%_d' ORDER BY seq").all()
-        known = [tuple(row) for row in found if row.event in ("schedule_added", "schedule_paused", "window_fired")]
+        events = raw.execute("SELECT event, actor, model FROM audit_events WHERE event LIKE '%_d' ORDER BY seq").all()
+        known = [tuple(row) for row in events if row.event in ("schedule_added", "schedule_paused", "window_fired")]
         assert known == [
             ("schedule_added", "operator", "digits"), ("window_fired", "w1", "digits"),
             ("schedule_paused", "bob", "digits"),

@@ -43,9 +43,11 @@ def written(url: str) -> dict[str, list[str]]:
     queries = ("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL",) if sqlite else CATALOGUE
     with engine.connect() as connection:
         place = "" if sqlite else f"{connection.exec_driver_sql('SELECT current_schema()').scalar()}."
-        found = [row for query in queries for row in connection.exec_driver_sql(query)]
+        statements = [row for query in queries for row in connection.exec_driver_sql(query)]
     engine.dispose()
-    return {name: sorted(_parts(sql.replace(place, ""))) for name, sql in found if schema.VERSION_TABLE not in name}
+    return {
+        name: sorted(_parts(sql.replace(place, ""))) for name, sql in statements if schema.VERSION_TABLE not in name
+    }
 
 
 def _parts(sql: str) -> list[str]:
@@ -100,7 +102,7 @@ def test_alembic_finds_nothing_to_migrate(ledger: Ledger, url: str) -> None:
         opts = {
             "version_table": schema.VERSION_TABLE,
             "include_name": lambda name, kind, parents: name != "ix_requests_queue",
-            "include_object": lambda found, name, kind, reflected, other: name != "ix_requests_queue",
+            "include_object": lambda item, name, kind, reflected, other: name != "ix_requests_queue",
         }
         context = MigrationContext.configure(connection, opts=opts)
         assert compare_metadata(context, columns.metadata) == []

@@ -232,7 +232,7 @@ def call(driver: Any, operation: str, number: int, claims: list[Request]) -> Non
     elif held is not None and operation == "heartbeat":
         ledger.requests.heartbeat(held, 60)
     elif held is not None and operation in ("release", "fail"):
-        getattr(ledger, operation)(held, "some reason")
+        getattr(ledger.requests, operation)(held, "some reason")
     elif held is not None and operation == "reject":
         ledger.reject(held, "some reason", driver.outcome(held), base)
     elif held is not None and operation == "commit":
