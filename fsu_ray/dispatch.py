@@ -28,7 +28,7 @@ SENDER = "submit"
 
 
 @dataclass(frozen=True)
-class Sent:
+class SubmittedJob:
     """A job that carries out what is ready, the request that it begins with, and whether it was sent just now."""
 
     job: Job
@@ -42,7 +42,7 @@ def send(
     head: JobsClient,
     wanted: WorkerOptions,
     runtime_env: Mapping[str, Any] | None = None,
-) -> Sent | None:
+) -> SubmittedJob | None:
     """Send what `fsu run` would do now to a head; None where nothing is ready.
 
     `runtime_env` is laid over the job's own. Raises NotFound for a model that is not there, and what `Head.submit`
@@ -61,7 +61,7 @@ def send(
     words += ["--coalesce"] if wanted.coalesce else []
     env = package_env(variables(settings), runtime_env)
     job, new = head.submit(shlex.join(words), f"fsu-{request.id}-{attempt}", env, labels)
-    return Sent(job, request, new)
+    return SubmittedJob(job, request, new)
 
 
 def variables(settings: Settings) -> dict[str, str]:

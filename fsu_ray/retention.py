@@ -18,7 +18,7 @@ STRAY_AFTER = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Tidied:
+class RetentionResult:
     """What the policies have had destroyed: requests whose samples were purged, generators that were retired."""
 
     purged: tuple[str, ...]
@@ -26,7 +26,7 @@ class Tidied:
 
 
 @dataclass(frozen=True)
-class Garbage:
+class DeletableFiles:
     """What to delete, with its bytes: `stray` artifacts that nothing refers to, `late` ones that are on record as
     removed, `unfinished` ones whose writers were killed; `checkpoints` of runs whose requests have ended, and of
     searches."""
@@ -37,7 +37,7 @@ class Garbage:
     checkpoints: dict[str, int]
 
 
-def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: str = "policy") -> Tidied:
+def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: str = "policy") -> RetentionResult:
     """Purge the samples and retire the generators that policies want gone by now, of one model or of all."""
     purged, retired = [], []
     for request in ledger.requests.due_samples(model):
@@ -53,7 +53,7 @@ def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: 
             except TransitionRefused:  # a run may be using it: another time
                 continue
             retired.append(generator.id)
-    return Tidied(tuple(purged), tuple(retired))
+    return RetentionResult(tuple(purged), tuple(retired))
 
 
 def retire(ledger: Ledger, artifacts: Artifacts, generator: str, why: Why, actor: str) -> Generator:
@@ -69,7 +69,9 @@ def destroy(artifacts: Artifacts, digests: list[str]) -> None:
         artifacts.delete(digest)
 
 
-def garbage(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, stray_after: timedelta = STRAY_AFTER) -> Garbage:
+def garbage(
+    ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, stray_after: timedelta = STRAY_AFTER
+) -> DeletableFiles:
     """What may be deleted now. What may be the work of a running request is left alone, and so are runs of requests
     that this ledger does not know. Of a search the ledger knows its result alone: its checkpoints go by their age."""
     needed, removed = ledger.references()
@@ -78,7 +80,7 @@ def garbage(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, stray_after
     if oldest is not None:
         before = min(before, oldest)
     stored = artifacts.digests()
-    return Garbage(
+    return DeletableFiles(
         stray={d: size for d, (size, at) in stored.items() if d not in needed | removed and at < before},
         late={d: size for d, (size, _) in stored.items() if d in removed},
         unfinished=artifacts.unfinished(before),
@@ -100,7 +102,7 @@ def _over(ledger: Ledger, runs: Checkpoints, before: datetime) -> dict[str, int]
     return {name: kept.size for name, kept in runs.folders().items() if over(kept)}
 
 
-def collect(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, found: Garbage, actor: str) -> None:
+def collect(ledger: Ledger, artifacts: Artifacts, runs: Checkpoints, found: DeletableFiles, actor: str) -> None:
     """Delete `found`."""
     destroy(artifacts, list(found.late))
     destroy(artifacts, ledger.discard(found.stray, actor))

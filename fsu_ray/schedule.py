@@ -38,13 +38,13 @@ MOST_MINUTES = 7 * 24 * 60
 MOST_REQUESTS = 1_000_000
 MOST_CHARACTERS = 100  # of a cron expression, in the ledger
 
-Left = Literal["ready", "later", "nothing"]
-Carry = Callable[[WorkerOptions], list[Result]]
+Remaining = Literal["ready", "later", "nothing"]
+RunQueue = Callable[[WorkerOptions], list[Result]]
 """Claims and carries out what a `Drain` wants, e.g. on Ray; it is only called where something is ready."""
 
 
 @dataclass(frozen=True)
-class Fired:
+class WindowResult:
     """What a pass did with one schedule: its `window` (None where it came to none), whether an earlier scheduler had
     opened it, the results of its requests, whether it was `closed`, and the error that ended it early."""
 
@@ -125,11 +125,11 @@ def local(schedule: Schedule, moment: datetime) -> str:
 def run_due(
     ledger: Ledger,
     artifacts: Artifacts,
-    carry: Carry,
+    carry: RunQueue,
     worker: str,
     moment: datetime,
     begun: Callable[[Schedule, Window], None] | None = None,
-) -> list[Fired]:
+) -> list[WindowResult]:
     """One pass over the active schedules: go on with windows that were left open, fire those that are due at `moment`.
 
     A window is left open for the next pass while a request of its model waits to be tried again or runs elsewhere, and
@@ -137,13 +137,13 @@ def run_due(
     each window. Once a window was closed, what the policies want gone is destroyed (`upkeep.tidy`), of every model. An
     interrupt leaves the window open, to be resumed at once.
     """
-    fired: list[Fired] = []
+    fired: list[WindowResult] = []
     for schedule in ledger.schedules.all():
         while schedule.state == "active":
             try:
                 taken = _take(ledger, schedule, worker, moment)
             except FsuError as error:
-                fired.append(Fired(schedule, None, False, (), False, error))
+                fired.append(WindowResult(schedule, None, False, (), False, error))
                 break
             if taken is None:
                 break
@@ -191,8 +191,8 @@ def _take(ledger: Ledger, schedule: Schedule, worker: str, moment: datetime) -> 
     return None if fired is None else (fired, False)
 
 
-def _work(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resumed: bool) -> Fired:
-    """Carry out requests in a window that this worker holds, then close it or leave it open."""
+def _work(ledger: Ledger, carry: RunQueue, schedule: Schedule, window: Window, resumed: bool) -> WindowResult:
+    """RunQueue out requests in a window that this worker holds, then close it or leave it open."""
     results: list[Result] = []
     stop = Event()
     try:
@@ -203,19 +203,19 @@ def _work(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resu
         over, count = left == "nothing", window.requests + len(results)
         leave = ledger.schedules.close_window if over else ledger.schedules.release_window
         retry_while_unavailable(lambda: leave(window, count))
-        return Fired(schedule, replace(window, requests=count), resumed, tuple(results), over, None)
+        return WindowResult(schedule, replace(window, requests=count), resumed, tuple(results), over, None)
     except Exception as error:
         failure = error if isinstance(error, FsuError) else RunFailed(f"{type(error).__name__}: {error}")
         _leave(ledger, window, results)
         left_at = replace(window, requests=window.requests + len(results))
-        return Fired(schedule, left_at, resumed, tuple(results), False, failure)
+        return WindowResult(schedule, left_at, resumed, tuple(results), False, failure)
     except BaseException:
         _leave(ledger, window, results)
         raise
 
 
-def _one(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, results: list[Result]) -> Left:
-    """Carry out the next request of a window, add its result, keep the count in the ledger: what is left then."""
+def _one(ledger: Ledger, carry: RunQueue, schedule: Schedule, window: Window, results: list[Result]) -> Remaining:
+    """RunQueue out the next request of a window, add its result, keep the count in the ledger: what is left then."""
     ended = carry(WorkerOptions(max_requests=1, model=schedule.model, until=ends_at(schedule, window)))
     results += ended
     count = window.requests + len(results)
@@ -224,7 +224,7 @@ def _one(ledger: Ledger, carry: Carry, schedule: Schedule, window: Window, resul
     return "later" if left == "ready" and not ended else left  # another worker was faster
 
 
-def _left(ledger: Ledger, schedule: Schedule, window: Window, done: int) -> Left:
+def _left(ledger: Ledger, schedule: Schedule, window: Window, done: int) -> Remaining:
     """What is left for a window in which `done` requests were carried out since it was opened or resumed."""
     moment, end = datetime.now(UTC), ends_at(schedule, window)
     if end is not None and moment >= end:

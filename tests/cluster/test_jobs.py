@@ -145,7 +145,9 @@ def test_the_package_that_a_job_uploads_is_small_and_complete(head: Head, tmp_pa
     results = PACKAGE / "experiments" / "results"
     files = {file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
     assert packed == {str(file.relative_to(PACKAGE.parent)) for file in files if not file.is_relative_to(results)}
-    code = "import fsu_ray, runpy; print(fsu_ray.__file__, flush=True); runpy.run_module('fsu_ray', run_name='__main__')"
+    code = (
+        "import fsu_ray, runpy; print(fsu_ray.__file__, flush=True); runpy.run_module('fsu_ray', run_name='__main__')"
+    )
     command = [sys.executable, "-c", code, "run", "--help"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)

@@ -14,7 +14,7 @@ from fsu_ray import schedule as module
 from fsu_ray.errors import LeaseLost, LedgerUnavailable, NotFound, RunFailed, TransitionRefused, UserError
 from fsu_ray.pipeline import Result, WorkerOptions, drain, run_request
 from fsu_ray.records import Request, Schedule, Status, Window
-from fsu_ray.schedule import Carry, Fired, run_due
+from fsu_ray.schedule import RunQueue, WindowResult, run_due
 from fsu_ray.storage import rows
 from fsu_ray.storage import schedules as windows
 from fsu_ray.storage.artifacts import Artifacts
@@ -56,10 +56,10 @@ def add(line: Any, at: Callable[..., None]) -> Callable[..., Schedule]:
 
 
 @pytest.fixture
-def carry(line: Any) -> Callable[..., Carry]:
+def carry(line: Any) -> Callable[..., RunQueue]:
     """What carries requests out: it commits, or does what is given instead."""
 
-    def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> Carry:
+    def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> RunQueue:
         def commit(request: Request) -> list[Result]:
             ledger = line.ledger
             version = ledger.commit(request, line.outcome(request), ledger.models.version(line.name))
@@ -71,16 +71,16 @@ def carry(line: Any) -> Callable[..., Carry]:
 
 
 @pytest.fixture
-def one_pass(line: Any, artifacts: Artifacts, carry: Callable[..., Carry]) -> Callable[..., list[Fired]]:
+def one_pass(line: Any, artifacts: Artifacts, carry: Callable[..., RunQueue]) -> Callable[..., list[WindowResult]]:
     """One pass of a scheduler, at this moment unless told otherwise."""
 
-    def make(run: Any = None, worker: str = "w1", moment: datetime | None = None) -> list[Fired]:
+    def make(run: Any = None, worker: str = "w1", moment: datetime | None = None) -> list[WindowResult]:
         return run_due(line.ledger, artifacts, carry(run, worker), worker, moment or datetime.now(UTC))
 
     return make
 
 
-def the(fired: list[Fired]) -> Fired:
+def the(fired: list[WindowResult]) -> WindowResult:
     assert len(fired) == 1
     return fired[0]
 
@@ -224,7 +224,7 @@ class TestFiring:
 
 class TestPasses:
     def test_requests_are_collected_and_carried_out_in_the_window(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         made = add(max_requests=3)
         waiting = [line.submit(f"b{k}", k) for k in range(4)]
@@ -242,7 +242,7 @@ class TestPasses:
         assert len(the(one_pass(moment=night + DAY)).results) == 1, "the fourth one has waited for the next"
 
     def test_a_missed_window_runs_once(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         """Four nights without a scheduler: one window, also where its minutes are long over."""
         made = add(days=4.5, minutes=1)
@@ -255,7 +255,11 @@ class TestPasses:
         assert len(line.ledger.schedules.windows(made.id)) == 1
 
     def test_half_past_two_fires_once_on_the_days_the_clocks_change(
-        self, line: Any, add: Callable[..., Schedule], at: Callable[..., None], one_pass: Callable[..., list[Fired]]
+        self,
+        line: Any,
+        add: Callable[..., Schedule],
+        at: Callable[..., None],
+        one_pass: Callable[..., list[WindowResult]],
     ) -> None:
         """Passes every half hour through both nights in Berlin."""
         starts = []
@@ -313,7 +317,11 @@ class TestPasses:
 
     @on_sqlite
     def test_a_paused_schedule_begins_nothing_more_in_its_window(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], carry: Callable[..., Carry]
+        self,
+        line: Any,
+        add: Callable[..., Schedule],
+        one_pass: Callable[..., list[WindowResult]],
+        carry: Callable[..., RunQueue],
     ) -> None:
         made = add(days=2)
         for k in range(3):
@@ -330,7 +338,7 @@ class TestPasses:
         assert one_pass() == [], "what passed meanwhile is not made up"
 
     def test_an_interrupted_window_goes_on_where_it_was(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], artifacts: Artifacts
+        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]], artifacts: Artifacts
     ) -> None:
         """The request is queued again, the count stands, and the next scheduler need not wait for a lease."""
         made = add(days=2, max_requests=3)
@@ -357,7 +365,11 @@ class TestPasses:
 
     @on_sqlite
     def test_a_window_stays_open_for_what_is_to_be_tried_again(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], at: Callable[..., None]
+        self,
+        line: Any,
+        add: Callable[..., Schedule],
+        one_pass: Callable[..., list[WindowResult]],
+        at: Callable[..., None],
     ) -> None:
         """A run that broke is not put off until the next night."""
         made = add(days=2)
@@ -371,7 +383,7 @@ class TestPasses:
 
     @on_sqlite
     def test_a_window_waits_for_a_request_that_runs_elsewhere(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         """One request of a model runs at a time: what is queued behind it still has its window."""
         add(days=2)
@@ -387,7 +399,7 @@ class TestPasses:
     @pytest.mark.parametrize("error", [LedgerUnavailable("away"), ConnectionError("no Ray")])
     def test_what_breaks_in_one_schedule_keeps_none_of_the_others(
         self, line: Any, add: Callable[..., Schedule], new_line: Callable[..., Any], artifacts: Artifacts,
-        carry: Callable[..., Carry], error: Exception,
+        carry: Callable[..., RunQueue], error: Exception,
     ) -> None:  # fmt: skip
         bad, other = add(days=2), new_line("other")
         good = line.ledger.schedules.add("other", "0 2 * * *", "UTC", None, None)
@@ -408,7 +420,7 @@ class TestPasses:
 
     @on_sqlite
     def test_the_lease_of_a_window_is_renewed_while_it_works(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]],
+        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Work that takes longer than a lease is not taken over by another scheduler."""
@@ -433,7 +445,7 @@ class TestPasses:
 
     @on_sqlite
     def test_a_scheduler_that_lost_its_window_takes_nothing_more(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         made = add(days=2)
         for k in range(2):
@@ -451,7 +463,7 @@ class TestPasses:
 
     @on_sqlite
     def test_afterwards_the_policies_are_carried_out(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]],
+        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Of every model, once a window was closed; not at each look at the schedules."""
