@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from fsu_ray import schedule as module
+from fsu_ray.config import Timings
 from fsu_ray.errors import LeaseLost, LedgerUnavailable, NotFound, RunFailed, TransitionRefused, UserError
 from fsu_ray.pipeline import Result, WorkerOptions, drain, run_request
 from fsu_ray.records import Request, Schedule, Status, Window
@@ -420,7 +421,7 @@ class TestPasses:
 
     @on_sqlite
     def test_the_lease_of_a_window_is_renewed_while_it_works(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]],
+        self, line: Any, add: Callable[..., Schedule], carry: Callable[..., RunQueue], artifacts: Artifacts,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Work that takes longer than a lease is not taken over by another scheduler."""
@@ -428,8 +429,7 @@ class TestPasses:
 
         made = add(days=2)
         line.submit()
-        for place, name, value in ((module, "LEASE_SECONDS", 0.6), (pipeline, "LEASE_SECONDS", 0.6)):
-            monkeypatch.setattr(place, name, value)
+        monkeypatch.setattr(pipeline, "LEASE_SECONDS", 0.6)
         monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
 
         def slow(request: Request) -> list[Result]:
@@ -441,7 +441,8 @@ class TestPasses:
                 )
             ]
 
-        assert the(one_pass(slow)).closed
+        timings, moment = Timings(lease=0.6), datetime.now(UTC)
+        assert the(run_due(line.ledger, artifacts, carry(slow), "w1", moment, timings=timings)).closed
 
     @on_sqlite
     def test_a_scheduler_that_lost_its_window_takes_nothing_more(
