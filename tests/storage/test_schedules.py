@@ -15,7 +15,7 @@ from fsu_ray.config import Timings
 from fsu_ray.errors import LeaseLost, LedgerUnavailable, NotFound, RunFailed, TransitionRefused, UserError
 from fsu_ray.pipeline import Result, WorkerOptions, drain, run_request
 from fsu_ray.records import Request, Schedule, Status, Window
-from fsu_ray.schedule import Carry, Fired, run_due
+from fsu_ray.schedule import RunQueue, WindowResult, run_due
 from fsu_ray.storage import rows
 from fsu_ray.storage import schedules as windows
 from fsu_ray.storage.artifacts import Artifacts
@@ -57,10 +57,10 @@ def add(driver: Any, at: Callable[..., None]) -> Callable[..., Schedule]:
 
 
 @pytest.fixture
-def carry(driver: Any) -> Callable[..., Carry]:
+def carry(driver: Any) -> Callable[..., RunQueue]:
     """What carries requests out: it commits, or does what is given instead."""
 
-    def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> Carry:
+    def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> RunQueue:
         def commit(request: Request) -> list[Result]:
             ledger = driver.ledger
             version = ledger.commit(request, driver.outcome(request), ledger.models.version(driver.name))
@@ -72,19 +72,19 @@ def carry(driver: Any) -> Callable[..., Carry]:
 
 
 @pytest.fixture
-def one_pass(driver: Any, artifacts: Artifacts, carry: Callable[..., Carry]) -> Callable[..., list[Fired]]:
+def one_pass(driver: Any, artifacts: Artifacts, carry: Callable[..., RunQueue]) -> Callable[..., list[WindowResult]]:
     """One pass of a scheduler, at this moment unless told otherwise."""
 
     def make(
         run: Any = None, worker: str = "w1", moment: datetime | None = None, timings: Timings = Timings()
-    ) -> list[Fired]:
+    ) -> list[WindowResult]:
         now = moment or datetime.now(UTC)
         return run_due(driver.ledger, artifacts, carry(run, worker), worker, now, timings=timings)
 
     return make
 
 
-def the(fired: list[Fired]) -> Fired:
+def the(fired: list[WindowResult]) -> WindowResult:
     assert len(fired) == 1
     return fired[0]
 
@@ -228,7 +228,7 @@ class TestFiring:
 
 class TestPasses:
     def test_requests_are_collected_and_carried_out_in_the_window(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         made = add(max_requests=3)
         waiting = [driver.submit(f"b{k}", k) for k in range(4)]
@@ -246,7 +246,7 @@ class TestPasses:
         assert len(the(one_pass(moment=night + DAY)).results) == 1, "the fourth one has waited for the next"
 
     def test_a_missed_window_runs_once(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         """Four nights without a scheduler: one window, also where its minutes are long over."""
         made = add(days=4.5, minutes=1)
@@ -259,7 +259,11 @@ class TestPasses:
         assert len(driver.ledger.schedules.windows(made.id)) == 1
 
     def test_half_past_two_fires_once_on_the_days_the_clocks_change(
-        self, driver: Any, add: Callable[..., Schedule], at: Callable[..., None], one_pass: Callable[..., list[Fired]]
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        at: Callable[..., None],
+        one_pass: Callable[..., list[WindowResult]],
     ) -> None:
         """Passes every half hour through both nights in Berlin."""
         starts = []
@@ -322,8 +326,8 @@ class TestPasses:
         self,
         driver: Any,
         add: Callable[..., Schedule],
-        one_pass: Callable[..., list[Fired]],
-        carry: Callable[..., Carry],
+        one_pass: Callable[..., list[WindowResult]],
+        carry: Callable[..., RunQueue],
     ) -> None:
         made = add(days=2)
         for k in range(3):
@@ -340,7 +344,11 @@ class TestPasses:
         assert one_pass() == [], "what passed meanwhile is not made up"
 
     def test_an_interrupted_window_goes_on_where_it_was(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], artifacts: Artifacts
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        one_pass: Callable[..., list[WindowResult]],
+        artifacts: Artifacts,
     ) -> None:
         """The request is queued again, the count stands, and the next scheduler need not wait for a lease."""
         made = add(days=2, max_requests=3)
@@ -367,7 +375,11 @@ class TestPasses:
 
     @on_sqlite
     def test_a_window_stays_open_for_what_is_to_be_tried_again(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], at: Callable[..., None]
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        one_pass: Callable[..., list[WindowResult]],
+        at: Callable[..., None],
     ) -> None:
         """A run that broke is not put off until the next night."""
         made = add(days=2)
@@ -381,7 +393,7 @@ class TestPasses:
 
     @on_sqlite
     def test_a_window_waits_for_a_request_that_runs_elsewhere(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         """One request of a model runs at a time: what is queued behind it still has its window."""
         add(days=2)
@@ -397,7 +409,7 @@ class TestPasses:
     @pytest.mark.parametrize("error", [LedgerUnavailable("away"), ConnectionError("no Ray")])
     def test_what_breaks_in_one_schedule_keeps_none_of_the_others(
         self, driver: Any, add: Callable[..., Schedule], new_driver: Callable[..., Any], artifacts: Artifacts,
-        carry: Callable[..., Carry], error: Exception,
+        carry: Callable[..., RunQueue], error: Exception,
     ) -> None:  # fmt: skip
         bad, other = add(days=2), new_driver("other")
         good = driver.ledger.schedules.add("other", "0 2 * * *", "UTC", None, None)
@@ -418,7 +430,7 @@ class TestPasses:
 
     @on_sqlite
     def test_the_lease_of_a_window_is_renewed_while_it_works(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         """Work that takes longer than a lease is not taken over by another scheduler."""
         made = add(days=2)
@@ -439,7 +451,7 @@ class TestPasses:
 
     @on_sqlite
     def test_a_scheduler_that_lost_its_window_takes_nothing_more(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         made = add(days=2)
         for k in range(2):
@@ -457,7 +469,7 @@ class TestPasses:
 
     @on_sqlite
     def test_afterwards_the_policies_are_carried_out(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]],
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Of every model, once a window was closed; not at each look at the schedules."""
