@@ -17,7 +17,7 @@ from fsu_ray.app import App
 from fsu_ray.cli import app as commands
 from fsu_ray.cli import lineage
 from fsu_ray.cli.tree import plain_lines, version_tree
-from fsu_ray.experiments.lineage import fill
+from tests.bench.lineage import fill
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.recipes import Recipe

@@ -15,7 +15,7 @@ from fsu_ray.config import PRESETS
 from fsu_ray.experiments import images
 from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
 from fsu_ray.experiments.images import FEW, FULL, FULL_SHOT
-from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.experiments.markdown import spread, table
 
 Theirs = tuple[tuple[str, str], tuple[str, str]]
 """The paper's D_r and D_e, full-shot and few-shot."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.experiments import images, mnist
-from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Work
+from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Work
 from fsu_ray.method.baselines import last_layer
 from fsu_ray.method.baselines.last_layer import Learning
 from fsu_ray.method.baselines.variational import Descent, Diagonal
@@ -66,7 +66,7 @@ def lambda_at(original: Cell, share: float) -> str:
     return f"{last_layer.cut_at(share, len(last_layer.weights(Classifier(spec)))):.6e}"
 
 
-def _bayes(cell: Cell, place: Place) -> list[Row]:
+def _bayes(cell: Cell, place: CellContext) -> list[Row]:
     ((original,),) = place.given
     scenario, seed, started = original["scenario"], cell["seed"], time.monotonic()
     data = images.bench(images.SCENARIOS[scenario][0])
@@ -114,4 +114,4 @@ def _original(cell: Cell) -> list[Work]:
     return [("classifier", cell["classifier"])]
 
 
-PIECES = {"bayes": Piece(_bayes, _original, gpu=True)}
+CELL_TYPES = {"bayes": CellType(_bayes, _original, gpu=True)}

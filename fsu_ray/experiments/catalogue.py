@@ -24,7 +24,7 @@ Work = tuple[str, Cell]
 
 
 @dataclass(frozen=True)
-class Place:
+class CellContext:
     """Where a cell is computed: its device, a store for what others are to have of it, and the rows of its needs."""
 
     device: torch.device
@@ -33,13 +33,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Piece:
+class CellType:
     """A kind of cells: `run` makes rows of one, in a process of its own with `cpus` CPUs, or with a GPU where the
     cluster has some and `gpu` says that it gains by it. `needs` are other cells that must be there before.
     A row is flat: Parquet keeps it.
     """
 
-    run: Callable[[Cell, Place], list[Row]]
+    run: Callable[[Cell, CellContext], list[Row]]
     needs: Callable[[Cell], list[Work]] = lambda cell: []
     cpus: int = 1
     gpu: bool = False
@@ -63,10 +63,10 @@ NAMES: dict[str, tuple[str, str]] = {
     "figure5": ("tuning", "D_r and D_e by rho, Ours and a tuned EUBO (LeNet5)"),
     "figure6": ("comparison", "CIFAR-10's trucks by every method, and samples (PreActResNet-18 of width 16)"),
     "figure7": (
-        "figures",
+        "figures_7_8",
         "time of training, generator and unlearning, first and later requests (LeNet5, PreActResNet-18)",
     ),
-    "figure8": ("figures", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
+    "figure8": ("figures_7_8", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
     "figure9": ("pictures", "samples of the inverters of LeNet5 and ResNet-50"),
     "figure10": ("pictures", "samples of inverters without augmentation, diversity, total variation (LeNet5)"),
     "sequence": ("sequences", "five requests, one generator against one each, with probes and without (LeNet5)"),
@@ -86,7 +86,7 @@ NAMES: dict[str, tuple[str, str]] = {
 }
 """Name: the module that has it among its TABLES, and what it is."""
 
-PIECES: dict[str, str] = {
+CELL_TYPES: dict[str, str] = {
     "moons-maps": "moons",
     "moons-by-rho": "moons",
     "moons-ours": "moons",
@@ -103,7 +103,7 @@ PIECES: dict[str, str] = {
     "sequence": "sequences",
     "bayes": "bayes",
 }
-"""Kind of cells: the module that has it among its PIECES."""
+"""Kind of cells: the module that has it among its CELL_TYPES."""
 
 
 def find(name: str) -> Table:
@@ -116,7 +116,7 @@ def find(name: str) -> Table:
     return found
 
 
-def piece(kind: str) -> Piece:
+def find_cell_type(kind: str) -> CellType:
     """The kind of cells of that name."""
-    found: Piece = importlib.import_module(f"fsu_ray.experiments.{PIECES[kind]}").PIECES[kind]
+    found: CellType = importlib.import_module(f"fsu_ray.experiments.{CELL_TYPES[kind]}").CELL_TYPES[kind]
     return found

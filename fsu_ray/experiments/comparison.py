@@ -15,10 +15,10 @@ from pathlib import Path
 from fsu_ray.experiments import images
 from fsu_ray.experiments.bayes import bayes_cell
 from fsu_ray.experiments.catalogue import Cell, Row, Scale, Table, Work
-from fsu_ray.experiments.figures import ALPHAS, SAMPLES
+from fsu_ray.experiments.figures_7_8 import ALPHAS, SAMPLES
 from fsu_ray.experiments.images import FEW, FULL, FULL_SHOT
+from fsu_ray.experiments.markdown import spread, table
 from fsu_ray.experiments.pictures import samples
-from fsu_ray.experiments.sheets import spread, table
 
 ERASED: dict[str, Callable[[float], bool]] = {
     "class9": lambda d_e: d_e <= 5,

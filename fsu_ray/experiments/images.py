@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fsu_ray.config import make_recipe
 from fsu_ray.experiments import mnist
-from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Work
+from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Scale, Work
 from fsu_ray.experiments.mnist import Bench, read_bench, read_cifar, target_positions, target_samples, train
 from fsu_ray.gate import refuse_generator, refuse_result
 from fsu_ray.method import evaluate, invert
@@ -121,7 +121,7 @@ def erasure(drawn: Cell, rho: float, changes: dict[str, Any], seed: int | None =
     return "erasure", {"dataset": drawn, "rho": rho, "recipe": rest, "seed": drawn["seed"] if seed is None else seed}
 
 
-def _classifier(cell: Cell, place: Place) -> list[Row]:
+def _classifier(cell: Cell, place: CellContext) -> list[Row]:
     scenario, started = cell["scenario"], time.monotonic()
     data = bench(SCENARIOS[scenario][0])
     spec, weights = train(data, cell["arch"], poisoned(scenario), cell["epochs"], cell["seed"], place.device)
@@ -155,19 +155,19 @@ def erased_of(scenario: str, rho: float, seed: int) -> Tensor:
     return erased
 
 
-def load(row: Row, place: Place) -> Classifier:
+def load(row: Row, place: CellContext) -> Classifier:
     """The classifier of a `classifier` row, on the cell's device."""
     found = Classifier.from_bytes(ModelSpec.model_validate_json(row["spec"]), place.store.get(row["weights"]))
     return found.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def load_generator(row: Row, spec: ModelSpec, place: Place) -> Generator:
+def load_generator(row: Row, spec: ModelSpec, place: CellContext) -> Generator:
     """The generator of a row with `weights`, on the cell's device."""
     made = read_generator(spec, place.store.get(row["weights"]))
     return made.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def _oracle(cell: Cell, place: Place) -> list[Row]:
+def _oracle(cell: Cell, place: CellContext) -> list[Row]:
     """Trained on D_r: from the original's weights (`finetuned`, at the rate of relearning) or anew (`scratch`)."""
     ((original,),) = place.given
     scenario, started = original["scenario"], time.monotonic()
@@ -188,7 +188,7 @@ def _oracle(cell: Cell, place: Place) -> list[Row]:
     return [row | {"seconds": time.monotonic() - started, **measured(scenario, child)}]
 
 
-def _generator(cell: Cell, place: Place) -> list[Row]:
+def _generator(cell: Cell, place: CellContext) -> list[Row]:
     ((original,),) = place.given
     recipe, started = Recipe.model_validate({"invert": cell["invert"]}).invert, time.monotonic()
     heard: dict[str, float] = {}
@@ -199,7 +199,7 @@ def _generator(cell: Cell, place: Place) -> list[Row]:
     return [row | {"seconds": time.monotonic() - started, **{f"loss_{name}": value for name, value in heard.items()}}]
 
 
-def _gan(cell: Cell, place: Place) -> list[Row]:
+def _gan(cell: Cell, place: CellContext) -> list[Row]:
     scenario, started = cell["scenario"], time.monotonic()
     data = bench(SCENARIOS[scenario][0])
     labels = mnist.labels(data, poisoned(scenario), cell["seed"])
@@ -210,7 +210,7 @@ def _gan(cell: Cell, place: Place) -> list[Row]:
     return [row | {"seconds": time.monotonic() - started}]
 
 
-def _dataset(cell: Cell, place: Place) -> list[Row]:
+def _dataset(cell: Cell, place: CellContext) -> list[Row]:
     (original,), (inverter,) = place.given
     recipe, started = Recipe.model_validate({"synthesize": cell["synthesize"]}), time.monotonic()
     judge = load(original, place)
@@ -228,7 +228,7 @@ def _dataset(cell: Cell, place: Place) -> list[Row]:
     return [row | {"seconds": time.monotonic() - started}]
 
 
-def _erasure(cell: Cell, place: Place) -> list[Row]:
+def _erasure(cell: Cell, place: CellContext) -> list[Row]:
     """Filter and relearn on D'; where that ends without a result, the original stands, with the reason."""
     (original,), (drawn,) = place.given
     scenario, started = original["scenario"], time.monotonic()
@@ -251,7 +251,7 @@ def _erasure(cell: Cell, place: Place) -> list[Row]:
     return [row | {"seconds": time.monotonic() - started, **measured(scenario, child)}]
 
 
-def _fisher(cell: Cell, place: Place) -> list[Row]:
+def _fisher(cell: Cell, place: CellContext) -> list[Row]:
     """A row for each strength of the noise, by the information on `samples` training images that are not of D_e,rho."""
     ((original,),) = place.given
     scenario, started, judge = original["scenario"], time.monotonic(), load(original, place)
@@ -286,12 +286,12 @@ def _erased_on(cell: Cell) -> list[Work]:
     return [teacher(cell["dataset"]), ("dataset", cell["dataset"])]
 
 
-PIECES = {
-    "classifier": Piece(_classifier, gpu=True),
-    "oracle": Piece(_oracle, _original, gpu=True),
-    "fisher": Piece(_fisher, _original, gpu=True),
-    "generator": Piece(_generator, _original, gpu=True),
-    "gan": Piece(_gan, gpu=True),
-    "dataset": Piece(_dataset, _drawn_from, gpu=True),
-    "erasure": Piece(_erasure, _erased_on, gpu=True),
+CELL_TYPES = {
+    "classifier": CellType(_classifier, gpu=True),
+    "oracle": CellType(_oracle, _original, gpu=True),
+    "fisher": CellType(_fisher, _original, gpu=True),
+    "generator": CellType(_generator, _original, gpu=True),
+    "gan": CellType(_gan, gpu=True),
+    "dataset": CellType(_dataset, _drawn_from, gpu=True),
+    "erasure": CellType(_erasure, _erased_on, gpu=True),
 }

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Table, Work
-from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Scale, Table, Work
+from fsu_ray.experiments.markdown import spread, table
 from fsu_ray.method import moons as ours
 from fsu_ray.method.baselines import variational
 from fsu_ray.method.baselines.sparse_gp import SparseGP, divergence
@@ -125,7 +125,7 @@ def _row(told: Setting, method: str, gp: SparseGP, seed: int, chosen: int) -> Ro
     return {"method": method, "seed": seed, "subset": chosen, **away(told, gp)}
 
 
-def _table1_ours(cell: Cell, place: Place) -> list[Row]:
+def _table1_ours(cell: Cell, place: CellContext) -> list[Row]:
     told, seed = setting(), cell["seed"]
     recipe = ours.MoonsRecipe(seed=seed, steps=cell["steps"])
     generator = ours.invert(told.original, recipe)
@@ -136,7 +136,7 @@ def _table1_ours(cell: Cell, place: Place) -> list[Row]:
     ]
 
 
-def _table1_bayes(cell: Cell, place: Place) -> list[Row]:
+def _table1_bayes(cell: Cell, place: CellContext) -> list[Row]:
     told, seed = setting(), cell["seed"]
     chosen = subset(RHO, seed)
     rows = [_row(told, "original", told.original, seed, seed)]
@@ -184,7 +184,7 @@ def _figure3_cells(scale: Scale, seeds: int) -> list[Work]:
     return [("moons-by-rho", SIZES | {"seed": seed}) for seed in range(seeds)]
 
 
-def _figure3(cell: Cell, place: Place) -> list[Row]:
+def _figure3(cell: Cell, place: CellContext) -> list[Row]:
     told, seed = setting(), cell["seed"]
     recipe = ours.MoonsRecipe(seed=seed, steps=cell["steps"])
     generator = ours.invert(told.original, recipe)
@@ -235,7 +235,7 @@ def _figure2_cells(scale: Scale, seeds: int) -> list[Work]:
     return [("moons-maps", SIZES | {"seed": seeds - 1, "side": SIDE})]
 
 
-def _figure2(cell: Cell, place: Place) -> list[Row]:
+def _figure2(cell: Cell, place: CellContext) -> list[Row]:
     told, seed = setting(), cell["seed"]
     few, every = subset(RHO, seed), subset(1.0, seed)
     recipe = ours.MoonsRecipe(seed=seed, steps=cell["steps"])
@@ -304,9 +304,9 @@ TABLES = {
     "figure3": Table(_figure3_cells, _figure3_report),
     "table1": Table(_table1_cells, _table1_report),
 }
-PIECES = {
-    "moons-maps": Piece(_figure2),
-    "moons-by-rho": Piece(_figure3),
-    "moons-ours": Piece(_table1_ours),
-    "moons-bayes": Piece(_table1_bayes),
+CELL_TYPES = {
+    "moons-maps": CellType(_figure2),
+    "moons-by-rho": CellType(_figure3),
+    "moons-ours": CellType(_table1_ours),
+    "moons-bayes": CellType(_table1_bayes),
 }

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from fsu_ray.experiments import images
-from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Table, Work
+from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Scale, Table, Work
 from fsu_ray.experiments.images import FEW
+from fsu_ray.experiments.markdown import table
 from fsu_ray.experiments.mnist import target_samples
-from fsu_ray.experiments.sheets import table
 from fsu_ray.method import filter as filtration
 from fsu_ray.method.augment import seeded
 from fsu_ray.method.fit import predict
@@ -48,7 +48,7 @@ def sheet(pixels: Tensor, scale: int = 2, boxes: dict[tuple[int, int], tuple[int
 
 
 @torch.no_grad()
-def _samples(cell: Cell, place: Place) -> list[Row]:
+def _samples(cell: Cell, place: CellContext) -> list[Row]:
     """A column a class, as the generator draws them: none is left out."""
     (original,), (inverter,) = place.given
     judge = images.load(original, place)
@@ -63,7 +63,7 @@ def _samples(cell: Cell, place: Place) -> list[Row]:
              "without": cell.get("without"), "png": picture}]  # fmt: skip
 
 
-def _filtered(cell: Cell, place: Place) -> list[Row]:
+def _filtered(cell: Cell, place: CellContext) -> list[Row]:
     """The sorted distances of D', t_f, and a sheet: a column a class, what the filter takes in a box."""
     (original,), (drawn,) = place.given
     dataset, judge = Synthetic.from_bytes(place.store.get(drawn["dataset"])), images.load(original, place)
@@ -195,7 +195,10 @@ def _on_dataset(cell: Cell) -> list[Work]:
     return [images.teacher(cell["dataset"]), ("dataset", cell["dataset"])]
 
 
-PIECES = {"samples": Piece(_samples, _drawn_by, gpu=True), "filtered": Piece(_filtered, _on_dataset, gpu=True)}
+CELL_TYPES = {
+    "samples": CellType(_samples, _drawn_by, gpu=True),
+    "filtered": CellType(_filtered, _on_dataset, gpu=True),
+}
 TABLES = {
     "figure4a": Table(_figure4a, _figure4a_report),
     "figure4b": Table(_figure4a, _figure4b_report),

@@ -27,7 +27,7 @@ import torch
 
 from fsu_ray.cluster import tasks, workers
 from fsu_ray.errors import FsuError, RunFailed, StorageError, UserError
-from fsu_ray.experiments.catalogue import BLOBS, NAMES, Place, Row, Scale, Work, find, piece
+from fsu_ray.experiments.catalogue import BLOBS, NAMES, CellContext, Row, Scale, Work, find, find_cell_type
 from fsu_ray.method.precision import repeatable
 from fsu_ray.work import BlobStore
 
@@ -152,7 +152,7 @@ def _compute_all(
     begun: set[str] = set()
 
     def resources(todo: Todo) -> dict[str, float]:
-        made = piece(todo[0][0])
+        made = find_cell_type(todo[0][0])
         return each if use_gpu and made.gpu else {"CPU": made.cpus}
 
     def more(room: int) -> Iterator[Todo]:
@@ -161,7 +161,7 @@ def _compute_all(
             yield work, store, [progress.rows[_key(need)] for need in _needs(work)]
 
     most: dict[str, float] = (
-        each if use_gpu and any(piece(kind).gpu for kind, _ in progress.cells.values()) else {"CPU": 1}
+        each if use_gpu and any(find_cell_type(kind).gpu for kind, _ in progress.cells.values()) else {"CPU": 1}
     )
     for (work, *_), found in tasks.side_by_side(_compute, more, resources, most):
         key = _key(work)
@@ -183,11 +183,11 @@ def _compute(todo: Todo) -> list[Row]:
     import ray
 
     (kind, cell), store, given = todo
-    made, started = piece(kind), time.monotonic()
+    made, started = find_cell_type(kind), time.monotonic()
     torch.set_num_threads(made.cpus)
     repeatable()
     device = torch.device("cuda" if made.gpu and ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
-    found = made.run(cell, Place(device, store, given))
+    found = made.run(cell, CellContext(device, store, given))
     worker = torch.cuda.get_device_name() if device.type == "cuda" else f"{_processor()}, {made.cpus} CPU"
     origin = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -199,7 +199,7 @@ def _compute(todo: Todo) -> list[Row]:
 
 
 def _needs(work: Work) -> list[Work]:
-    return piece(work[0]).needs(work[1])
+    return find_cell_type(work[0]).needs(work[1])
 
 
 def _key(work: Work) -> str:

@@ -18,10 +18,10 @@ from typing import Any
 
 from fsu_ray.config import make_recipe, sqlite_url
 from fsu_ray.experiments import images
-from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Table, Work
+from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Scale, Table, Work
 from fsu_ray.experiments.images import FEW
+from fsu_ray.experiments.markdown import spread, table
 from fsu_ray.experiments.mnist import score, target_samples
-from fsu_ray.experiments.sheets import spread, table
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import WorkerOptions, drain, run_request
@@ -43,7 +43,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Policy, dict[str, Any]]] = {
 a seed of its own."""
 
 
-def _sequence(cell: Cell, place: Place) -> list[Row]:
+def _sequence(cell: Cell, place: CellContext) -> list[Row]:
     ((original,),) = place.given
     weights = place.store.get(original["weights"])
     with tempfile.TemporaryDirectory() as home:
@@ -56,7 +56,7 @@ def _sequence(cell: Cell, place: Place) -> list[Row]:
 
 
 def _requests(
-    cell: Cell, place: Place, original: Row, weights: bytes, ledger: Ledger, store: Artifacts
+    cell: Cell, place: CellContext, original: Row, weights: bytes, ledger: Ledger, store: Artifacts
 ) -> Iterator[Row]:
     def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
         return unlearn(order, store, place.device)
@@ -158,5 +158,5 @@ def _report(rows: list[Row], folder: Path) -> str:
     )
 
 
-PIECES = {"sequence": Piece(_sequence, lambda cell: [("classifier", cell["classifier"])], gpu=True)}
+CELL_TYPES = {"sequence": CellType(_sequence, lambda cell: [("classifier", cell["classifier"])], gpu=True)}
 TABLES = {"sequence": Table(_cells, _report)}

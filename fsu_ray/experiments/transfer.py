@@ -9,7 +9,7 @@ from fsu_ray.experiments import images
 from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
 from fsu_ray.experiments.comparison import ERASED
 from fsu_ray.experiments.images import FEW
-from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.experiments.markdown import spread, table
 
 NETS: dict[Scale, dict[str, tuple[str, int]]] = {
     "small": {

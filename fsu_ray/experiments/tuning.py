@@ -10,7 +10,7 @@ from fsu_ray.experiments import images
 from fsu_ray.experiments.bayes import bayes_cell, lambda_at
 from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
 from fsu_ray.experiments.images import FULL, FULL_SHOT
-from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.experiments.markdown import spread, table
 
 RHOS = (0.01, 0.03, 0.1, 0.3, 1.0)
 SHARES = (0.95, 1.0, 1.02, 1.04, 1.07, 1.1, 1.15, 1.3)

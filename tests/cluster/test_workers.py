@@ -16,7 +16,7 @@ import torch
 
 from fsu_ray.cluster import workers
 from fsu_ray.errors import ClusterUnavailable, Stopped, StorageError, UserError
-from fsu_ray.experiments.heads import free_port
+from tests.bench.local_head import free_port
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.fit import predict

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fsu_ray.experiments import comparison
-from fsu_ray.experiments.catalogue import Row, Work, piece
+from fsu_ray.experiments.catalogue import Row, Work, find_cell_type
 from fsu_ray.experiments.images import teacher
 from fsu_ray.experiments.reproduce import _key
 
@@ -21,7 +21,7 @@ def kinds(works: list[Work]) -> dict[tuple[str, str], int]:
         text = repr(cell)
         arch = next((arch for arch in ("lenet5", "preactresnet18", "resnet50") if arch in text), "none")
         seen[_key((kind, cell))] = (arch, kind)
-        waiting += piece(kind).needs(cell)
+        waiting += find_cell_type(kind).needs(cell)
     return {each: list(seen.values()).count(each) for each in set(seen.values())}
 
 

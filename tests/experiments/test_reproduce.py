@@ -21,8 +21,8 @@ import pytest
 
 from fsu_ray.cluster import tasks
 from fsu_ray.errors import NotFound, RunFailed, StorageError, UserError
-from fsu_ray.experiments import catalogue, moons, reproduce, sheets
-from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Table, Work
+from fsu_ray.experiments import catalogue, markdown, moons, reproduce
+from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Table, Work
 from fsu_ray.experiments.reproduce import Reproduced, _file, _write
 
 FSU = str(Path(sys.executable).parent / "fsu")
@@ -50,24 +50,24 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
 def squares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of a number and its square, in place of Table 1; the square is a cell of its own, which leaves a blob."""
 
-    def square(cell: Cell, place: Place) -> list[Row]:
+    def square(cell: Cell, place: CellContext) -> list[Row]:
         return [{"square": cell["seed"] ** 2, "weights": place.store.put(str(cell["seed"] ** 2).encode())}]
 
-    def add(cell: Cell, place: Place) -> list[Row]:
+    def add(cell: Cell, place: CellContext) -> list[Row]:
         ((row,),) = place.given
         assert place.store.get(row["weights"]) == str(row["square"]).encode()
         return [{"n": cell["seed"], "sum": cell["seed"] + row["square"]}]
 
     def report(rows: list[Row], folder: Path) -> str:
         (folder / "table1.png").write_bytes(b"a picture")
-        return sheets.table(["n", "sum"], [[str(row["n"]), str(row["sum"])] for row in rows])
+        return markdown.table(["n", "sum"], [[str(row["n"]), str(row["sum"])] for row in rows])
 
     made = Table(lambda scale, seeds: [("sum", {"seed": seed, "scale": scale}) for seed in range(seeds)], report)
     monkeypatch.setitem(moons.TABLES, "table1", made)
-    monkeypatch.setitem(moons.PIECES, "square", Piece(square))
-    monkeypatch.setitem(moons.PIECES, "sum", Piece(add, lambda cell: [("square", {"seed": cell["seed"]})]))
+    monkeypatch.setitem(moons.CELL_TYPES, "square", CellType(square))
+    monkeypatch.setitem(moons.CELL_TYPES, "sum", CellType(add, lambda cell: [("square", {"seed": cell["seed"]})]))
     for kind in ("square", "sum"):
-        monkeypatch.setitem(catalogue.PIECES, kind, "moons")
+        monkeypatch.setitem(catalogue.CELL_TYPES, kind, "moons")
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_cells_that_gain_by_a_gpu_share_it(
     table1(seeds=1)
     assert {most["CPU"] for *_, most in taken} == {1}, "none of these does"
     del taken[:]
-    monkeypatch.setitem(moons.PIECES, "sum", dataclasses.replace(moons.PIECES["sum"], gpu=True))
+    monkeypatch.setitem(moons.CELL_TYPES, "sum", dataclasses.replace(moons.CELL_TYPES["sum"], gpu=True))
     monkeypatch.setattr("ray.get_gpu_ids", list)
     table1("paper", seeds=2, per_gpu=4)
     shared = {"GPU": 0.25, "CPU": 2}
@@ -204,16 +204,16 @@ def test_every_name_leads_to_cells_that_can_be_told_apart(name: str) -> None:
         while waiting:
             work = waiting.pop()
             assert json.loads(json.dumps(work)) == list(work)
-            waiting += catalogue.piece(work[0]).needs(work[1])
+            waiting += catalogue.find_cell_type(work[0]).needs(work[1])
         assert len({reproduce._key(work) for work in cells}) == len(cells)
 
 
 def test_means_and_deviations() -> None:
     """As the paper prints them: of the sample, and without one where there is one value."""
-    assert sheets.spread([1, 2, 3]) == "2.00 ± 1.00"
-    assert sheets.spread([98.414], 1) == "98.4"
-    assert sheets.spread([]) == "-"
-    assert sheets.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    assert markdown.spread([1, 2, 3]) == "2.00 ± 1.00"
+    assert markdown.spread([98.414], 1) == "98.4"
+    assert markdown.spread([]) == "-"
+    assert markdown.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
 
 
 def test_the_command_refuses_in_one_line() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fsu_ray.experiments import images, transfer
-from fsu_ray.experiments.catalogue import Row, piece
+from fsu_ray.experiments.catalogue import Row, find_cell_type
 from fsu_ray.experiments.mnist import Bench
 from fsu_ray.experiments.reproduce import _key
 
@@ -23,7 +23,9 @@ def test_each_for_each() -> None:
     assert sum("classifier" in cell for cell in drawn.values()) == 12
     for _, cell in works:
         source, target = (transfer.NETS["small"][name] for name in cell["variant"].split(" > "))
-        assert [need[1]["arch"] for need in piece("erasure").needs(cell) if need[0] == "classifier"] == [target[0]]
+        assert [need[1]["arch"] for need in find_cell_type("erasure").needs(cell) if need[0] == "classifier"] == [
+            target[0]
+        ]
         assert cell["dataset"]["generator"]["classifier"]["arch"] == source[0]
 
 

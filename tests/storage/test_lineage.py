@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from fsu_ray.errors import NotFound, TransitionRefused, UserError
-from fsu_ray.experiments.lineage import fill
+from tests.bench.lineage import fill
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Policy, Terms
 from fsu_ray.storage import rows

@@ -11,7 +11,7 @@ from typing import Any
 from fsu_ray.experiments import images
 from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
 from fsu_ray.experiments.images import FEW, FULL
-from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.experiments.markdown import spread, table
 
 ALPHAS = (1e-8, 5e-8, 1e-7, 1.5e-7, 2e-7, 2.5e-7, 3e-7, 3.5e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
 """The strengths that the paper sweeps (Figure 8), and on from there: LeNet5 loses nothing at 3.5e-7 yet."""
