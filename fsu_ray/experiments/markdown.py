@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -19,3 +20,15 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
         return "-"
     mean = f"{statistics.fmean(found):.{digits}f}"
     return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
+
+
+NOTES = "<!-- Notes, written by hand. They are kept when the part above is written again. -->"
+
+
+def write_above_notes(file: Path, generated: str) -> None:
+    """Write `generated` to a Markdown file and keep the file's notes: its text from the line `NOTES` on."""
+    try:
+        _, mark, notes = file.read_text().partition(NOTES)
+    except FileNotFoundError:
+        mark = notes = ""
+    file.write_text(f"{generated.partition(NOTES)[0].rstrip()}\n" + (f"\n{mark}{notes}" if mark else ""))

@@ -28,6 +28,7 @@ import torch
 from fsu_ray.cluster import tasks, workers
 from fsu_ray.errors import FsuError, RunFailed, StorageError, UserError
 from fsu_ray.experiments.catalogue import BLOBS, NAMES, CellContext, Row, Scale, Work, find, find_cell_type
+from fsu_ray.experiments.markdown import write_above_notes
 from fsu_ray.method.precision import repeatable
 from fsu_ray.work import BlobStore
 
@@ -107,7 +108,7 @@ def reproduce(
     rows = [row for key in wanted for row in progress.rows[key]]
     markdown = _head(name, scale, seeds, rows) + table.report(rows, reports)
     _write(reports / f"{name}.parquet", rows)
-    (reports / f"{name}.md").write_text(markdown)
+    write_above_notes(reports / f"{name}.md", markdown)
     files = sorted(reports.glob(f"{name}.*"))
     return Reproduced(name, scale, rows, len(progress.cells), missing, time.monotonic() - started, markdown, files)
 

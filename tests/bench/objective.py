@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fsu_ray.errors import FsuError
+from fsu_ray.experiments.markdown import write_above_notes
 from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples
 from fsu_ray.method import invert
 from fsu_ray.method.context import RunState, save_samples
@@ -36,10 +37,10 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.search_space import INVERSION, SPACE, apply, draw
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.work import WorkOrder
+from tests.bench.collect_results import RESULTS
 from tests.bench.searched import classifier
 
 INVERTERS, RELEARNINGS = 8, 3
-RESULTS = Path(__file__).parents[2] / "fsu_ray" / "experiments" / "results"
 STEPS = (40, 100, 200, 400)  # of the random inverters: some are cut short
 
 
@@ -132,7 +133,7 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
         axis.invert_yaxis()
         axis.grid(alpha=0.3)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "objective.md").write_text("\n".join(text))
+    write_above_notes(folder / "objective.md", "\n".join(text))
     figure.savefig(folder / "objective.png", dpi=110)
     pyplot.close(figure)
 

@@ -21,9 +21,9 @@ import pytest
 from fsu_ray.app import App
 from fsu_ray.cluster.workers import checkpoints as kept
 from fsu_ray.config import parse_change, read_settings
-from tests.bench.local_head import LocalHead, free_port, on_head
 from fsu_ray.method.datasets import draw, load, write_samples
 from fsu_ray.records import Behaviour, Request, Status
+from tests.bench.local_head import LocalHead, free_port, on_head
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
