@@ -1,4 +1,4 @@
-"""Markdown tables and mean ± standard deviation, as the paper prints them."""
+"""Markdown: tables, mean ± standard deviation as the paper prints it, and files with notes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:
-    """Mean ± standard deviation of the sample; the value itself where there is one, a dash where there is none."""
-    found = list(values)
-    if not found:
+    """Mean ± sample standard deviation; of one value the value, of none a dash."""
+    numbers = list(values)
+    if not numbers:
         return "-"
-    mean = f"{statistics.fmean(found):.{digits}f}"
-    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
+    mean = f"{statistics.fmean(numbers):.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
 
 
 NOTES = "<!-- Notes, written by hand. They are kept when the part above is written again. -->"

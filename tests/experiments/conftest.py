@@ -42,8 +42,8 @@ class Maker:
         """All rows of a cell."""
         work: Work = (kind, cell)
         if _key(work) not in self.made:
-            given = [self.rows(*need) for need in find_cell_type(kind).needs(cell)]
-            self.made[_key(work)] = find_cell_type(kind).run(cell, CellContext(torch.device("cpu"), self.store, given))
+            needs = [self.rows(*need) for need in find_cell_type(kind).needs(cell)]
+            self.made[_key(work)] = find_cell_type(kind).run(cell, CellContext(torch.device("cpu"), self.store, needs))
         return self.made[_key(work)]
 
 

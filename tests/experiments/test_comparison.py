@@ -73,7 +73,7 @@ def test_fishers_strengths(
 ) -> None:
     """The smallest that moves D_e and holds D_r, else the largest that holds it; the smallest that erases."""
     rows = [{"alpha": alpha, "D_r": r + d, "D_e": e} for alpha, (r, e) in metrics.items() for d in (-0.5, 0.5)]
-    assert comparison.chosen(rows, scenario, 99.0, 98.0 if scenario == "class9" else 40.0) == expected
+    assert comparison.fisher_strengths(rows, scenario, 99.0, 98.0 if scenario == "class9" else 40.0) == expected
 
 
 def test_each_network_has_a_table_of_its_own(tmp_path: Path) -> None:

@@ -48,14 +48,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
 
 @pytest.fixture
 def squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of a number and its square, in place of Table 1; the square is a cell of its own, which leaves a blob."""
+    """Sums of a number and its square, in context of Table 1; the square is a cell of its own, which leaves a blob."""
 
-    def square(cell: Cell, place: CellContext) -> list[Row]:
-        return [{"square": cell["seed"] ** 2, "weights": place.store.put(str(cell["seed"] ** 2).encode())}]
+    def square(cell: Cell, context: CellContext) -> list[Row]:
+        return [{"square": cell["seed"] ** 2, "weights": context.store.put(str(cell["seed"] ** 2).encode())}]
 
-    def add(cell: Cell, place: CellContext) -> list[Row]:
-        ((row,),) = place.given
-        assert place.store.get(row["weights"]) == str(row["square"]).encode()
+    def add(cell: Cell, context: CellContext) -> list[Row]:
+        ((row,),) = context.needs
+        assert context.store.get(row["weights"]) == str(row["square"]).encode()
         return [{"n": cell["seed"], "sum": cell["seed"] + row["square"]}]
 
     def report(rows: list[Row], folder: Path) -> str:
@@ -139,17 +139,17 @@ def test_what_others_wait_for_goes_first(squares: None, tmp_path: Path, store: A
     """Whichever of the cells is named first."""
     alone, sums = ("square", {"seed": 1}), ("sum", {"seed": 2})
     for wanted in ([alone, sums], [sums, alone]):
-        assert reproduce._look(tmp_path, wanted, store).ready() == [("square", {"seed": 2}), alone]
+        assert reproduce._find_missing(tmp_path, wanted, store).ready() == [("square", {"seed": 2}), alone]
 
 
 def test_a_cell_that_breaks_costs_no_other(here: list[Work], table1: Go, tmp_path: Path) -> None:
     """The ninth square is made after the eighth broke, and its sum too; there is no report that hides it."""
-    with pytest.raises(RunFailed, match=r"1 of 18 pieces of table1 broke, what has ended is kept: square: seed 7: it"):
+    with pytest.raises(RunFailed, match=r"1 of 18 cells of table1 broke: square: seed 7: it"):
         table1(seeds=9)
     assert len(list((tmp_path / "cells").glob("sum-*.parquet"))) == 8
     assert not (tmp_path / "small" / "table1.md").exists()
     here.clear()
-    with pytest.raises(RunFailed, match="goes on with those that are missing"):
+    with pytest.raises(RunFailed, match="the same command computes the missing cells"):
         table1(seeds=9)
     assert here == [("square", {"seed": 7})]
 

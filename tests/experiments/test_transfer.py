@@ -47,8 +47,8 @@ def test_a_borrowed_generator(part: Bench, make: Any) -> None:
 def test_the_verdict_stands_beside_the_result(tmp_path: Path) -> None:
     """What the gate lets and what it refuses, and how often that is what came of it."""
     rows: list[Row] = []
-    for source in transfer.THEIRS["class9"]:
-        for target in transfer.THEIRS["class9"]:
+    for source in transfer.PAPER["class9"]:
+        for target in transfer.PAPER["class9"]:
             bad = source == "ResNet-50" and target != "ResNet-50"
             refused = "starved classes [9]" if source == "ResNet-50" else ""
             rows += [{"variant": f"{source} > {target}", "scenario": "class9", "D_r": 99.0, "D_e": 30.0 if bad else 0.0,
