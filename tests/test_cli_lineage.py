@@ -17,12 +17,12 @@ from fsu_ray.app import App
 from fsu_ray.cli import app as commands
 from fsu_ray.cli import lineage
 from fsu_ray.cli.tree import plain_lines, version_tree
-from fsu_ray.experiments.lineage import fill
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import AliasMove, Behaviour, Model, ModelSpec, ModelVersion, Policy
 from fsu_ray.work import Outcome, TargetResult
+from tests.bench.lineage import fill
 
 Fsu = Callable[..., Result]
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
