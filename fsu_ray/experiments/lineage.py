@@ -33,7 +33,7 @@ BATCH = 1000  # rows a statement
 # What `fsu erased` does once everything is imported, and how long that takes.
 _COMMAND = """
 import sys, time
-import fsu_ray.app, fsu_ray.cli.lineage as lineage
+import fsu_ray.storage.ledger, fsu_ray.cli.lineage as lineage
 started = time.perf_counter()
 lineage.erased(sys.argv[1])
 print(time.perf_counter() - started, file=sys.stderr)

@@ -8,10 +8,8 @@ import sqlalchemy as sa
 
 from fsu_ray.errors import UserError
 from fsu_ray.records import ACTOR, Model, Policy
+from fsu_ray.records import OPERATOR as OPERATOR
 from fsu_ray.storage.schema import model_policies
-
-OPERATOR = "operator"
-"""Who does what nobody has put a name to."""
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:#/-]{0,99}")
 
