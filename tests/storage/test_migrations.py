@@ -13,6 +13,7 @@ from alembic import command
 from fsu_ray.config import Timings
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec, Policy, Status
+from fsu_ray.storage import audit
 from fsu_ray.storage.chain import ChainHead
 from fsu_ray.storage.database import Database, connect, migrations
 from fsu_ray.storage.ledger import Ledger, open_ledger
