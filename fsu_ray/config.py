@@ -22,15 +22,6 @@ from pydantic import ValidationError
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.recipes import Recipe
 
-LEASE_SECONDS = 120.0
-"""How long a claim holds without a heartbeat; the driver renews it every third of that."""
-
-POLL_SECONDS = 2.0
-"""How often the driver looks whether a running request is to be cancelled."""
-
-WAIT_SECONDS = 900.0
-"""How long the end of a run waits for a ledger whose database is away."""
-
 MOST_FAILURES = 3
 """A request whose run has broken this often, or whose worker has vanished, ends as failed."""
 

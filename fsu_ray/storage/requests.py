@@ -15,8 +15,8 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Digest, Model, QueueStats, Request, RequestEvent, Status, Terms
 from fsu_ray.storage import chain, claims, recipes, removals, rows
 from fsu_ray.storage.database import OPERATOR, Database
+from fsu_ray.storage.planning import check_compatible
 from fsu_ray.storage.schema import TERMINAL, TERMS, erasures, models, request_events, requests
-from fsu_ray.storage.serving import check_compatible
 
 
 class Requests:

@@ -22,7 +22,7 @@ from fsu_ray.config import Timings
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Digest, ModelSpec, ModelVersion, Request
 from fsu_ray.storage.ledger import Ledger, open_ledger
-from fsu_ray.work import Outcome
+from fsu_ray.work import Outcome, TargetResult
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 
@@ -49,6 +49,8 @@ class ModelDriver:
         return request
 
     def outcome(self, request: Request, **changes: Any) -> Outcome:
+        """What a run of one request brings back; `mask`, `probes` and `report` are those of its target."""
+        own = {name: changes.pop(name) for name in ("mask", "probes", "report") if name in changes}
         values = {
             "reason": None,
             "generator_use": "trained",
@@ -57,12 +59,19 @@ class ModelDriver:
             "metrics": {"agreement": 0.99, "starved": []},
             "refused": (),
             "weights": digest(f"weights of {request.id}"),
-            "mask": digest(f"mask of {request.id}"),
-            "probes": digest(f"probes of {request.id}"),
-            "report": {"forgetting": {"probes_in_target": 0.01}, "retention": {"agreement": 0.98}},
+            "targets": (self.result(request, **own),),
             "seconds": {"invert": 60.0},
         }
         return Outcome(**{**values, **changes})
+
+    def result(self, request: Request, **changes: Any) -> TargetResult:
+        """What a run brings back for one request."""
+        known = {
+            "mask": digest(f"mask of {request.id}"),
+            "probes": digest(f"probes of {request.id}"),
+            "report": {"forgetting": {"probes_in_target": 0.01}, "retention": {"agreement": 0.98}},
+        }
+        return TargetResult(request.id, **{**known, **changes})
 
     def erase(self, name: str = "nine", *targets: int, kind: Any = "class", **changes: Any) -> ModelVersion:
         """Take a behaviour all the way: submitted, claimed, committed."""

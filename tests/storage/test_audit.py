@@ -26,7 +26,7 @@ from fsu_ray.storage.chain import ChainHead
 from fsu_ray.storage.columns import Instant, metadata
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.models import Measured
-from fsu_ray.work import Outcome
+from fsu_ray.work import Outcome, TargetResult
 
 SECRET = "/home/alice/Pictures/me.png"
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
@@ -107,9 +107,14 @@ def outcome(request: Request, use: str = "trained") -> Outcome:
         metrics={"agreement": 0.99, "starved": []},
         refused=(),
         weights=digest(f"weights of {request.id}"),
-        mask=digest(f"mask of {request.id}"),
-        probes=digest(f"probes of {request.id}"),
-        report={"forgetting": {"probes_in_target": 0.01}, "retention": {"agreement": 0.98}},
+        targets=(
+            TargetResult(
+                request.id,
+                digest(f"mask of {request.id}"),
+                digest(f"probes of {request.id}"),
+                {"forgetting": {"probes_in_target": 0.01}, "retention": {"agreement": 0.98}},
+            ),
+        ),
         seconds={"invert": 60.0},
     )
 

@@ -10,8 +10,7 @@ import sqlalchemy as sa
 from fsu_ray.errors import AlreadyExists, GeneratorUnfit, NotFound, TransitionRefused, UserError
 from fsu_ray.recipes import Recipe, SynthesizeRecipe
 from fsu_ray.records import Behaviour, Generator, Request, Terms
-from fsu_ray.storage.registry import offer, offer_named
-from fsu_ray.storage.serving import check_compatible
+from fsu_ray.storage.planning import check_compatible, find_candidates, named_candidate
 
 OTHER = Recipe(synthesize=SynthesizeRecipe(per_class=7))
 FIGURES = {"acceptance": 0.9, "starved": []}
@@ -43,9 +42,9 @@ def test_an_import_is_on_record_with_who_made_it(driver: Any) -> None:
     assert (event.event, event.model, event.request, event.actor) == ("generator_imported", "digits", None, "alice")
     assert driver.ledger.models.history("digits")[-1]["detail"] == {"generator": made.id}
     assert driver.ledger.audit.verify().findings == ()
-    found = offer(
-        driver.ledger, driver.ledger.models.get("digits"), *[driver.ledger.models.version("digits")] * 2, Recipe()
-    )
+    root = driver.ledger.models.version("digits")
+    with driver.ledger.database.reading() as connection:
+        found = find_candidates(connection, driver.ledger.models.get("digits"), root, Recipe())
     assert found.reuse is not None
     assert found.reuse.id == made.id
 
@@ -142,13 +141,14 @@ def test_how_a_generator_would_serve(driver: Any, new_driver: Any) -> None:
     assert check_compatible(made, model, ledger.models.add_version("digits", "f" * 64), Recipe()) == "transfer"
     with pytest.raises(GeneratorUnfit, match=r"draws 10 classes of 1x32x32, 's' takes 5 classes of 1x32x32"):
         check_compatible(made, small, ledger.models.version("s"), Recipe())
-    found = offer_named(ledger, other, ledger.models.version("o"), Recipe(), made.id)
-    assert (found.reuse, found.warm, found.required) == (None, None, True)
-    assert found.transfer is not None
-    assert found.transfer.id == made.id
+    with ledger.database.reading() as connection:
+        candidates = named_candidate(connection, other, ledger.models.version("o"), Recipe(), made.id)
+    assert (candidates.reuse, candidates.warm, candidates.required) == (None, None, True)
+    assert candidates.transfer is not None
+    assert candidates.transfer.id == made.id
     ledger.generators.retire(made.id)
-    with pytest.raises(GeneratorUnfit, match="is retired"):
-        offer_named(ledger, other, ledger.models.version("o"), Recipe(), made.id)
+    with pytest.raises(GeneratorUnfit, match="is retired"), ledger.database.reading() as connection:
+        named_candidate(connection, other, ledger.models.version("o"), Recipe(), made.id)
 
 
 def test_a_transfer_makes_a_generator_of_the_line(driver: Any, new_driver: Any) -> None:

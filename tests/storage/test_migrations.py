@@ -17,7 +17,7 @@ from fsu_ray.storage import audit
 from fsu_ray.storage.database import Database, connect, migrations
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.schema import LATER
-from fsu_ray.work import Outcome
+from fsu_ray.work import Outcome, TargetResult
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 REPORT = {"forgetting": {"probes_in_target": 1e-07, "samples_in_target": 0.0}, "by": [0.1, None, "ä"], "n": 3}
@@ -134,8 +134,8 @@ def test_a_migrated_ledger_goes_on_working(first: str) -> None:
         assert claimed.behaviour.name == "class 5"
         outcome = Outcome(
             reason=None, generator_use="reused", generator_weights=digest("g"), dataset=digest("d"),
-            metrics={"agreement": 0.99}, refused=(), weights=digest("w3"), mask=digest("m3"), probes=digest("p3"),
-            report=REPORT, seconds={"relearn": 1.0},
+            metrics={"agreement": 0.99}, refused=(), weights=digest("w3"),
+            targets=(TargetResult(claimed.id, digest("m3"), digest("p3"), REPORT),), seconds={"relearn": 1.0},
         )  # fmt: skip
         ledger.commit(claimed, outcome, ledger.models.version("digits"), generator_id="g-1")
 
@@ -225,8 +225,8 @@ def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) 
             assert claimed is not None
             outcome = Outcome(
                 reason=None, generator_use="reused", generator_weights=digest("g"), dataset=digest("d"), metrics={},
-                refused=(), weights=digest(f"w{number}"), mask=digest("m"), probes=digest("p"), report=REPORT,
-                seconds={},
+                refused=(), weights=digest(f"w{number}"),
+                targets=(TargetResult(claimed.id, digest("m"), digest("p"), REPORT),), seconds={},
             )  # fmt: skip
             ledger.commit(claimed, outcome, ledger.models.version("digits"), generator_id="g-1")
         gone = [(each.behaviour.name, each.recipe_origin) for each in ledger.models.erased("digits")]

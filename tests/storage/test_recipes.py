@@ -15,7 +15,6 @@ from fsu_ray.recipes import Recipe, RelearnRecipe, SynthesizeRecipe
 from fsu_ray.records import Behaviour, Request, Terms
 from fsu_ray.storage import rows
 from fsu_ray.storage.rows import now
-from fsu_ray.work import Part
 from tests.storage.conftest import digest
 
 FOUND = Recipe(synthesize=SynthesizeRecipe(entropy_threshold=0.9), relearn=RelearnRecipe(epochs=7))
@@ -229,8 +228,8 @@ class TestErasures:
         driver.submit("four", 4, recipe=FOUND)
         lead = driver.ledger.requests.claim("w1", 60.0, "digits", max_batch=9)
         (other,) = driver.ledger.requests.batch_members(lead)
-        part = Part(other.id, digest("mask"), digest("probes"), {"forgetting": {}})
-        driver.ledger.commit(lead, driver.outcome(lead, also=(part,)), driver.ledger.models.version("digits"))
+        outcome = driver.outcome(lead, targets=(driver.result(lead), driver.result(other, report={"forgetting": {}})))
+        driver.ledger.commit(lead, outcome, driver.ledger.models.version("digits"))
 
         origins = {each.request: each.report["recipe"]["origin"] for each in driver.ledger.models.erasures("digits")}
         assert origins == {lead.id: None, other.id: kept.id}

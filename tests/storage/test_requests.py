@@ -15,7 +15,6 @@ from fsu_ray.recipes import Recipe, RelearnRecipe
 from fsu_ray.records import TRANSITIONS, Behaviour, Policy, QueueStats, Status, Terms
 from fsu_ray.storage import claims
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.work import Part
 from tests.storage.conftest import SPEC, digest
 
 NOW = datetime.now(UTC)
@@ -270,12 +269,10 @@ class TestBatches:
         return lead
 
     def commit(self, driver: Any, lead: Any) -> Any:
-        parts = tuple(
-            Part(each.id, digest(f"mask of {each.id}"), digest(f"probes of {each.id}"),
-                 {"forgetting": {"probes_in_target": 0.02}})
-            for each in driver.ledger.requests.batch_members(lead)
-        )  # fmt: skip
-        return driver.ledger.commit(lead, driver.outcome(lead, also=parts), driver.ledger.models.version("digits"))
+        report = {"forgetting": {"probes_in_target": 0.02}}
+        members = [driver.result(member, report=report) for member in driver.ledger.requests.batch_members(lead)]
+        outcome = driver.outcome(lead, targets=(driver.result(lead), *members))
+        return driver.ledger.commit(lead, outcome, driver.ledger.models.version("digits"))
 
     def test_they_run_as_one(self, driver: Any, run: Any) -> None:
         for each in driver.ledger.requests.batch_members(run):

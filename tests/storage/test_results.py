@@ -38,7 +38,7 @@ class TestResults:
         (erasure,) = driver.ledger.models.erasures("digits")
         assert (erasure.model, erasure.version, erasure.request) == ("digits", 2, request.id)
         assert (erasure.behaviour, erasure.samples) == (request.behaviour, request.samples)
-        assert (erasure.mask, erasure.probes) == (outcome.mask, outcome.probes)
+        assert (erasure.mask, erasure.probes) == (outcome.targets[0].mask, outcome.targets[0].probes)
         assert (erasure.generator, erasure.generator_use) == (generator.id, "trained")
         ended = driver.ledger.requests.get(request.id)
         assert (ended.status, ended.version, ended.worker) == (Status.SUCCEEDED, 2, "w1")
@@ -46,7 +46,7 @@ class TestResults:
         assert ended.finished_at == version.created_at == erasure.created_at
         assert ended.report == erasure.report
         assert ended.report == {
-            **outcome.report,
+            **outcome.targets[0].report,
             "generator": {
                 "id": generator.id,
                 "use": "trained",
@@ -135,7 +135,7 @@ class TestResults:
         (generator,) = driver.ledger.generators.all()
         assert generator.request == request.id
         assert rejected.report["generator"]["id"] == generator.id
-        assert rejected.report["forgetting"] == outcome.report["forgetting"]
+        assert rejected.report["forgetting"] == outcome.targets[0].report["forgetting"]
         assert len(driver.ledger.models.versions("digits")) == 1
         assert driver.ledger.models.erasures("digits") == []
         assert driver.submit().status is Status.QUEUED, "it may be asked for again"

@@ -11,10 +11,11 @@ import pytest
 import sqlalchemy as sa
 
 from fsu_ray import schedule as module
+from fsu_ray.config import Timings
 from fsu_ray.errors import LeaseLost, LedgerUnavailable, NotFound, RunFailed, TransitionRefused, UserError
 from fsu_ray.pipeline import Result, WorkerOptions, drain, run_request
 from fsu_ray.records import Request, Schedule, Status, Window
-from fsu_ray.schedule import Carry, Fired, run_due
+from fsu_ray.schedule import RunQueue, WindowResult, run_due
 from fsu_ray.storage import rows
 from fsu_ray.storage import schedules as windows
 from fsu_ray.storage.artifacts import Artifacts
@@ -56,10 +57,10 @@ def add(driver: Any, at: Callable[..., None]) -> Callable[..., Schedule]:
 
 
 @pytest.fixture
-def carry(driver: Any) -> Callable[..., Carry]:
+def carry(driver: Any) -> Callable[..., RunQueue]:
     """A function that carries requests out: it commits, or calls another function."""
 
-    def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> Carry:
+    def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> RunQueue:
         def commit(request: Request) -> list[Result]:
             ledger = driver.ledger
             version = ledger.commit(request, driver.outcome(request), ledger.models.version(driver.name))
@@ -71,16 +72,19 @@ def carry(driver: Any) -> Callable[..., Carry]:
 
 
 @pytest.fixture
-def one_pass(driver: Any, artifacts: Artifacts, carry: Callable[..., Carry]) -> Callable[..., list[Fired]]:
+def one_pass(driver: Any, artifacts: Artifacts, carry: Callable[..., RunQueue]) -> Callable[..., list[WindowResult]]:
     """One pass of a scheduler, by default at the present moment."""
 
-    def make(run: Any = None, worker: str = "w1", moment: datetime | None = None) -> list[Fired]:
-        return run_due(driver.ledger, artifacts, carry(run, worker), worker, moment or datetime.now(UTC))
+    def make(
+        run: Any = None, worker: str = "w1", moment: datetime | None = None, timings: Timings = Timings()
+    ) -> list[WindowResult]:
+        now = moment or datetime.now(UTC)
+        return run_due(driver.ledger, artifacts, carry(run, worker), worker, now, timings=timings)
 
     return make
 
 
-def the(fired: list[Fired]) -> Fired:
+def the(fired: list[WindowResult]) -> WindowResult:
     assert len(fired) == 1
     return fired[0]
 
@@ -226,7 +230,7 @@ class TestFiring:
 
 class TestPasses:
     def test_requests_are_collected_and_carried_out_in_the_window(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         made = add(max_requests=3)
         waiting = [driver.submit(f"b{k}", k) for k in range(4)]
@@ -244,7 +248,7 @@ class TestPasses:
         assert len(the(one_pass(moment=night + DAY)).results) == 1, "the fourth one has waited for the next"
 
     def test_a_missed_window_runs_once(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         """Four nights without a scheduler: one window, also where its minutes are long over."""
         made = add(days=4.5, minutes=1)
@@ -257,7 +261,11 @@ class TestPasses:
         assert len(driver.ledger.schedules.windows(made.id)) == 1
 
     def test_half_past_two_fires_once_on_the_days_the_clocks_change(
-        self, driver: Any, add: Callable[..., Schedule], at: Callable[..., None], one_pass: Callable[..., list[Fired]]
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        at: Callable[..., None],
+        one_pass: Callable[..., list[WindowResult]],
     ) -> None:
         """Passes every half hour through both nights in Berlin."""
         starts = []
@@ -320,8 +328,8 @@ class TestPasses:
         self,
         driver: Any,
         add: Callable[..., Schedule],
-        one_pass: Callable[..., list[Fired]],
-        carry: Callable[..., Carry],
+        one_pass: Callable[..., list[WindowResult]],
+        carry: Callable[..., RunQueue],
     ) -> None:
         made = add(days=2)
         for k in range(3):
@@ -338,7 +346,11 @@ class TestPasses:
         assert one_pass() == [], "what passed meanwhile is not made up"
 
     def test_an_interrupted_window_goes_on_where_it_was(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], artifacts: Artifacts
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        one_pass: Callable[..., list[WindowResult]],
+        artifacts: Artifacts,
     ) -> None:
         """The request is queued again, the count is kept, and the next scheduler need not wait for the lease."""
         made = add(days=2, max_requests=3)
@@ -365,7 +377,11 @@ class TestPasses:
 
     @on_sqlite
     def test_a_window_stays_open_for_a_retry(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], at: Callable[..., None]
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        one_pass: Callable[..., list[WindowResult]],
+        at: Callable[..., None],
     ) -> None:
         """A failed run is not put off until the next night."""
         made = add(days=2)
@@ -379,7 +395,7 @@ class TestPasses:
 
     @on_sqlite
     def test_a_window_waits_for_a_request_that_runs_elsewhere(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         """One request of a model runs at a time: the requests behind it keep their window."""
         add(days=2)
@@ -395,7 +411,7 @@ class TestPasses:
     @pytest.mark.parametrize("error", [LedgerUnavailable("away"), ConnectionError("no Ray")])
     def test_an_error_in_one_schedule_does_not_stop_the_others(
         self, driver: Any, add: Callable[..., Schedule], new_driver: Callable[..., Any], artifacts: Artifacts,
-        carry: Callable[..., Carry], error: Exception,
+        carry: Callable[..., RunQueue], error: Exception,
     ) -> None:  # fmt: skip
         bad, other = add(days=2), new_driver("other")
         good = driver.ledger.schedules.add("other", "0 2 * * *", "UTC", None, None)
@@ -416,17 +432,11 @@ class TestPasses:
 
     @on_sqlite
     def test_the_lease_of_a_window_is_renewed_while_it_works(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
+    ) -> None:
         """No other scheduler takes over a window whose work takes longer than a lease."""
-        from fsu_ray import pipeline
-
         made = add(days=2)
         driver.submit()
-        for place, name, value in ((module, "LEASE_SECONDS", 0.6), (pipeline, "LEASE_SECONDS", 0.6)):
-            monkeypatch.setattr(place, name, value)
-        monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
 
         def slow(request: Request) -> list[Result]:
             module.time.sleep(1.0)
@@ -439,11 +449,11 @@ class TestPasses:
                 )
             ]
 
-        assert the(one_pass(slow)).closed
+        assert the(one_pass(slow, timings=Timings(lease=0.6, poll=0.05))).closed
 
     @on_sqlite
     def test_a_scheduler_that_lost_its_window_takes_nothing_more(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         made = add(days=2)
         for k in range(2):
@@ -461,7 +471,7 @@ class TestPasses:
 
     @on_sqlite
     def test_afterwards_the_policies_are_carried_out(
-        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]],
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Of every model, once a window was closed; not at each look at the schedules."""
