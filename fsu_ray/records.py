@@ -105,6 +105,9 @@ class Behaviour(Frozen):
 ACTOR = r"^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,99}$"
 """An opaque id of a person or a process. Not an e-mail address or a full name: the ledger holds no personal data."""
 
+OPERATOR = "operator"
+"""The actor of an action for which nobody is named."""
+
 
 class Terms(Frozen):
     """How a request is to be treated. `key` makes submissions of one model the same; without one it is derived.
