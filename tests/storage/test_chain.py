@@ -167,7 +167,7 @@ from fsu_ray.records import Behaviour, ModelSpec
 url, number = sys.argv[1:]
 spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 with open_ledger(url) as ledger:
-    name = f"line-{number}"
+    name = f"model-{number}"
     ledger.models.register(name, spec, hashlib.sha256(b"w").hexdigest())
     for turn in range(5):
         behaviour = Behaviour(name=f"b{turn}", kind="class", targets=(turn,))
@@ -187,7 +187,7 @@ def test_eight_processes_that_write_make_one_chain(url: str, ledger: Any, in_pro
     events = events_of(ledger)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert len(events) >= 8 * (2 + 5 * 4)
-    assert {event.model for event in events} == {f"line-{number}" for number in range(8)}
+    assert {event.model for event in events} == {f"model-{number}" for number in range(8)}
 
 
 @pytest.mark.parametrize("timings", [Timings(flush=0.0)])

@@ -246,22 +246,22 @@ def plan(ledger: Ledger, query: sa.Select[Any]) -> list[str]:
 
 @pytest.mark.parametrize("analysed", [False, True], ids=["fresh", "analysed"])
 def test_inherited_erasures_are_read_by_indexes(ledger: Ledger, raw: Any, analysed: bool) -> None:
-    """On a filled ledger no query reads a table from end to end, and none reads the whole line once a version: also
+    """On a filled ledger no query reads a table from end to end, and none reads the whole model once a version: also
     where the database has not yet seen how long it is, and plans as if it were short."""
-    fill(ledger, "line", 300)
+    fill(ledger, "long", 300)
     if analysed:
         raw.execute("ANALYZE")
-    model = ledger.models.get("line")
-    checks, gone, once = "ix_rechecks_erasure_id_created_at", "ix_erasures_model_id_version", "hashed SubPlan"
+    model = ledger.models.get("long")
+    checks, erased, once = "ix_rechecks_erasure_id_created_at", "ix_erasures_model_id_version", "hashed SubPlan"
     parents = "AND (number = ancestry"
     if raw.engine == "sqlite":
         once, parents = "LIST SUBQUERY", "SEARCH above USING INDEX sqlite_autoindex_model_versions_"
     queries: tuple[tuple[sa.Select[Any], set[str]], ...] = (
-        (rows.inherited(model, 300), {parents, gone, once}),
-        (rows.measured(model, 300), {parents, gone, once, checks}),
-        (rows.still_there(model, 300, 4), {parents, gone, once}),
-        (rows.latest_rechecks(model), {gone, checks}),
-        (rows.latest_rechecks(model, 300), {gone, checks}),
+        (rows.inherited(model, 300), {parents, erased, once}),
+        (rows.measured(model, 300), {parents, erased, once, checks}),
+        (rows.still_there(model, 300, 4), {parents, erased, once}),
+        (rows.latest_rechecks(model), {erased, checks}),
+        (rows.latest_rechecks(model, 300), {erased, checks}),
     )
     for query, expected in queries:
         steps = plan(ledger, query)
@@ -269,7 +269,7 @@ def test_inherited_erasures_are_read_by_indexes(ledger: Ledger, raw: Any, analys
         read = [step for step in steps if "Seq Scan" in step or (step.startswith("SCAN") and step != "SCAN ancestry")]
         assert not read, whole
         assert not [words for words in expected if words not in whole], whole
-    assert len(ledger.models.erased("line")) == len(ledger.models.rechecks("line")) == 299
+    assert len(ledger.models.erased("long")) == len(ledger.models.rechecks("long")) == 299
 
 
 class TestHistory:
