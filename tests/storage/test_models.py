@@ -12,13 +12,13 @@ import pytest
 import sqlalchemy as sa
 
 from fsu_ray.errors import NotFound, TransitionRefused, UserError
-from fsu_ray.experiments.lineage import fill
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Policy, Terms
 from fsu_ray.storage import rows
 from fsu_ray.storage.ledger import Ledger
 from fsu_ray.storage.models import Measured
 from fsu_ray.storage.rows import now
+from tests.bench.lineage import fill
 
 BRANCH = (
     "INSERT INTO model_versions (id, model_id, number, parent, root, weights, request_id, created_at) "
