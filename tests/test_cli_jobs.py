@@ -99,7 +99,7 @@ def test_who_waits_ends_as_the_job(
             return over
 
     service.ledger.requests.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
-    monkeypatch.setattr(ray_jobs, "Head", lambda address: Ending())
+    monkeypatch.setattr(ray_jobs, "JobsClient", lambda address: Ending())
     result = fsu("submit", "--address", "http://h:1", "--wait", "--json")
     assert result.exit_code == ends, result.output
     assert said in result.stderr
@@ -131,10 +131,11 @@ def test_whoever_carries_out_looks_for_dead_jobs_first(
     seen: list[str] = []
     monkeypatch.setattr(Service, "reconcile", lambda *_: seen.append("looks for dead jobs"))
     monkeypatch.setattr(Service, "on_ray", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(Service, "run", lambda *_, **__: seen.append("carries out") or [])
+    monkeypatch.setattr(Service, "carry_out", lambda *_, **__: seen.append("carries out") or [])
     if command == "jobs.unlearn":
         monkeypatch.setattr("sys.argv", ["jobs.unlearn"])
-        unlearn.main()
+        with pytest.raises(SystemExit):
+            unlearn.main()
     else:
         fsu(*([command] if command == "run" else [command, "--once"]))
     assert seen == order

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from ray import tune
 from fsu_ray import search as search_module
 from fsu_ray.cluster import workers
 from fsu_ray.errors import FsuError, InvalidSamples, TransitionRefused, UserError
+from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search import MARGIN, SearchOptions, SearchResult, _best, search, search_name
 from fsu_ray.search_space import SPACE, apply, narrowed
-from fsu_ray.service import Service
+from fsu_ray.service import Service, running
 from fsu_ray.work import ErasureTarget, WorkOrder
 
 FSU = str(Path(sys.executable).parent / "fsu")
@@ -174,12 +176,11 @@ def test_the_best_is_one_that_was_trained_to_the_end() -> None:
     )
 
 
-def test_what_cannot_be_searched_is_named(service: Service, asked: ErasureTarget, trained: Any, home: Path) -> None:
+def test_what_cannot_be_searched_is_named(service: Service, asked: ErasureTarget, trained: Any) -> None:
     """Before Ray is started: the paper's form, one sample, what is no request of the model or has ended."""
     with pytest.raises(UserError, match="needs the continual form"):
         service.recipes.search_order("m", asked, Recipe(form="paper"))
-    write_samples(trained.train.pixels[:1], home / "one")
-    digest, _ = service.keep_samples("m", str(home / "one"))
+    digest = service.artifacts.put(save_samples(trained.train.pixels[:1]))
     with pytest.raises(InvalidSamples, match="at least two"):
         service.recipes.search_order("m", ErasureTarget("r", EIGHT, digest), Recipe())
 
@@ -222,11 +223,12 @@ def test_a_search_is_around_the_recipe_that_it_begins_with(
 
     spaces = []
 
-    def stopped(self: Service, model: str, order: WorkOrder, wanted: SearchOptions, *rest: object) -> None:
+    def stopped(order: WorkOrder, store: object, place: object, wanted: SearchOptions, *rest: object) -> None:
         spaces.append(wanted.space["invert.weights.bn"])
         raise TransitionRefused("far enough")
 
-    monkeypatch.setattr(Service, "search", stopped)
+    monkeypatch.setattr(search_module, "search", stopped)
+    monkeypatch.setattr(running, "on_ray", lambda *_, **__: nullcontext())
     for words in ([], ["--recipe", "very-deep"], ["--recipe", "very-deep", "--range", "invert.weights.bn=50:60"]):
         answer = CliRunner().invoke(fsu, ["search", "--model", "m", "--request", asked.request, *words])
         assert "far enough" in answer.output
@@ -235,9 +237,7 @@ def test_a_search_is_around_the_recipe_that_it_begins_with(
 
 def test_a_request_that_has_ended_is_not_searched_for(service: Service, asked: ErasureTarget) -> None:
     """A cancelled one needs no recipe."""
-    from fsu_ray.cli.search import _asked
-
     service.ledger.requests.cancel(asked.request)
     with pytest.raises(TransitionRefused, match="is cancelled"):
-        _asked(service, "m", asked.request, None, "class", None, None)
+        service.recipes.search("m", request=asked.request)
     assert issubclass(TransitionRefused, FsuError)

@@ -180,5 +180,5 @@ def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:
         changes["samples_days"] = None
     if changes.get("generators", "max-age") != "max-age":
         changes.setdefault("generator_days", None)
-    with fail_as(InvalidConfig, "policy", options=True):
+    with fail_as(InvalidConfig, "--generators", options=True):
         return Policy.model_validate({**policy.model_dump(), **changes})
