@@ -101,6 +101,7 @@ class Watcher:
         if self._bars is not None:
             task = self._tasks.get(stage)
             if task is None:
+                self._bars.start()
                 task = self._tasks[stage] = self._bars.add_task(stage, total=total, metrics="")
             self._bars.update(task, completed=done, total=total, metrics=shown)
             return
@@ -124,8 +125,12 @@ def watching() -> Iterator[Watcher]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[metrics]}"),
     )
-    with Progress(*columns, console=err) as bars:
+    bars = Progress(*columns, console=err)  # `tell` starts it, so that nothing is drawn where nothing runs
+    try:
         yield Watcher(bars)
+    finally:
+        if bars.live.is_started:
+            bars.stop()
 
 
 def print_result(result: Any) -> None:

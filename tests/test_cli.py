@@ -19,10 +19,12 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save
 from typer.testing import CliRunner, Result
 
 import fsu_ray.cli
+from fsu_ray import console
 from fsu_ray.cli import app as commands
 from fsu_ray.records import ModelSpec
 
@@ -229,6 +231,19 @@ def test_spec_is_kept_as_registered(registered: Fsu) -> None:
     """`model show --json` gives back what was registered."""
     spec = json.loads(registered("model", "show", "m", "--json").stdout)["model"]["spec"]
     assert ModelSpec.model_validate(spec) == ModelSpec(arch="lenet5", channels=1, height=16, width=16, classes=10)
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar for each stage with its metrics; nothing is drawn where nothing runs."""
+    sink = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=sink, force_terminal=True, width=120))
+    with console.watching():
+        pass
+    assert sink.getvalue() == ""
+    with console.watching() as watcher:
+        watcher.tell("invert", 3, 10, {"loss": 0.5})
+    assert "invert" in sink.getvalue()
+    assert "loss 0.5" in sink.getvalue()
 
 
 class TestTheCommandItself:
