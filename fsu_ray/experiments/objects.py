@@ -77,7 +77,7 @@ def read_bench() -> Bench:
 
 
 def executing(place: Place) -> Execute:
-    """Runs on the Ray that this process has joined, as `App.on_ray` does."""
+    """Runs on the Ray that this process has joined, as `Service.on_ray` does."""
     from fsu_ray.cluster import workers
 
     def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
