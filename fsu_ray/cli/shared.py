@@ -69,9 +69,10 @@ def interrupted(consequence: str) -> Iterator[None]:
 
 
 @contextmanager
-def fail_as(error_type: type[FsuError], whole: str, options: bool = False) -> Iterator[None]:
+def fail_as(error_type: type[FsuError], whole: str, subject: str = "", options: bool = False) -> Iterator[None]:
     """Turn the error of a record that does not validate into one line; see `recipes.first_fault` for `whole`.
 
+    `subject` comes before it, such as `behaviour: `.
     `options`: the fields of the record are options of the command, and are named so (`samples_days`: --samples-days).
     """
     try:
@@ -81,12 +82,12 @@ def fail_as(error_type: type[FsuError], whole: str, options: bool = False) -> It
         if options and error.errors()[0]["loc"]:
             field, _, rest = fault.partition(":")
             fault = f"--{field.replace('_', '-')}:{rest}"
-        raise error_type(fault) from None
+        raise error_type(subject + fault) from None
 
 
 def behaviour_of(name: str, kind: str, targets: list[int]) -> Behaviour:
     """The behaviour that was typed; raises InvalidBehaviour."""
-    with fail_as(InvalidBehaviour, "behaviour"):
+    with fail_as(InvalidBehaviour, "value", "behaviour: "):
         return Behaviour.model_validate({"name": name, "kind": kind, "targets": targets})
 
 
