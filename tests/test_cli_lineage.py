@@ -16,13 +16,13 @@ from typer.testing import CliRunner, Result
 from fsu_ray.cli import app as commands
 from fsu_ray.cli import lineage
 from fsu_ray.cli.tree import plain_lines, version_tree
-from fsu_ray.experiments.lineage import fill
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import AliasMove, Behaviour, Model, ModelSpec, ModelVersion, Policy
 from fsu_ray.service import Service
-from fsu_ray.work import Outcome, Part
+from fsu_ray.work import Outcome, TargetResult
+from tests.bench.lineage import fill
 
 Fsu = Callable[..., Result]
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
@@ -54,14 +54,11 @@ def erase(service: Service, trained: Any) -> Callable[..., None]:
         assert request is not None
         pixels = service.artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [probes], 20, 0)]))
         report = {"forgetting": {"samples_in_target": 0.125, "probes_in_target": 0.01}}
-        max_batch = tuple(
-            Part(other.id, "c" * 64, pixels, report) for other in service.ledger.requests.batch_members(request)
-        )
+        members = (request, *service.ledger.requests.batch_members(request))
+        targets = tuple(TargetResult(member.id, "c" * 64, pixels, report) for member in members)
         weights = service.artifacts.put(trained.weights)
-        made = ("a" * 64, "b" * 64, {"agreement": 0.99, "starved": []}, (), weights, "c" * 64, pixels, report, {})
-        service.ledger.commit(
-            request, Outcome(None, "trained", *made, also=max_batch), service.ledger.models.version("m")
-        )
+        made = ("a" * 64, "b" * 64, {"agreement": 0.99, "starved": []}, (), weights, targets, {})
+        service.ledger.commit(request, Outcome(None, "trained", *made), service.ledger.models.version("m"))
 
     return commit
 

@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from fsu_ray.config import read_settings
+from fsu_ray.config import Timings, read_settings
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
@@ -68,11 +68,8 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable
 
 
 @pytest.fixture
-def opened(
-    control: tuple[Any, str], home: Path, monkeypatch: pytest.MonkeyPatch, trained: Any
-) -> Iterator[tuple[Service, Callable[..., None]]]:
-    """A service on that server, with the model `m`, and what stops the server."""
-    monkeypatch.setattr("fsu_ray.pipeline.POLL_SECONDS", 0.05)
+def opened(control: tuple[Any, str], home: Path, trained: Any) -> Iterator[tuple[Service, Callable[..., None]]]:
+    """An service on that server, with the model `m`, and what stops the server."""
     service = connect(replace(read_settings(), ledger=control[1]))
     name = f"m{len(service.ledger.models.all())}"
     service.models.register(name, trained.spec, trained.weights)
@@ -138,7 +135,7 @@ def carry_out(
             break_it(control)
         return outcome
 
-    run = functools.partial(run_request, service.ledger, service.artifacts, execute)
+    run = functools.partial(run_request, service.ledger, service.artifacts, execute, timings=Timings(poll=0.05))
     (result,) = drain(service.ledger, "w", WorkerOptions(model=model), run)
     assert [version.number for version in service.ledger.models.versions(model)] == [1, 2]
     assert [erasure.behaviour.name for erasure in service.ledger.models.erasures(model)] == ["eight"]

@@ -19,12 +19,12 @@ from fsu_ray import search as search_module
 from fsu_ray.cluster import workers
 from fsu_ray.errors import FsuError, InvalidSamples, TransitionRefused, UserError
 from fsu_ray.method.context import save_samples
-from fsu_ray.method.datasets import draw, write_samples
+from fsu_ray.method.datasets import draw, read_samples, write_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search import MARGIN, SearchOptions, SearchResult, _best, search, search_name
 from fsu_ray.search_space import SPACE, apply, narrowed
-from fsu_ray.service import Service, running
+from fsu_ray.service import Service
 from fsu_ray.work import ErasureTarget, WorkOrder
 
 FSU = str(Path(sys.executable).parent / "fsu")
@@ -176,11 +176,13 @@ def test_the_best_is_one_that_was_trained_to_the_end() -> None:
     )
 
 
-def test_what_cannot_be_searched_is_named(service: Service, asked: ErasureTarget, trained: Any) -> None:
+def test_what_cannot_be_searched_is_named(service: Service, asked: ErasureTarget, trained: Any, home: Path) -> None:
     """Before Ray is started: the paper's form, one sample, what is no request of the model or has ended."""
     with pytest.raises(UserError, match="needs the continual form"):
         service.recipes.search_order("m", asked, Recipe(form="paper"))
-    digest = service.artifacts.put(save_samples(trained.train.pixels[:1]))
+    write_samples(trained.train.pixels[:1], home / "one")
+    pixels = read_samples(str(home / "one"), trained.spec.shape)
+    digest = service.artifacts.put(save_samples(pixels))
     with pytest.raises(InvalidSamples, match="at least two"):
         service.recipes.search_order("m", ErasureTarget("r", EIGHT, digest), Recipe())
 
@@ -223,12 +225,12 @@ def test_a_search_is_around_the_recipe_that_it_begins_with(
 
     spaces = []
 
-    def stopped(order: WorkOrder, store: object, place: object, wanted: SearchOptions, *rest: object) -> None:
-        spaces.append(wanted.space["invert.weights.bn"])
+    def stopped(order: WorkOrder, store: object, runs: object, options: SearchOptions, *rest: object) -> None:
+        spaces.append(options.space["invert.weights.bn"])
         raise TransitionRefused("far enough")
 
-    monkeypatch.setattr(search_module, "search", stopped)
-    monkeypatch.setattr(running, "on_ray", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("fsu_ray.service.running.on_ray", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("fsu_ray.search.search", stopped)
     for words in ([], ["--recipe", "very-deep"], ["--recipe", "very-deep", "--range", "invert.weights.bn=50:60"]):
         answer = CliRunner().invoke(fsu, ["search", "--model", "m", "--request", asked.request, *words])
         assert "far enough" in answer.output

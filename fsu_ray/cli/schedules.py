@@ -16,7 +16,7 @@ from fsu_ray.service import Service, connect
 
 if TYPE_CHECKING:
     from fsu_ray.pipeline import Result
-    from fsu_ray.schedule import Fired
+    from fsu_ray.schedule import WindowResult
 
 schedule_app = typer.Typer(help="Schedules: when the requests of a model are carried out.", no_args_is_help=True)
 scheduler_app = typer.Typer()
@@ -158,7 +158,7 @@ def scheduler(
         console.err.print("scheduler ended; a running request is queued again, and its window stays open")
 
 
-def _one_pass(service: Service, moment: datetime | None, cpus: int | None, quiet: bool = False) -> list[Fired]:
+def _one_pass(service: Service, moment: datetime | None, cpus: int | None, quiet: bool = False) -> list[WindowResult]:
     """One pass over the schedules, with its progress and its results printed."""
     with console.watching() as watcher:
 
@@ -183,7 +183,7 @@ def _one_pass(service: Service, moment: datetime | None, cpus: int | None, quiet
     return fired
 
 
-def _print_fired(fired: Fired) -> None:
+def _print_fired(fired: WindowResult) -> None:
     """What became of a window, in a line, after the results of its requests."""
     if fired.window is not None:
         count = len(fired.results)
@@ -233,7 +233,7 @@ def _document(service: Service, schedule: Schedule, window: Window | None) -> di
     return {**document, "next_start": console.plain(coming), "last_window": console.plain(window)}
 
 
-def _fired_document(fired: Fired) -> dict[str, Any]:
+def _fired_document(fired: WindowResult) -> dict[str, Any]:
     return {
         "schedule": console.plain(fired.schedule),
         "window": console.plain(fired.window),

@@ -34,7 +34,7 @@ from fsu_ray.service.stores import Stores
 if TYPE_CHECKING:
     from fsu_ray.experiments.reproduce import Reproduced
     from fsu_ray.pipeline import Execute, Result, WorkerOptions
-    from fsu_ray.schedule import Fired
+    from fsu_ray.schedule import WindowResult
     from fsu_ray.storage.artifacts import Artifacts
     from fsu_ray.storage.ledger import Ledger
 
@@ -179,7 +179,7 @@ class Service:
         on_claim: OnClaim | None = None,
         on_window: Callable[[Schedule, Window], object] | None = None,
         on_results: Callable[[list[Result]], object] | None = None,
-    ) -> list[Fired]:
+    ) -> list[WindowResult]:
         """One pass of a scheduler: open the windows that are due at `moment` (now) and carry out what is ready.
 
         Windows that an earlier pass left open are continued. Each window is opened by one scheduler, however many

@@ -61,7 +61,7 @@ class Audit:
 
     def keygen(self, file: Path) -> str:
         """Write a new private key to `file`, which must not exist, and return the public key (PEM)."""
-        from fsu_ray.storage.signing import keygen
+        from fsu_ray.storage.bundle import keygen
 
         return keygen(file)
 

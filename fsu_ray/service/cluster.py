@@ -14,7 +14,7 @@ from fsu_ray.service.stores import Stores
 
 if TYPE_CHECKING:
     from fsu_ray.cluster.jobs import Job, JobsClient
-    from fsu_ray.dispatch import Sent
+    from fsu_ray.dispatch import SubmittedJob
 
 
 class Cluster:
@@ -45,7 +45,7 @@ class Cluster:
         coalesce: bool = False,
         workers: int | None = None,
         runtime_env: Mapping[str, Any] | None = None,
-    ) -> Sent | None:
+    ) -> SubmittedJob | None:
         """Send what `Service.run` would do, with the same arguments, as a Ray job; None where nothing is ready.
 
         `runtime_env` is laid over the job's own runtime environment. The job is named for its first request and the

@@ -7,7 +7,7 @@ import hashlib
 from fsu_ray.errors import AlreadyExists, UserError
 from fsu_ray.gate import refuse_generator
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import OPERATOR, Generator, ProgressCallback
+from fsu_ray.records import OPERATOR, Digest, Generator, ProgressCallback
 from fsu_ray.service.models import Weights, read_weights
 from fsu_ray.service.stores import Stores
 
@@ -60,28 +60,25 @@ class Generators:
         dimensions of its z, that of `recipe` where it is None. Raises NotFound, InvalidWeights where it does not fit
         the model, AlreadyExists, UserError for the paper's recipe or an actor that is no opaque id.
         """
-        from fsu_ray.method.adopt import LineageState, adopt
+        from fsu_ray.method.adopt import adopt
         from fsu_ray.method.precision import default_device
-        from fsu_ray.storage.policies import check_actor
-        from fsu_ray.storage.registry import earlier_erasures
+        from fsu_ray.storage.database import check_actor
 
         check_actor(actor)
         ledger, content = self._stores.ledger, read_weights(weights)
         if recipe.form == "paper":
             raise UserError("the paper's form draws D' anew from each version: import for another recipe")
-        ledger.generators.check_import(model, hashlib.sha256(content).hexdigest(), recipe)
-        base, record = ledger.models.version(model), ledger.models.get(model)
-        root = ledger.models.sealed_root(model, base)
-        lineage = LineageState(record.spec, root.weights, base.weights, earlier_erasures(ledger, record, base, root))
+        ledger.generators.check_import(model, Digest(hashlib.sha256(content).hexdigest()), recipe)
+        state = ledger.lineage(model)
 
         def progress(done: int, total: int, metrics: dict[str, float]) -> None:
             if on_progress is not None:
                 on_progress("synthesize", done, total, metrics)
 
         size = latent or recipe.invert.latent
-        adopted = adopt(self._stores.artifacts, lineage, recipe, content, size, default_device(), progress)
+        adopted = adopt(self._stores.artifacts, state.order((), recipe), content, size, default_device(), progress)
         return ledger.generators.add_imported(
-            model, root, recipe, adopted.weights, adopted.dataset, adopted.metrics, actor
+            model, state.root, recipe, Digest(adopted.weights), Digest(adopted.dataset), adopted.metrics, actor
         )
 
     def retire(self, generator: str, actor: str = OPERATOR) -> Generator:
@@ -103,16 +100,13 @@ class Generators:
         """
         from fsu_ray.method.seal import seal
         from fsu_ray.retention import destroy
-        from fsu_ray.storage.registry import earlier_erasures
 
         ledger, artifacts = self._stores.ledger, self._stores.artifacts
         sealed = ledger.generators.get(generator)
-        base = ledger.models.version(sealed.model)
-        root = ledger.models.sealed_root(sealed.model, base)
-        model = ledger.models.get(sealed.model)
+        state = ledger.lineage(sealed.model)
+        model, base, root, masks = state.model, state.base, state.root, state.earlier_erasures
         if (sealed.sealed or sealed.root) != root.number:
             raise UserError(f"generator {sealed.id} has the labels of version {sealed.root}; seal one of {root.number}")
-        masks = earlier_erasures(ledger, model, base, root)
         if not masks:
             raise UserError(f"nothing is erased from {model.name!r} yet: there is no mask to write")
         aliases = [alias for alias, move in ledger.models.aliases(model.name).items() if move.version == base.root]
@@ -120,6 +114,6 @@ class Generators:
             raise UserError(f"alias {aliases[0]!r} points to the root, which is to be deleted; move it first")
         if sealed.sealed or sealed.retired:
             raise AlreadyExists(f"generator {sealed.id} is {'retired' if sealed.retired else 'sealed'} already")
-        dataset = seal(artifacts, model.spec, root.weights, sealed.dataset, masks)
+        dataset = Digest(seal(artifacts, model.spec, root.weights, sealed.dataset, masks))
         destroy(artifacts, ledger.generators.seal(sealed, base, dataset, actor))
         return ledger.generators.get(sealed.id)

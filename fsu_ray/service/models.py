@@ -20,7 +20,7 @@ from fsu_ray.records import (
 from fsu_ray.service.stores import Stores
 
 if TYPE_CHECKING:
-    from fsu_ray.recheck import Rechecked
+    from fsu_ray.recheck import RecheckResult
     from fsu_ray.storage.models import ErasureSummary
 
 Weights = bytes | str | Path
@@ -139,7 +139,7 @@ class Models:
 
     def recheck(
         self, reference: str, actor: str = OPERATOR, on_progress: ProgressCallback | None = None
-    ) -> tuple[Model, ModelVersion, list[Rechecked]]:
+    ) -> tuple[Model, ModelVersion, list[RecheckResult]]:
         """Measure the probes of everything that is erased from a version again, on its weights, and record the result.
 
         `reference` as in `resolve`. Raises NotFound, UserError, and StorageError where weights or probes are missing.

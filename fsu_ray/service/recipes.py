@@ -110,7 +110,7 @@ class Recipes:
         from fsu_ray.search_space import around, narrowed
         from fsu_ray.service.running import on_ray
         from fsu_ray.storage.artifacts import locate
-        from fsu_ray.storage.policies import check_actor
+        from fsu_ray.storage.database import check_actor
 
         check_actor(actor)
         target = self._target(model, request, behaviour, samples)
@@ -137,7 +137,6 @@ class Recipes:
         """The work order of a search that begins at `recipe`, on the latest version; raises NotFound, and UserError
         for a target or a recipe that cannot be searched."""
         from fsu_ray.method.context import load_samples
-        from fsu_ray.pipeline import draft_order
 
         ledger = self._stores.ledger
         ledger.requests.check_behaviour(model, target.behaviour)
@@ -145,8 +144,7 @@ class Recipes:
             raise UserError("a search needs the continual form: the paper's draws its D' anew from each version")
         if len(load_samples(self._stores.artifacts.get(target.samples))) < 2:
             raise InvalidSamples("a search holds some of the target samples out: give at least two")
-        base = ledger.models.version(model)
-        return draft_order(ledger, model, target, recipe, base, ledger.models.sealed_root(model, base))
+        return ledger.lineage(model).order((target,), recipe)
 
     def _target(
         self, model: str, request_id: str | None, behaviour: Behaviour | None, samples: str | Path | None

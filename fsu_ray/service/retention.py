@@ -9,7 +9,7 @@ from fsu_ray.records import OPERATOR
 from fsu_ray.service.stores import Stores
 
 if TYPE_CHECKING:
-    from fsu_ray.retention import Garbage, Tidied
+    from fsu_ray.retention import DeletableFiles, RetentionResult
 
 
 class Retention:
@@ -18,7 +18,7 @@ class Retention:
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
 
-    def tidy(self, model: str | None = None) -> Tidied:
+    def tidy(self, model: str | None = None) -> RetentionResult:
         """Purge target samples and retire generators as the policies of models want by now; raises NotFound."""
         from fsu_ray.retention import tidy
 
@@ -28,7 +28,7 @@ class Retention:
 
     def collect_garbage(
         self, older_than: timedelta = timedelta(days=1), dry_run: bool = False, actor: str = OPERATOR
-    ) -> Garbage:
+    ) -> DeletableFiles:
         """Delete artifacts that the ledger does not refer to, and checkpoints of runs and searches that are over.
 
         Returns what was deleted, or with `dry_run` what would be. Stray artifacts and searches younger than
@@ -36,7 +36,7 @@ class Retention:
         """
         from fsu_ray.retention import collect, garbage
         from fsu_ray.storage.checkpoints import Checkpoints
-        from fsu_ray.storage.policies import check_actor
+        from fsu_ray.storage.database import check_actor
 
         check_actor(actor)
         ledger, artifacts = self._stores.ledger, self._stores.artifacts

@@ -19,7 +19,7 @@ from fsu_ray.service.stores import Stores
 
 if TYPE_CHECKING:
     from fsu_ray.pipeline import Execute, Result, WorkerOptions
-    from fsu_ray.schedule import Fired
+    from fsu_ray.schedule import WindowResult
     from fsu_ray.work import BlobStore, Outcome, WorkOrder
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def run_windows(
     on_claim: OnClaim | None,
     on_window: Callable[[Schedule, Window], object] | None,
     on_results: Callable[[list[Result]], object] | None,
-) -> list[Fired]:
+) -> list[WindowResult]:
     """See `Service.run_windows`. `enter_ray` is called once, where a request is ready."""
     from fsu_ray.schedule import run_due
 

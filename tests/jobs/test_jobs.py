@@ -20,10 +20,10 @@ import pytest
 
 from fsu_ray.cluster.workers import checkpoints as kept
 from fsu_ray.config import parse_change, read_settings
-from fsu_ray.experiments.heads import Head, free_port, on_head
 from fsu_ray.method.datasets import draw, load, write_samples
 from fsu_ray.records import Behaviour, Request, Status
 from fsu_ray.service import Service, connect
+from tests.bench.local_head import LocalHead, free_port, on_head
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -38,7 +38,7 @@ LONG = [*QUICK, "invert.steps=2500", "invert.batch=30", "invert.width=2"]
 class Place:
     """A head with a token, and a ledger and artifacts in a folder that it sees; `metrics` is Prometheus' port."""
 
-    head: Head
+    head: LocalHead
     home: Path
     metrics: int
 

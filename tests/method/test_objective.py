@@ -18,7 +18,7 @@ from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search_space import apply
-from fsu_ray.work import WorkOrder
+from fsu_ray.work import ErasureTarget, WorkOrder
 
 RECIPE = apply(
     Recipe(),
@@ -70,7 +70,7 @@ def order(trained: Any, store: Any) -> WorkOrder:
     weights = store.put(trained.weights)
     samples = store.put(save_samples(trained.train.pixels[draw(trained.train, [8], 12, 0)]))
     eight = Behaviour(name="eight", kind="class", targets=(8,))
-    return WorkOrder("r-1", trained.spec, weights, weights, eight, samples, RECIPE)
+    return WorkOrder(trained.spec, weights, weights, (ErasureTarget("r-1", eight, samples),), RECIPE)
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_a_subset_must_go_to_where_it_belongs(trained: Any, order: WorkOrder, st
     for any other class does not count."""
     some = Behaviour(name="some", kind="subset", targets=(1, 8))
     recipe = apply(RECIPE, {"invert.steps": 10, "synthesize.entropy_threshold": 2.3, "filter.runner_up": 0.0})
-    asked = replace(order, behaviour=some, recipe=recipe)
+    asked = replace(order, targets=(replace(order.targets[0], behaviour=some),), recipe=recipe)
     objective = Objective(asked, store, CPU, reference(asked, store, CPU, recipe))
     held = torch.ones(12, dtype=torch.bool)
     context = objective._context(recipe)
