@@ -170,7 +170,7 @@ def execute(
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
-    from fsu_ray.cluster.trainer import Processes, Trainer
+    from fsu_ray.cluster.trainer import ProcessGroup, Trainer
 
     use_gpu, share = resources(workers, parallel)
     _check_batches(order, workers)
@@ -188,7 +188,7 @@ def execute(
     trainer = Trainer(
         _work,
         train_loop_config={"order": order, "store": store, "every": every, "actor": actor},
-        backend_config=Processes("cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        backend_config=ProcessGroup("cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=share),
         run_config=RunConfig(
             name=name,
