@@ -256,10 +256,10 @@ def _ready(order: WorkOrder, store: BlobStore, reference: bytes, recipe: Recipe)
     return objective, invert.begin(objective.teacher, recipe.invert)
 
 
-def _train(objective: Any, run: Any, recipe: Recipe, until: int, progress: Any = None) -> Any:
+def _train(objective: Any, run: Any, recipe: Recipe, until: int) -> Any:
     from fsu_ray.method import invert
 
-    return invert.invert(objective.teacher, recipe.invert, run, progress, until=until)
+    return invert.invert(objective.teacher, recipe.invert, run, until=until)
 
 
 def _trial(config: dict[str, Any], order: WorkOrder, store: BlobStore, reference: bytes, actor: Any) -> None:
