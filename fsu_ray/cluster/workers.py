@@ -206,10 +206,15 @@ def execute(
     finally:
         if ray.is_initialized():
             ray.kill(actor)
+    return _outcome(returned, f"run {name} ended without an outcome; see {runs[1]}/{name}")
+
+
+def _outcome(returned: Any, missing: str) -> Outcome:
+    """The outcome that `_work` returned. Raises the error that it returned instead, or RunFailed(`missing`)."""
     if isinstance(returned, dict) and "error" in returned:
-        raise pickle.loads(returned["error"])  # written by `_work`
+        raise pickle.loads(returned["error"])
     if not isinstance(returned, dict):
-        raise RunFailed(f"run {name} ended without an outcome; see {runs[1]}/{name}")
+        raise RunFailed(missing)
     outcome = returned["outcome"]
     return Outcome(**{**outcome, "also": tuple(Part(**part) for part in outcome["also"])})
 
