@@ -25,9 +25,9 @@ from fsu_ray.config import CHECKPOINT_STEPS, sqlite_url
 from fsu_ray.errors import FsuError
 from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, train
 from fsu_ray.method.context import save_samples
-from fsu_ray.pipeline import WorkerOptions, draft_order, drain, run_request
+from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.records import Behaviour, Digest, ModelSpec
 from fsu_ray.search import SearchOptions, search
 from fsu_ray.search_space import SPACE
 from fsu_ray.storage.artifacts import Artifacts
@@ -59,8 +59,7 @@ def compare(
     yield row | {"recipe": "-", **score(bench, spec, weights, erased, crossed)}
     model = f"{scenario}-{seed}-{time.time_ns():x}"
     ledger.models.register(model, spec, root)
-    base = ledger.models.version(model)
-    order = draft_order(ledger, model, ErasureTarget("search", behaviour, samples), Recipe(), base, base)
+    order = ledger.lineage(model).order((ErasureTarget("search", behaviour, samples),), Recipe())
     result = search(
         order, store, (None, runs), SearchOptions(SPACE[behaviour.kind], trials=trials, seed=seed), _print_progress
     )
@@ -74,8 +73,8 @@ def compare(
 
 
 def _erase(
-    ledger: Ledger, store: Artifacts, execute: Any, model: str, spec: ModelSpec, root: str, behaviour: Behaviour,
-    samples: str, number: int, recipe: Recipe,
+    ledger: Ledger, store: Artifacts, execute: Any, model: str, spec: ModelSpec, root: Digest, behaviour: Behaviour,
+    samples: Digest, number: int, recipe: Recipe,
 ) -> dict[str, Any]:  # fmt: skip
     ledger.models.register(model, spec, root)
     ledger.requests.submit(model, behaviour, samples, number, recipe)

@@ -25,7 +25,7 @@ from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples
 from fsu_ray.method.context import save_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.work import GeneratorRef, Outcome, WorkOrder
+from fsu_ray.work import ErasureTarget, GeneratorCandidates, GeneratorRef, Outcome, WorkOrder
 from tests.bench.searched import classifier
 
 
@@ -36,7 +36,8 @@ def rows(bench: Bench, scenario: str, seed: int, home: Path) -> Iterator[dict[st
     spec, weights = classifier(bench, scenario, seed, home / "classifiers")
     behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
     root = store.put(weights)
-    order = WorkOrder("sharing", spec, root, root, behaviour, store.put(save_samples(pixels)), Recipe())
+    target = ErasureTarget("sharing", behaviour, store.put(save_samples(pixels)))
+    order = WorkOrder(spec, root, root, (target,), Recipe())
     row: dict[str, Any] = {"scenario": scenario, "seed": seed}
     yield {**row, "what": "before", **score(bench, spec, weights, erased, crossed)}
 
@@ -46,14 +47,14 @@ def rows(bench: Bench, scenario: str, seed: int, home: Path) -> Iterator[dict[st
         outcome = workers.execute(order, store, runs, name, CHECKPOINT_STEPS, lambda *_: None, workers=number)
         if outcome.weights is None:
             raise RunFailed(f"the gate rejected {name}: {outcome.reason}")
-        origin = {"what": what, "generator": outcome.generator_use, "mask": str(outcome.mask)[:12]}
+        origin = {"what": what, "generator": outcome.generator_use, "mask": str(outcome.targets[0].mask)[:12]}
         return outcome, {**row, **origin, **score(bench, spec, store.get(outcome.weights), erased, crossed)}
 
     first, first_row = run("trained", order, 1)
     yield first_row
     generator = GeneratorRef("g", first.generator_weights, first.dataset, first.metrics)
     for number in (1, 2):
-        yield run(f"relearned by {number}", replace(order, reuse=generator), number)[1]
+        yield run(f"relearned by {number}", replace(order, generators=GeneratorCandidates(reuse=generator)), number)[1]
 
 
 def main() -> int:
