@@ -34,7 +34,7 @@ def victim() -> Iterator[subprocess.Popen[bytes]]:
 def test_a_worker_is_killed_in_the_stage_that_is_named_and_once(victim: subprocess.Popen[bytes]) -> None:
     """The kill comes at the first report of the stage, before the worker gets an answer; the driver gets a report."""
     actor = killer("filter", 0.0)()
-    for word in (("start", 1, 1, {"pid": victim.pid}), ("invert", 10, 60, {}), ("synthesize", 1, 10, {})):
+    for word in (("start", 1, 1, {"pid": float(victim.pid)}), ("invert", 10, 60, {}), ("synthesize", 1, 10, {})):
         assert actor.tell(word) is False
     assert victim.poll() is None
     actor.tell(("filter", 0, 1, {}))
@@ -47,7 +47,7 @@ def test_killers_are_independent(victim: subprocess.Popen[bytes], monkeypatch: p
     """A killer that replaces another one acts on its own stage only."""
     monkeypatch.setattr(progress, "ProgressActor", killer("invert", 60.0))
     actor = killer("filter", 0.0)()
-    for word in (("start", 1, 1, {"pid": victim.pid}), ("invert", 10, 60, {}), ("filter", 0, 1, {})):
+    for word in (("start", 1, 1, {"pid": float(victim.pid)}), ("invert", 10, 60, {}), ("filter", 0, 1, {})):
         actor.tell(word)
     assert victim.wait(10) == -9
 
@@ -55,7 +55,7 @@ def test_killers_are_independent(victim: subprocess.Popen[bytes], monkeypatch: p
 def test_a_stage_that_has_ended_is_missed(victim: subprocess.Popen[bytes]) -> None:
     """No worker is killed in another stage than the named one."""
     actor = killer("filter", 0.2)()
-    actor.tell(("start", 1, 1, {"pid": victim.pid}))
+    actor.tell(("start", 1, 1, {"pid": float(victim.pid)}))
     actor.tell(("filter", 0, 1, {}))
     actor.tell(("relearn", 1, 5, {}))
     time.sleep(0.6)
