@@ -20,7 +20,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.recipes import Recipe
+from fsu_ray.recipes import Recipe, first_fault
 
 MOST_FAILURES = 3
 """A request whose run has broken this often, or whose worker has vanished, ends as failed."""
@@ -197,8 +197,7 @@ def _laid_over(merged: dict[str, Any], changes: Iterable[dict[str, Any]]) -> Rec
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidConfig(f"recipe: {'.'.join(str(p) for p in first['loc']) or 'value'}: {first['msg']}") from None
+        raise InvalidConfig(f"recipe: {first_fault(error)}") from None
 
 
 def parse_change(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ model; everything that the ledger hands out is a plain frozen dataclass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -18,6 +18,9 @@ from fsu_ray.recipes import Frozen, Recipe
 
 Digest = NewType("Digest", str)
 """The SHA-256 of an artifact's bytes or of a recipe, as 64 hexadecimal digits."""
+
+ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
+"""Called with a stage, how many of its steps are done, how many there are, and metrics by name."""
 
 Kind = Literal["class", "subset"]
 GeneratorUse = Literal["trained", "reused", "warm_started", "transferred"]
@@ -104,6 +107,9 @@ class Behaviour(Frozen):
 
 ACTOR = r"^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,99}$"
 """An opaque id of a person or a process. Not an e-mail address or a full name: the ledger holds no personal data."""
+
+OPERATOR = "operator"
+"""The actor of an action for which nobody is named."""
 
 
 class Terms(Frozen):

@@ -34,7 +34,7 @@ BATCH = 1000  # rows a statement
 # Prints the seconds of `fsu erased` without its imports.
 _COMMAND = """
 import sys, time
-import fsu_ray.app, fsu_ray.cli.lineage as lineage
+import fsu_ray.storage.ledger, fsu_ray.cli.lineage as lineage
 started = time.perf_counter()
 lineage.erased(sys.argv[1])
 print(time.perf_counter() - started, file=sys.stderr)

@@ -155,7 +155,7 @@ for turn in range(6):
                 each.chmod(0o444)
             folder.chmod(0o555)
             with _nobody(), pytest.raises((InvalidConfig, StorageError)) as caught:
-                open_ledger(f"sqlite:///{folder}/ledger.db").set_policy("m", Policy())
+                open_ledger(f"sqlite:///{folder}/ledger.db").models.set_policy("m", Policy())
             assert "ledger.db" in str(caught.value)
             assert re.search("readonly|unable to open", str(caught.value))
             assert one_line(caught)

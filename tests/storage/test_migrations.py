@@ -13,7 +13,7 @@ from alembic import command
 from fsu_ray.config import Timings
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec, Policy, Status
-from fsu_ray.storage import audit
+from fsu_ray.storage.chain import ChainHead
 from fsu_ray.storage.database import Database, connect, migrations
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.schema import LATER
@@ -205,7 +205,7 @@ def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str)
     with open_ledger(third) as ledger:
         assert every_row(third) == before
         events = ledger.audit.log()
-        verdict = ledger.audit.verify(None, audit.ChainHead(events[-1].seq, events[-1].hash))
+        verdict = ledger.audit.verify(None, ChainHead(events[-1].seq, events[-1].hash))
         assert (verdict.findings, verdict.waiting, verdict.events) == ((), 0, len(before["audit_events"]))
         assert ledger.recipes.all("digits") == []
         assert [each.recipe_origin for each in ledger.models.erased("digits")] == [None]
