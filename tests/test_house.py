@@ -66,6 +66,7 @@ def test_imports_go_down_only(file: Path) -> None:
     """No file imports a layer above it or a sibling part, or a library that its part must not know."""
     own = part(file)
     for name in imported(file):
+        assert name.split(".")[0] != "tests", f"{file} imports {name}"
         assert name.split(".")[0] not in FORBIDDEN.get(own, set()), f"{file} imports {name}"
         if own == "__init__" or not name.startswith("fsu_ray."):
             continue
