@@ -250,7 +250,7 @@ def test_a_change_between_equal_values_of_json_is_one(filled: Filled) -> None:
         if metrics == "[1" and filled.engine != "sqlite":
             continue  # PostgreSQL takes nothing but JSON
         with filled.undone("generators"):
-            filled.execute("UPDATE generators SET figures = :figures", metrics=metrics)
+            filled.execute("UPDATE generators SET figures = :figures", figures=metrics)
             assert ": column figures is not what event" in findings(filled)[0]
     with filled.undone("schedule_events"):
         filled.execute("UPDATE schedule_events SET actor = ' u-23'")
