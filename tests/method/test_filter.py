@@ -288,3 +288,12 @@ def test_the_likeliest_are_of_the_target_and_near():
     assert found[0].is_forget.tolist() == [False] * 4
     assert found[1].is_forget.tolist() == [True, False, False, False]
     assert found[2].is_forget.tolist() == [True, False, False, False], ".02 is a tenth of .2, and the last one has less"
+
+
+def test_features_are_those_of_eval_mode(classifier) -> None:
+    """BatchNorm takes its running statistics, whatever mode the classifier was in."""
+    judge = classifier("preactresnet18:2")
+    pixels = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8)
+    expected = extract_features(judge, pixels)
+    torch.testing.assert_close(extract_features(judge.train(), pixels), expected)
+    assert not judge.training
