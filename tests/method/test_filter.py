@@ -16,6 +16,7 @@ from fsu_ray.method.filter import (
     bandwidth,
     distances,
     extract_features,
+    knee,
     knee_threshold,
     least_share,
     leave_one_out,
@@ -297,3 +298,17 @@ def test_features_are_those_of_eval_mode(classifier) -> None:
     expected = extract_features(judge, pixels)
     torch.testing.assert_close(extract_features(judge.train(), pixels), expected)
     assert not judge.training
+
+
+def test_two_examples_have_each_other() -> None:
+    """Two are enough for a leave-one-out distance."""
+    assert leave_one_out(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), "l2").tolist() == [5.0, 5.0]
+
+
+def test_a_higher_sensitivity_finds_a_later_knee() -> None:
+    """The ladder climbs to the knee at 0.8, past the one at 0.5 that is below the examples' mean of 2/3; their largest
+    distance of 3/4 bounds it."""
+    curve = torch.tensor([0.0, 0.3, 0.5, 0.55, 0.58, 0.8, 0.9, 0.95, 0.96, 0.97])
+    assert [knee(curve.double(), sensitivity) for sensitivity in (1.0, 2.0, 5.0)] == pytest.approx([0.5, 0.8, None])
+    examples = torch.tensor([[0.0], [0.5], [1.0]])
+    assert knee_threshold(curve, examples, "l2") == pytest.approx(0.75)
