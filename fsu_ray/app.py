@@ -18,10 +18,11 @@ from typing import Any
 
 from fsu_ray.config import CHECKPOINT_STEPS, Settings, change_recipe, differences, make_recipe, read_settings
 from fsu_ray.errors import AlreadyExists, FsuError, InvalidData, InvalidSamples, InvalidWeights, NotFound, UserError
-from fsu_ray.pipeline import Execute, Result, WorkerOptions, draft_order, drain, run_request
+from fsu_ray.pipeline import Execute, Result, WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import (
     Behaviour,
+    Digest,
     Generator,
     Kind,
     Model,
@@ -35,7 +36,6 @@ from fsu_ray.records import (
 from fsu_ray.retention import destroy
 from fsu_ray.storage.artifacts import Artifacts, locate
 from fsu_ray.storage.ledger import Ledger, open_ledger
-from fsu_ray.storage.registry import earlier_erasures
 from fsu_ray.work import BlobStore, ErasureTarget, Outcome, WorkOrder
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class App:
         digest, number = self.keep_samples(name, samples)
         return self.ledger.requests.submit(name, behaviour, digest, number, chosen, terms, named=named)
 
-    def keep_samples(self, name: str, samples: str) -> tuple[str, int]:
+    def keep_samples(self, name: str, samples: str) -> tuple[Digest, int]:
         """Read target samples for model `name` and store them: their digest and number; raises InvalidSamples."""
         from fsu_ray.method.context import save_samples
         from fsu_ray.method.datasets import read_samples
@@ -160,38 +160,32 @@ class App:
         `latent`: the dimensions of its z, those of `recipe` where None. Raises InvalidWeights where it does not fit
         the model, and what `Ledger.generators.add_imported` raises.
         """
-        from fsu_ray.method.adopt import LineageState, adopt
+        from fsu_ray.method.adopt import adopt
         from fsu_ray.method.precision import default_device
 
         if recipe.form == "paper":
             raise UserError("the paper's form draws D' anew from each version: import for another recipe")
-        self.ledger.generators.check_import(name, hashlib.sha256(weights).hexdigest(), recipe)
-        base, model = self.ledger.models.version(name), self.ledger.models.get(name)
-        root = self.ledger.models.sealed_root(name, base)
-        standing = LineageState(
-            model.spec, root.weights, base.weights, earlier_erasures(self.ledger, model, base, root)
-        )
+        self.ledger.generators.check_import(name, Digest(hashlib.sha256(weights).hexdigest()), recipe)
+        state = self.ledger.lineage(name)
         size, device = latent or recipe.invert.latent, default_device()
-        found = adopt(self.artifacts, standing, recipe, weights, size, device, on_progress)
+        found = adopt(self.artifacts, state.order((), recipe), weights, size, device, on_progress)
         return self.ledger.generators.add_imported(
-            name, root, recipe, found.weights, found.dataset, found.metrics, actor
+            name, state.root, recipe, Digest(found.weights), Digest(found.dataset), found.metrics, actor
         )
 
     def seal(self, generator: str, actor: str) -> Generator:
         """Write the masks of a line into the D' of a generator, and destroy what could still draw the erased.
 
-        Raises NotFound, AlreadyExists, TransitionRefused as `Ledger.generators.seal` does, and UserError where there is no
-        mask to write, D' has the labels of an older root, or an alias points to the root that is to be destroyed.
+        Raises NotFound, AlreadyExists, TransitionRefused as `Ledger.generators.seal` does, and UserError where there is
+        no mask to write, D' has the labels of an older root, or an alias points to the root that is to be destroyed.
         """
         from fsu_ray.method.seal import seal
 
         found = self.ledger.generators.get(generator)
-        base = self.ledger.models.version(found.model)
-        root = self.ledger.models.sealed_root(found.model, base)
-        model = self.ledger.models.get(found.model)
+        state = self.ledger.lineage(found.model)
+        model, base, root, masks = state.model, state.base, state.root, state.earlier_erasures
         if (found.sealed or found.root) != root.number:
             raise UserError(f"generator {found.id} has the labels of version {found.root}; seal one of {root.number}")
-        masks = earlier_erasures(self.ledger, model, base, root)
         if not masks:
             raise UserError(f"nothing is erased from {model.name!r} yet: there is no mask to write")
         pointing = [
@@ -201,7 +195,7 @@ class App:
             raise UserError(f"alias {pointing[0]!r} points to the root, which is to be destroyed; move it first")
         if found.sealed or found.retired:
             raise AlreadyExists(f"generator {found.id} is {'retired' if found.retired else 'sealed'} already")
-        dataset = seal(self.artifacts, model.spec, root.weights, found.dataset, masks)
+        dataset = Digest(seal(self.artifacts, model.spec, root.weights, found.dataset, masks))
         destroy(self.artifacts, self.ledger.generators.seal(found, base, dataset, actor))
         return self.ledger.generators.get(found.id)
 
@@ -251,8 +245,7 @@ class App:
             raise UserError("a search needs the continual form: the paper's draws its D' anew from each version")
         if len(load_samples(self.artifacts.get(asked.samples))) < 2:
             raise InvalidSamples("a search holds some of the target samples out: give at least two")
-        base = self.ledger.models.version(name)
-        return draft_order(self.ledger, name, asked, recipe, base, self.ledger.models.sealed_root(name, base))
+        return self.ledger.lineage(name).order((asked,), recipe)
 
     def search(
         self,
@@ -271,7 +264,7 @@ class App:
             found = search(order, self.artifacts, locate(self.settings.runs), wanted, on_progress)
         if not found.better:
             return found, None
-        kind = order.behaviour.kind
+        kind = order.targets[0].behaviour.kind
         known = self.ledger.recipes.in_force(model, kind)
         if known is not None and known.evidence.get("name") == found.evidence["name"]:
             return found, known  # the same search again

@@ -153,7 +153,7 @@ def print_result(result: Any) -> None:
     out.print("  seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in outcome.seconds.items()))
     if outcome.resumed:
         out.print(f"  resumed from a checkpoint: {', '.join(outcome.resumed)}")
-    report = outcome.report
+    report = result.report
     if not report:
         return
     forgot, kept = report["forgetting"], report["retention"]
@@ -190,7 +190,7 @@ def _auc(value: float | None) -> str:
 def accuracy_table(results: Sequence[Any], classes: int, earlier: Iterable[Behaviour] = ()) -> Table | None:
     """Test accuracy by class before the first request and after each; None without a test set. `earlier` was gone
     before."""
-    reports = [(r.request.behaviour, r.outcome.report) for r in results if r.outcome and r.outcome.report]
+    reports = [(r.request.behaviour, r.report) for r in results if r.report]
     reports = [(b, report) for b, report in reports if report.get("test")]
     if not reports:
         return None
@@ -229,10 +229,20 @@ def results_json(results: Iterable[Any]) -> list[dict[str, Any]]:
         {
             "request": plain(r.request) | {"report": None},
             "version": plain(r.version),
-            "outcome": plain(asdict(r.outcome)) if r.outcome else None,
+            "outcome": _outcome_json(r),
         }
         for r in results
     ]
+
+
+def _outcome_json(result: Any) -> dict[str, Any] | None:
+    """The outcome of a run as one of its requests sees it: with this request's mask, probes and report."""
+    if result.outcome is None:
+        return None
+    outcome = plain(asdict(result.outcome))
+    del outcome["targets"]
+    target = {name: value for name, value in plain(asdict(result.target)).items() if name != "request"}
+    return {**outcome, **target}
 
 
 def exit_code(results: Iterable[Any]) -> int:

@@ -1,6 +1,6 @@
-"""One request, its steps in order. The driver looks at digests and figures, never at images.
+"""One request, its steps in order. The driver looks at digests and metrics, never at images.
 
-claim ──> offer (registry) ──> work order ──> one Ray Train run ──> judge ──> commit or reject ──> tidy
+claim ──> plan (one snapshot of the ledger) ──> one Ray Train run ──> gate ──> commit or reject ──> tidy
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from fsu_ray.config import LEASE_SECONDS, POLL_SECONDS, WAIT_SECONDS
+from fsu_ray.config import Timings
 from fsu_ray.errors import (
     FsuError,
     GeneratorUnfit,
@@ -26,36 +26,49 @@ from fsu_ray.errors import (
     UserError,
 )
 from fsu_ray.gate import refuse_result
-from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelVersion, Request, Status
 from fsu_ray.retention import tidy
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger
-from fsu_ray.storage.registry import GeneratorCandidates, earlier_erasures, offer, offer_named
-from fsu_ray.work import BlobStore, ErasureTarget, Outcome, WorkOrder
+from fsu_ray.storage.planning import Plan
+from fsu_ray.work import BlobStore, Outcome, TargetResult, WorkOrder
 
 Execute = Callable[[WorkOrder, BlobStore, str, threading.Event], Outcome]
 """Runs the method: (order, store, name, stop). Raises Stopped soon after `stop` is set."""
-
-HALT_SECONDS = 40.0
-"""How long runs side by side have for their next step once one is interrupted; Ray kills a stopped job after 60 s."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one attempt at a request came to: its state in the ledger now, its new version and the outcome, if any."""
+    """What one attempt at a request came to: its state in the ledger now, its new version and the outcome, if any.
+
+    The results of a batch share one outcome, which has the results of all its targets.
+    """
 
     request: Request
     version: ModelVersion | None
     outcome: Outcome | None
 
+    @property
+    def target(self) -> TargetResult | None:
+        """The part of the outcome that is about this request, None where there is no outcome."""
+        targets = self.outcome.targets if self.outcome else ()
+        return next((target for target in targets if target.request == self.request.id), None)
+
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """The measures of this request's erasure, empty where nothing was measured."""
+        return self.target.report if self.target else {}
+
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What a worker takes out of the queue: how many requests at `most` (None: all), of one `model` or all, `parallel`
-    models at a time, class requests of a model together where `coalesce` says so, nothing new after `until`."""
+    """Which requests a worker takes: at most `max_requests` (None: all), of one `model` or of all (None).
+
+    `parallel` models run at a time. `coalesce` runs class requests of one model as a batch. Nothing is claimed from
+    `until` on.
+    """
 
     max_requests: int | None = None
     model: str | None = None
@@ -68,34 +81,16 @@ Run = Callable[[Request, threading.Event], list[Result]]
 """Carries out a claimed request; the event is set once the worker is to end."""
 
 
-def drain(ledger: Ledger, worker: str, wanted: WorkerOptions, run: Run) -> list[Result]:
-    """Claim and run what is ready, until nothing is or the bounds of `wanted` are met.
+def drain(ledger: Ledger, worker: str, options: WorkerOptions, run: Run, timings: Timings = Timings()) -> list[Result]:
+    """Claim and run what is ready, until nothing is left or the bounds of `options` are met.
 
-    An interrupt ends all runs at their next step and is raised then. What waits for a node of the cluster has none:
-    its request is put back all the same, before somebody loses patience with this process.
+    An interrupt ends all runs at their next step and is raised after that. A run that waits for a node of the cluster
+    takes no step: its request is put back after `timings.halt` seconds.
     """
     results: list[Result] = []
     running: dict[str, Request] = {}
-    taken, turn, halt = 0, threading.Lock(), threading.Event()
-
-    def claim() -> Request | None:
-        nonlocal taken
-        with turn:  # one thread claims at a time, so that `most` holds
-            left = None if wanted.max_requests is None else wanted.max_requests - taken
-            late = wanted.until is not None and datetime.now(UTC) >= wanted.until
-            if halt.is_set() or late or (left is not None and left <= 0):
-                return None
-            max_batch = (left or 1000) - 1 if wanted.coalesce else 0
-            request = retry_while_unavailable(
-                lambda: ledger.requests.claim(
-                    worker, LEASE_SECONDS, wanted.model, cap=wanted.parallel, max_batch=max_batch
-                )
-            )
-            if request is not None:
-                taken += 1 + (
-                    len(retry_while_unavailable(lambda: ledger.requests.batch_members(request))) if max_batch else 0
-                )
-            return request
+    halt = threading.Event()
+    claim = _Claims(ledger, worker, options, halt, timings)
 
     def work() -> None:
         while (request := claim()) is not None:
@@ -105,17 +100,17 @@ def drain(ledger: Ledger, worker: str, wanted: WorkerOptions, run: Run) -> list[
             finally:
                 del running[request.id]
 
-    if wanted.parallel == 1:
+    if options.parallel == 1:
         work()
         return results
-    with ThreadPoolExecutor(wanted.parallel, thread_name_prefix="fsu") as pool:
+    with ThreadPoolExecutor(options.parallel, thread_name_prefix="fsu") as pool:
         try:
-            working = [pool.submit(work) for _ in range(wanted.parallel)]
+            working = [pool.submit(work) for _ in range(options.parallel)]
             for ended in working:
                 ended.result()
         except KeyboardInterrupt:
             halt.set()
-            wait(working, HALT_SECONDS)
+            wait(working, timings.halt)
             for request in list(running.values()):
                 with suppress(LeaseLost, LedgerUnavailable):  # it has ended after all, or its lease decides
                     ledger.requests.release(request, "interrupted")
@@ -126,156 +121,154 @@ def drain(ledger: Ledger, worker: str, wanted: WorkerOptions, run: Run) -> list[
     return results
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A claimed request on top of version `base`: the version that labels D', what the registry offers, the order."""
+class _Claims:
+    """Claims requests for the threads of one worker, at most `options.max_requests` in all."""
 
-    base: ModelVersion
-    root: ModelVersion
-    offered: GeneratorCandidates
-    order: WorkOrder
+    def __init__(
+        self, ledger: Ledger, worker: str, options: WorkerOptions, halt: threading.Event, timings: Timings
+    ) -> None:
+        self._ledger, self._worker, self._options, self._timings = ledger, worker, options, timings
+        self._halt, self._turn, self._taken = halt, threading.Lock(), 0
+
+    def __call__(self) -> Request | None:
+        """The next request, None where there is none, a bound is met or `halt` is set."""
+        options, requests = self._options, self._ledger.requests
+        with self._turn:  # one thread claims at a time, so that `max_requests` holds
+            left = None if options.max_requests is None else options.max_requests - self._taken
+            late = options.until is not None and datetime.now(UTC) >= options.until
+            if self._halt.is_set() or late or (left is not None and left <= 0):
+                return None
+            max_batch = (left or 1000) - 1 if options.coalesce else 0
+            request = self._retry(
+                lambda: requests.claim(
+                    self._worker, self._timings.lease, options.model, cap=options.parallel, max_batch=max_batch
+                )
+            )
+            if request is not None:
+                members = self._retry(lambda: requests.batch_members(request)) if max_batch else []
+                self._taken += 1 + len(members)
+            return request
+
+    def _retry(self, act: Callable[[], T]) -> T:
+        return retry_while_unavailable(act, self._timings.ledger_wait)
 
 
 def run_request(
-    ledger: Ledger, store: Artifacts, execute: Execute, request: Request, halt: threading.Event | None = None
+    ledger: Ledger,
+    store: Artifacts,
+    execute: Execute,
+    request: Request,
+    halt: threading.Event | None = None,
+    timings: Timings = Timings(),
 ) -> list[Result]:
-    """Carry out a claimed request, and those that run along with it, to the end of this attempt; its result first.
+    """Carry out a claimed request and the requests of its batch to the end of this attempt; its own result is first.
 
-    What is raised by `execute` is not raised again: the request is queued to be tried again, fails where the input
-    is to blame or it has failed too often, or is cancelled where somebody asked for that. A lost lease is raised,
-    since somebody else has the request then. An interrupt, or `halt` once it is set, puts the request back into the
-    queue; the next attempt goes on from the last checkpoint. While the ledger is away the run goes on, and its end
+    An error of `execute` is not raised again. The request is queued to be tried again; it fails where the input is to
+    blame or after too many failures, and is cancelled where somebody asked for that. A lost lease is raised, since
+    another worker has the request then. An interrupt, or `halt` once it is set, puts the request back into the queue;
+    the next attempt goes on from the last checkpoint. While the ledger is unavailable the run goes on, and its end
     waits for the ledger.
     """
     stop = threading.Event()
 
-    def asked() -> bool:
+    def stop_wanted() -> bool:
         return (halt is not None and halt.is_set()) or ledger.requests.cancel_requested(request)
 
+    def end(act: Callable[[], Request]) -> list[Result]:
+        return [Result(retry_while_unavailable(act, timings.ledger_wait), None, None)]
+
     try:
-        plan = retry_while_unavailable(lambda: prepare(ledger, request))
-        with Heartbeat(lambda: ledger.requests.heartbeat(request, LEASE_SECONDS), asked, stop):
+        plan = retry_while_unavailable(lambda: ledger.plan(request), timings.ledger_wait)
+        with Heartbeat(lambda: ledger.requests.heartbeat(request, timings.lease), stop_wanted, stop, timings):
             outcome = execute(plan.order, store, run_name(plan.order), stop)
-        results = settle(ledger, request, plan, outcome)
+        results = settle(ledger, request, plan, outcome, timings)
     except LeaseLost:
         raise
     except Stopped:
-        results = [Result(retry_while_unavailable(lambda: ledger.requests.stop(request)), None, None)]
+        results = end(lambda: ledger.requests.stop(request))
     except KeyboardInterrupt:
         retry_while_unavailable(lambda: ledger.requests.release(request, "interrupted"), seconds=5)
         raise
     except GeneratorUnfit as error:
         refusal = f"generator_unfit: {error}"
-        results = [Result(retry_while_unavailable(lambda: ledger.reject(request, refusal, None, None)), None, None)]
+        results = end(lambda: ledger.reject(request, refusal, None, None))
     except UserError as error:
         reason = f"{type(error).__name__}: {error}"
-        results = [Result(retry_while_unavailable(lambda: ledger.requests.fail(request, reason)), None, None)]
+        results = end(lambda: ledger.requests.fail(request, reason))
     except Exception as error:  # a bug is the request's end, not the end of the queue
         failure = error if isinstance(error, FsuError) else RunFailed(f"{type(error).__name__}: {error}")
         reason = str(failure)
-        results = [Result(retry_while_unavailable(lambda: ledger.requests.retry(request, reason)), None, None)]
+        results = end(lambda: ledger.requests.retry(request, reason))
     if any(result.request.status.is_terminal for result in results):
-        retry_while_unavailable(lambda: tidy(ledger, store, request.model))
+        retry_while_unavailable(lambda: tidy(ledger, store, request.model), timings.ledger_wait)
     return results
 
 
-def prepare(ledger: Ledger, request: Request) -> Plan:
-    """What is to be done about a claimed request, as the ledger is now; raises GeneratorUnfit where the generator that
-    it asks for can serve it no more."""
-    base = ledger.models.version(request.model)
-    root = ledger.models.sealed_root(request.model, base)
-    model, named = ledger.models.get(request.model), request.generator
-    if named is None:
-        offered = offer(ledger, model, base, root, request.recipe)
-    else:
-        offered = offer_named(ledger, model, root, request.recipe, named)
-    return Plan(base, root, offered, make_order(ledger, request, base, root, offered))
-
-
-def make_order(
-    ledger: Ledger, request: Request, base: ModelVersion, root: ModelVersion, offered: GeneratorCandidates
-) -> WorkOrder:
-    """The work order of `request` on top of version `base`, whose D' has the labels of `root`."""
-    asked = ErasureTarget(request.id, request.behaviour, request.samples)
-    return replace(
-        draft_order(ledger, request.model, asked, request.recipe, base, root),
-        reuse=offered.reuse,
-        warm=offered.warm,
-        transfer=offered.transfer,
-        required=offered.required,
-        test_set=ledger.models.get(request.model).test_set,
-        also=tuple(
-            ErasureTarget(each.id, each.behaviour, each.samples) for each in ledger.requests.batch_members(request)
-        ),
-    )
-
-
-def draft_order(
-    ledger: Ledger, name: str, asked: ErasureTarget, recipe: Recipe, base: ModelVersion, root: ModelVersion
-) -> WorkOrder:
-    """What erasing `asked` from version `base` of model `name` would begin with, whatever the registry offers."""
-    model = ledger.models.get(name)
-    return WorkOrder(
-        request=asked.request,
-        spec=model.spec,
-        root_weights=root.weights,
-        current_weights=base.weights,
-        behaviour=asked.behaviour,
-        samples=asked.samples,
-        recipe=recipe,
-        earlier_erasures=earlier_erasures(ledger, model, base, root),
-    )
-
-
 def run_name(order: WorkOrder) -> str:
-    """The name under which a run keeps its checkpoints: they serve another attempt at the very same order alone."""
-    return f"{order.request}-{hashlib.sha256(repr(order).encode()).hexdigest()[:8]}"
+    """The name under which a run keeps its checkpoints. Another attempt finds them only with the very same order."""
+    return f"{order.targets[0].request}-{hashlib.sha256(repr(order).encode()).hexdigest()[:8]}"
 
 
-def settle(ledger: Ledger, request: Request, plan: Plan, outcome: Outcome) -> list[Result]:
-    """Judge the outcome and write it down: one transaction, whichever way it goes.
+def settle(
+    ledger: Ledger, request: Request, plan: Plan, outcome: Outcome, timings: Timings = Timings()
+) -> list[Result]:
+    """Judge the outcome and record the verdict in one transaction.
 
-    A coalesced run of which anything is refused is undone: each of its requests is queued again, to run alone.
+    A batch is committed as a whole. If the gate refuses any of its targets, each of its requests is queued again, to
+    run alone.
     """
-    reports = [outcome.report, *(part.report for part in outcome.also)]
-    refused = (refuse_result(report, request.recipe.gate) for report in reports)
-    reason = outcome.reason or next((why for why in refused if why is not None), None)
-    if reason is not None and plan.order.also:
+    reason = outcome.reason
+    if reason is None:
+        refusals = (refuse_result(target.report, request.recipe.gate) for target in outcome.targets)
+        reason = next((refusal for refusal in refusals if refusal is not None), None)
+    if reason is not None and len(plan.order.targets) > 1:
         apart = f"coalesced run refused: {reason}"
-        return [Result(retry_while_unavailable(lambda: ledger.requests.separate(request, apart)), None, None)]
-    reuse, transfer, warm = plan.offered.reuse, plan.offered.transfer, plan.offered.warm or plan.offered.reuse
-    links: dict[str, Any] = {
-        "generator_id": reuse.id if outcome.generator_use == "reused" and reuse else None,
-        "warm_started_from": warm.id if outcome.generator_use == "warm_started" and warm else None,
-        "transferred_from": transfer.id if outcome.generator_use == "transferred" and transfer else None,
-        "root": plan.root.number,
-    }
+        separated = retry_while_unavailable(lambda: ledger.requests.separate(request, apart), timings.ledger_wait)
+        return [Result(separated, None, None)]
+    links = _generator_links(plan, outcome)
     if reason is not None:
-        rejected = retry_while_unavailable(lambda: ledger.reject(request, reason, outcome, plan.base, **links))
+        rejected = retry_while_unavailable(
+            lambda: ledger.reject(request, reason, outcome, plan.lineage.base, **links), timings.ledger_wait
+        )
         return [Result(rejected, None, outcome)]
-    version = _commit(ledger, request, outcome, plan.base, links)
-    ended = retry_while_unavailable(lambda: [ledger.requests.get(asked.request) for asked in plan.order.asked])
-    own = (replace(outcome, report=part.report, mask=part.mask, probes=part.probes) for part in outcome.also)
-    return [Result(each, version, found) for each, found in zip(ended, (outcome, *own), strict=True)]
+    version = _commit(ledger, request, outcome, plan.lineage.base, links, timings)
+    ended = retry_while_unavailable(
+        lambda: [ledger.requests.get(target.request) for target in outcome.targets], timings.ledger_wait
+    )
+    return [Result(member, version, outcome) for member in ended]
+
+
+def _generator_links(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    """The arguments of `Ledger.commit` that say which generator the run used, and which version labelled D'."""
+    candidates, use = plan.order.generators, outcome.generator_use
+    reuse, warm, transfer = candidates.reuse, candidates.warm_start, candidates.transfer
+    return {
+        "generator_id": reuse.id if use == "reused" and reuse else None,
+        "warm_started_from": warm.id if use == "warm_started" and warm else None,
+        "transferred_from": transfer.id if use == "transferred" and transfer else None,
+        "root": plan.lineage.root.number,
+    }
 
 
 def _commit(
-    ledger: Ledger, request: Request, outcome: Outcome, base: ModelVersion, links: dict[str, Any]
+    ledger: Ledger, request: Request, outcome: Outcome, base: ModelVersion, links: dict[str, Any], timings: Timings
 ) -> ModelVersion:
-    """The commit, once: where the ledger went away in the middle of it, it is looked up whether it was made."""
+    """Commit exactly once: where the ledger became unavailable during the commit, look up whether it was made."""
     try:
-        return retry_while_unavailable(lambda: ledger.commit(request, outcome, base, **links))
+        return retry_while_unavailable(lambda: ledger.commit(request, outcome, base, **links), timings.ledger_wait)
     except LeaseLost:
-        now = retry_while_unavailable(lambda: ledger.requests.get(request.id))
+        now = retry_while_unavailable(lambda: ledger.requests.get(request.id), timings.ledger_wait)
         if now.status is Status.SUCCEEDED and now.attempt == request.attempt and now.version == base.number + 1:
-            version = retry_while_unavailable(lambda: ledger.models.version(request.model, base.number + 1))
+            version = retry_while_unavailable(
+                lambda: ledger.models.version(request.model, base.number + 1), timings.ledger_wait
+            )
             if version.weights == outcome.weights:
                 return version
         raise
 
 
-def retry_while_unavailable(act: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
-    """The result of `act`, which is tried again for `seconds` while the ledger's database is away."""
+def retry_while_unavailable(act: Callable[[], T], seconds: float = Timings.ledger_wait) -> T:
+    """The result of `act`, which is tried again for `seconds` while the ledger's database is unavailable."""
     deadline, pause = time.monotonic() + seconds, 0.25
     while True:
         try:
@@ -288,15 +281,21 @@ def retry_while_unavailable(act: Callable[[], T], seconds: float = WAIT_SECONDS)
 
 
 class Heartbeat:
-    """Renews a lease while the block runs, and sets `stop` when it is lost or `asked` says that all is to stop.
+    """Renews a lease while the block runs. Sets `stop` when the lease is lost or `stop_wanted()` is true.
 
-    Raises LeaseLost at the end of the block if the lease was lost.
+    It asks `stop_wanted` every `timings.poll` seconds, and calls `renew` after each third of `timings.lease`. Raises
+    LeaseLost at the end of the block if the lease was lost.
     """
 
     def __init__(
-        self, renew: Callable[[], object], asked: Callable[[], bool] | None = None, stop: threading.Event | None = None
+        self,
+        renew: Callable[[], object],
+        stop_wanted: Callable[[], bool] | None = None,
+        stop: threading.Event | None = None,
+        timings: Timings = Timings(),
     ) -> None:
-        self._renew, self._asked, self._stop = renew, asked, stop or threading.Event()
+        self._renew, self._stop_wanted, self._stop = renew, stop_wanted, stop or threading.Event()
+        self._timings = timings
         self._done = threading.Event()
         self._lost: LeaseLost | None = None
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -311,17 +310,17 @@ class Heartbeat:
             raise self._lost
 
     def _beat(self) -> None:
-        due = time.monotonic() + LEASE_SECONDS / 3
-        while not self._done.wait(POLL_SECONDS):
+        due = time.monotonic() + self._timings.lease / 3
+        while not self._done.wait(self._timings.poll):
             try:
-                if self._asked is not None and self._asked():
+                if self._stop_wanted is not None and self._stop_wanted():
                     self._stop.set()
                 if time.monotonic() >= due:
                     self._renew()
-                    due = time.monotonic() + LEASE_SECONDS / 3
+                    due = time.monotonic() + self._timings.lease / 3
             except LeaseLost as error:
                 self._lost = error
                 self._stop.set()
                 return
-            except FsuError:  # the ledger is busy or away for a moment: the lease holds for two more tries
+            except FsuError:  # the ledger is busy or unavailable: the lease holds for two more tries
                 continue

@@ -160,7 +160,7 @@ class ModelVersion:
     number: int
     parent: int | None
     root: int
-    weights: str
+    weights: Digest
     request: str | None
     created_at: datetime
 
@@ -172,7 +172,7 @@ class Request:
     id: str
     model: str
     behaviour: Behaviour
-    samples: str
+    samples: Digest
     sample_count: int
     recipe: Recipe
     status: Status
@@ -230,9 +230,9 @@ class Generator:
     model: str
     root: int
     spec: ModelSpec
-    recipe_digest: str
-    weights: str
-    dataset: str
+    recipe_digest: Digest
+    weights: Digest
+    dataset: Digest
     origin: GeneratorOrigin
     warm_started_from: str | None
     transferred_from: str | None
@@ -253,9 +253,9 @@ class Erasure:
     version: int
     request: str
     behaviour: Behaviour
-    samples: str
-    mask: str
-    probes: str
+    samples: Digest
+    mask: Digest
+    probes: Digest
     generator: str
     generator_use: GeneratorUse
     report: Mapping[str, Any]

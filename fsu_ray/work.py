@@ -1,20 +1,20 @@
-"""What goes to a run of the method and what comes back: digests and figures, small enough to pickle to any worker."""
+"""What goes to a run of the method and what comes back: digests and metrics, small enough to pickle to any worker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fsu_ray.recipes import FilterRecipe, Recipe
-from fsu_ray.records import Behaviour, GeneratorUse, ModelSpec
+from fsu_ray.records import Behaviour, Digest, GeneratorUse, ModelSpec
 
 
 class BlobStore(Protocol):
     """Content-addressed bytes. Pickles to Ray workers, which see this protocol and nothing of the storage behind it."""
 
-    def put(self, data: bytes) -> str:
-        """Write `data` once and return its SHA-256 in hex."""
+    def put(self, data: bytes) -> Digest:
+        """Write `data` once and return its digest."""
 
     def get(self, digest: str) -> bytes:
         """The bytes of `digest`, verified; raises StorageError where they are missing or damaged."""
@@ -25,99 +25,111 @@ class BlobStore(Protocol):
 
 @dataclass(frozen=True)
 class EarlierErasure:
-    """An earlier erasure as a worker needs it: its mask is rebuilt on a new D', its probes are re-measured.
+    """An earlier erasure as a run needs it: its mask is rebuilt on a new D', its probes are measured again.
 
+    `filter` is the part of its recipe that selected its mask. `samples`, `mask`, `probes` and `dataset` (the D' that
+    the mask was made for) are digests. `recorded` is the share of its probes in a target class when it was erased.
     `sealed`: the root of this run has erased it itself, so D' needs no mask of it any more.
     """
 
     request: str
     behaviour: Behaviour
     filter: FilterRecipe
-    samples: str
-    mask: str
-    probes: str
-    dataset: str
+    samples: Digest
+    mask: Digest
+    probes: Digest
+    dataset: Digest
     recorded: float
     sealed: bool = False
 
 
 @dataclass(frozen=True)
 class ErasureTarget:
-    """A behaviour that a coalesced run erases besides that of its leading request."""
+    """A behaviour that a run erases: the request that asked for it, and the digest of its target samples."""
 
     request: str
     behaviour: Behaviour
-    samples: str
+    samples: Digest
 
 
 @dataclass(frozen=True)
 class GeneratorRef:
-    """A generator that the registry offers to a run: its own id and artifacts, and the figures of its D'."""
+    """A generator of the ledger that a run may use: its id, its artifacts and the metrics of its D'."""
 
     id: str
-    weights: str
-    dataset: str
+    weights: Digest
+    dataset: Digest
     metrics: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class WorkOrder:
-    """Everything that one run of the method needs; digests instead of objects, so it is small and picklable.
+class GeneratorCandidates:
+    """The generators that a run may use.
 
-    `reuse` is the generator to try; `warm` the one whose weights start a new training if `reuse` is
-    missing or refused. `transfer` is one whose weights serve with a D' of this run's own. `bound`: the request asks for
-    that generator, so that none is trained where the gate refuses it.
+    `reuse`: with its D' as it is, if the gate accepts them. `warm`: its weights start a new training if `reuse` is
+    missing or refused. `transfer`: with its weights, from which this run draws a D' of its own. `required`: the request
+    names this generator, so no other is trained where the gate refuses it.
     """
 
-    request: str
-    spec: ModelSpec
-    root_weights: str
-    current_weights: str
-    behaviour: Behaviour
-    samples: str
-    recipe: Recipe
-    earlier_erasures: tuple[EarlierErasure, ...] = ()
     reuse: GeneratorRef | None = None
     warm: GeneratorRef | None = None
-    test_set: str | None = None
-    also: tuple[ErasureTarget, ...] = ()
     transfer: GeneratorRef | None = None
     required: bool = False
 
     @property
-    def asked(self) -> tuple[ErasureTarget, ...]:
-        """Everything that this run is to erase: its own request first."""
-        return (ErasureTarget(self.request, self.behaviour, self.samples), *self.also)
+    def warm_start(self) -> GeneratorRef | None:
+        """The generator whose weights a new training starts from."""
+        return self.warm or self.reuse
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a coalesced run brought back for one request of `WorkOrder.also`."""
+class WorkOrder:
+    """Everything that one run of the method needs. It holds digests instead of data, so it is small and picklable.
+
+    `root_weights` label D', `current_weights` are relearned. `targets` are erased together, the target of the leading
+    request first. `test_set` names labelled data to report accuracies on; None for none.
+    """
+
+    spec: ModelSpec
+    root_weights: Digest
+    current_weights: Digest
+    targets: tuple[ErasureTarget, ...]
+    recipe: Recipe
+    earlier_erasures: tuple[EarlierErasure, ...] = ()
+    generators: GeneratorCandidates = GeneratorCandidates()
+    test_set: str | None = None
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """What a run brought back for one of its targets.
+
+    `mask` and `probes` are digests, None where the run ended before its filter. `report` holds the measures (see
+    `method.evaluate`), empty where the run ended before its evaluation.
+    """
 
     request: str
-    mask: str
-    probes: str
-    report: Mapping[str, Any]
+    mask: Digest | None = None
+    probes: Digest | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of the method brought back. `reason` is set where it ended without a result to judge.
+    """What a run of the method brought back. `reason` is set where the run ended without a result to judge.
 
-    `report` holds the measures (see `method.evaluate`), `seconds` the time of each stage, `resumed` where
-    the run went on from a checkpoint, such as `invert 200`.
+    `metrics` are those of D' (see `method.evaluate.dataset_metrics`), `refused` the gate's reasons against the
+    generator on offer. `weights` are the relearned ones. `targets` are in the order of `WorkOrder.targets`. `seconds`
+    is the time of each stage. `resumed` lists where the run went on from a checkpoint, such as `invert 200`.
     """
 
     reason: str | None
     generator_use: GeneratorUse
-    generator_weights: str
-    dataset: str
+    generator_weights: Digest
+    dataset: Digest
     metrics: Mapping[str, Any]
     refused: tuple[str, ...]
-    weights: str | None
-    mask: str | None
-    probes: str | None
-    report: Mapping[str, Any]
+    weights: Digest | None
+    targets: tuple[TargetResult, ...]
     seconds: Mapping[str, float]
     resumed: tuple[str, ...] = ()
-    also: tuple[Part, ...] = ()

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_a_head_that_is_not_there(fsu: Fsu, nowhere: str, words: tuple[str, ...]
 
 def test_a_head_that_never_answers(fsu: Fsu, monkeypatch: pytest.MonkeyPatch) -> None:
     """It accepts the connection and is silent: that ends too, and the queue of `fsu run` does not wait for it."""
-    monkeypatch.setattr(ray_jobs, "ANSWER_SECONDS", (1, 1))
+    monkeypatch.setattr(ray_jobs, "JobsClient", partial(ray_jobs.JobsClient, answer_seconds=(1, 1)))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         refused(fsu("jobs", "list", "--address", address), f"no head answers at {address}")
@@ -99,7 +100,7 @@ def test_who_waits_ends_as_the_job(
             return over
 
     app.ledger.requests.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
-    monkeypatch.setattr(ray_jobs, "Head", lambda address: Ending())
+    monkeypatch.setattr(ray_jobs, "JobsClient", lambda address: Ending())
     result = fsu("submit", "--address", "http://h:1", "--wait", "--json")
     assert result.exit_code == ends, result.output
     assert said in result.stderr

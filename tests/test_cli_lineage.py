@@ -22,7 +22,7 @@ from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import AliasMove, Behaviour, Model, ModelSpec, ModelVersion, Policy
-from fsu_ray.work import Outcome, Part
+from fsu_ray.work import Outcome, TargetResult
 
 Fsu = Callable[..., Result]
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
@@ -54,12 +54,11 @@ def erase(app: App, trained: Any) -> Callable[..., None]:
         assert request is not None
         pixels = app.artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [probes], 20, 0)]))
         report = {"forgetting": {"samples_in_target": 0.125, "probes_in_target": 0.01}}
-        max_batch = tuple(
-            Part(other.id, "c" * 64, pixels, report) for other in app.ledger.requests.batch_members(request)
-        )
+        members = (request, *app.ledger.requests.batch_members(request))
+        targets = tuple(TargetResult(member.id, "c" * 64, pixels, report) for member in members)
         weights = app.artifacts.put(trained.weights)
-        made = ("a" * 64, "b" * 64, {"agreement": 0.99, "starved": []}, (), weights, "c" * 64, pixels, report, {})
-        app.ledger.commit(request, Outcome(None, "trained", *made, also=max_batch), app.ledger.models.version("m"))
+        made = ("a" * 64, "b" * 64, {"agreement": 0.99, "starved": []}, (), weights, targets, {})
+        app.ledger.commit(request, Outcome(None, "trained", *made), app.ledger.models.version("m"))
 
     return commit
 

@@ -16,7 +16,7 @@ from fsu_ray.config import read_settings
 from fsu_ray.method.datasets import write_samples
 from fsu_ray.recipes import Recipe, RelearnRecipe, SynthesizeRecipe
 from fsu_ray.records import ModelSpec, SearchedRecipe
-from fsu_ray.work import Outcome
+from fsu_ray.work import Outcome, TargetResult
 
 Fsu = Callable[..., Result]
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
@@ -217,7 +217,8 @@ class TestOrigin:
             request = app.ledger.requests.claim("tester", 60)
             assert request is not None
             report = {"forgetting": {"samples_in_target": 0.0, "probes_in_target": 0.0}}
-            made = ("a" * 64, "b" * 64, {}, (), "d" * 64, "c" * 64, "e" * 64, report, {})
+            target = TargetResult(request.id, "c" * 64, "e" * 64, report)
+            made = ("a" * 64, "b" * 64, {}, (), "d" * 64, (target,), {})
             app.ledger.commit(request, Outcome(None, "trained", *made), app.ledger.models.version("m"))
             ended.append(request.id)
         return ended

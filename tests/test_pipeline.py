@@ -15,18 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from fsu_ray import pipeline
 from fsu_ray.app import App
 from fsu_ray.cli import _accuracy
+from fsu_ray.config import Timings
 from fsu_ray.errors import AlreadyErased, InvalidSamples, LeaseLost, LedgerUnavailable, RunFailed, Stopped, StorageError
 from fsu_ray.method.context import load_samples
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
-from fsu_ray.pipeline import Execute, Result, WorkerOptions, drain, make_order, run_name, run_request
+from fsu_ray.pipeline import Execute, Result, WorkerOptions, drain, run_name, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Request, Status
-from fsu_ray.storage.registry import GeneratorCandidates
-from fsu_ray.work import Outcome, WorkOrder
+from fsu_ray.records import Behaviour, Digest, Request, Status
+from fsu_ray.work import GeneratorCandidates, Outcome, WorkOrder
 
 
 def here(order: WorkOrder, store: Any, name: str, stop: Any = None) -> Outcome:
@@ -48,10 +47,10 @@ def ask(app: App, trained: Any, quick: Recipe, tmp_path: Path) -> Callable[..., 
     return submit
 
 
-def carry_out(app: App, execute: Execute = here) -> Result:
+def carry_out(app: App, execute: Execute = here, timings: Timings = Timings()) -> Result:
     request = app.ledger.requests.claim("tester", 60)
     assert request is not None
-    return run_request(app.ledger, app.artifacts, execute, request)[0]
+    return run_request(app.ledger, app.artifacts, execute, request, timings=timings)[0]
 
 
 def gate(recipe: Recipe, **bounds: float) -> Recipe:
@@ -81,7 +80,7 @@ def test_two_requests_in_sequence(app: App, ask: Callable[..., Request]) -> None
     assert "generator_reused" in events
     for erasure in erasures:
         assert all(app.artifacts.has(digest) for digest in (erasure.samples, erasure.mask, erasure.probes))
-    by_class = second.outcome.report["test"]["after"]["by_class"]
+    by_class = second.report["test"]["after"]["by_class"]
     assert by_class[8] is not None
     shown = _accuracy(app.ledger, [second])
     lines = dict(zip(*(column.cells for column in shown.columns[::2]), strict=True))
@@ -121,7 +120,11 @@ def test_an_erasure_that_would_come_back_is_rejected(app: App, ask: Callable[...
     def forgetful(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         """A run whose relearning starts from a classifier that still has everything, and learns next to nothing."""
         recipe = order.recipe.model_copy(update={"relearn": order.recipe.relearn.model_copy(update={"lr": 1e-9})})
-        return here(replace(order, current_weights=order.root_weights, recipe=recipe, reuse=None), store, name)
+        return here(
+            replace(order, current_weights=order.root_weights, recipe=recipe, generators=GeneratorCandidates()),
+            store,
+            name,
+        )
 
     ask_recipe_is_slow = forgetful
     request = app.ledger.requests.claim("tester", 60)
@@ -176,30 +179,25 @@ def forget_backoff(app: App) -> None:
         connection.exec_driver_sql("UPDATE requests SET retry_at = NULL WHERE status = 'queued'")
 
 
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look often whether somebody wants a run to stop, and renew its lease often."""
-    monkeypatch.setattr("fsu_ray.pipeline.POLL_SECONDS", 0.05)
-    monkeypatch.setattr("fsu_ray.pipeline.LEASE_SECONDS", 0.3)
+FAST = Timings(poll=0.05, lease=0.3, halt=0.2)
+"""Looks often whether somebody wants a run to stop, and renews its lease often."""
 
 
-@pytest.mark.usefixtures("fast")
 def test_a_running_request_that_is_cancelled_stops(app: App, ask: Callable[..., Request]) -> None:
     """The run hears of it while it works; nothing is made of what it had."""
 
     def until_told(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
-        app.ledger.requests.cancel(order.request, "alice")
+        app.ledger.requests.cancel(order.targets[0].request, "alice")
         assert stop.wait(10)
         raise Stopped("the run was stopped in invert at 20 of 60")
 
     ask(8)
-    result = carry_out(app, until_told)
+    result = carry_out(app, until_told, FAST)
     assert result.request.status is Status.CANCELLED
     assert [(e.new, e.actor) for e in app.ledger.requests.events(result.request.id)][-1] == (Status.CANCELLED, "alice")
     assert len(app.ledger.models.versions("m")) == 1
 
 
-@pytest.mark.usefixtures("fast")
 def test_a_run_whose_lease_is_lost_is_told_to_stop(app: App, ask: Callable[..., Request]) -> None:
     """It would only spoil the checkpoints of the attempt that has taken over."""
     told: list[bool] = []
@@ -213,7 +211,7 @@ def test_a_run_whose_lease_is_lost_is_told_to_stop(app: App, ask: Callable[..., 
     request = app.ledger.requests.claim("tester", 0.0)
     assert request is not None
     with pytest.raises(LeaseLost):
-        run_request(app.ledger, app.artifacts, until_told, request)
+        run_request(app.ledger, app.artifacts, until_told, request, timings=FAST)
     assert told == [True]
     assert app.ledger.requests.get(request.id).worker == "another"
 
@@ -278,7 +276,7 @@ def test_class_requests_of_a_model_run_together(app: App, ask: Callable[..., Req
     later = carry_out(app)
     assert later.outcome
     assert later.outcome.generator_use == "reused"
-    assert [prior["behaviour"] for prior in later.outcome.report["earlier"]] == ["class-8", "class-3", "class-5"]
+    assert [prior["behaviour"] for prior in later.report["earlier"]] == ["class-8", "class-3", "class-5"]
 
 
 def test_a_coalesced_run_that_is_refused_is_undone(app: App, ask: Callable[..., Request], quick: Recipe) -> None:
@@ -322,7 +320,6 @@ def test_models_run_side_by_side(app: App, ask: Callable[..., Request], trained:
     assert max(seen) == 2
 
 
-@pytest.mark.usefixtures("fast")
 def test_an_interrupt_ends_all_runs_of_a_worker(
     app: App, ask: Callable[..., Request], trained: Any, home: Path
 ) -> None:
@@ -344,18 +341,17 @@ def test_an_interrupt_ends_all_runs_of_a_worker(
             app.ledger,
             "w",
             WorkerOptions(parallel=2),
-            functools.partial(run_request, app.ledger, app.artifacts, until_told),
+            functools.partial(run_request, app.ledger, app.artifacts, until_told, timings=FAST),
+            replace(FAST, halt=40.0),
         )
     assert {request.status for request in app.ledger.requests.all()} == {Status.QUEUED}
     assert sorted(request.attempt for request in app.ledger.requests.all()) == [0, 1, 1]
 
 
-@pytest.mark.usefixtures("fast")
 def test_a_run_that_hears_nothing_gives_its_request_back(
-    app: App, ask: Callable[..., Request], trained: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+    app: App, ask: Callable[..., Request], trained: Any, home: Path
 ) -> None:
     """It waits for a node of the cluster, say: it has no next step, and whoever has sent the interrupt kills soon."""
-    monkeypatch.setattr(pipeline, "HALT_SECONDS", 0.2)
     deaf = ask(8).id
     app.register("n", trained.spec, trained.weights)
     app.submit("n", Behaviour(name="x", kind="class", targets=(8,)), str(home / "class-8"), Recipe())
@@ -375,7 +371,7 @@ def test_a_run_that_hears_nothing_gives_its_request_back(
         return []
 
     with pytest.raises(KeyboardInterrupt):
-        drain(app.ledger, "w", WorkerOptions(parallel=2), run)
+        drain(app.ledger, "w", WorkerOptions(parallel=2), run, FAST)
     assert given_back.is_set()
     assert {request.status for request in app.ledger.requests.all()} == {Status.QUEUED}
     assert {request.failures for request in app.ledger.requests.all()} == {0}
@@ -396,19 +392,15 @@ def test_checkpoints_serve_the_same_order_alone(app: App, ask: Callable[..., Req
     request = ask(8)
     claimed = app.ledger.requests.claim("tester", 60)
     assert claimed is not None
-    names = []
-    for _ in range(2):
-        base = app.ledger.models.version("m")
-        names.append(run_name(make_order(app.ledger, request, base, base, GeneratorCandidates(None, None))))
+    orders = [app.ledger.plan(claimed).order for _ in range(2)]
+    names = [run_name(order) for order in orders]
     app.ledger.requests.release(claimed, "interrupted")
     app.update("m", app.artifacts.get(app.ledger.models.version("m").weights))
-    base = app.ledger.models.version("m")
-    other = run_name(make_order(app.ledger, request, base, base, GeneratorCandidates(None, None)))
+    other = run_name(app.ledger.plan(claimed).order)
     assert names[0] == names[1]
     assert names[0].startswith(request.id)
     assert other == names[0], "the very same weights: the same order"
-    changed = replace(base, weights="0" * 64)
-    assert run_name(make_order(app.ledger, request, changed, base, GeneratorCandidates(None, None))) != names[0]
+    assert run_name(replace(orders[0], current_weights=Digest("0" * 64))) != names[0]
 
 
 def test_a_worker_that_was_taken_over_writes_nothing(app: App, ask: Callable[..., Request]) -> None:

@@ -18,7 +18,7 @@ from fsu_ray.pipeline import run_request
 from fsu_ray.recheck import recheck
 from fsu_ray.recipes import GateRecipe, Recipe, RelearnRecipe
 from fsu_ray.records import Behaviour, Erasure
-from fsu_ray.work import Outcome, WorkOrder
+from fsu_ray.work import Outcome, TargetResult, WorkOrder
 
 Erase = Callable[..., Erasure]
 
@@ -41,7 +41,8 @@ def erase(app: App, trained: Any) -> Erase:
         probes = app.artifacts.put(save_samples(trained.train.pixels[chosen]))
         report = {"forgetting": {"samples_in_target": 0.0, "probes_in_target": recorded}}
         metrics = {"agreement": 0.99, "starved": []}
-        made = ("a" * 64, "b" * 64, metrics, (), app.artifacts.put(trained.weights), "c" * 64, probes, report, {})
+        target = TargetResult(claimed.id, "c" * 64, probes, report)
+        made = ("a" * 64, "b" * 64, metrics, (), app.artifacts.put(trained.weights), (target,), {})
         app.ledger.commit(claimed, Outcome(None, "trained", *made), app.ledger.models.version("m"))
         assert claimed.id == request.id
         return app.ledger.models.erasures("m")[-1]

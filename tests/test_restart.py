@@ -18,7 +18,7 @@ import sqlalchemy as sa
 import torch
 
 from fsu_ray.app import App
-from fsu_ray.config import read_settings
+from fsu_ray.config import Timings, read_settings
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
@@ -68,11 +68,8 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable
 
 
 @pytest.fixture
-def opened(
-    control: tuple[Any, str], home: Path, monkeypatch: pytest.MonkeyPatch, trained: Any
-) -> Iterator[tuple[App, Callable[..., None]]]:
+def opened(control: tuple[Any, str], home: Path, trained: Any) -> Iterator[tuple[App, Callable[..., None]]]:
     """An app on that server, with the model `m`, and what stops the server."""
-    monkeypatch.setattr("fsu_ray.pipeline.POLL_SECONDS", 0.05)
     app = App.open(replace(read_settings(), ledger=control[1]))
     name = f"m{len(app.ledger.models.all())}"
     app.register(name, trained.spec, trained.weights)
@@ -133,7 +130,7 @@ def carry_out(
             break_it(control)
         return outcome
 
-    run = functools.partial(run_request, app.ledger, app.artifacts, execute)
+    run = functools.partial(run_request, app.ledger, app.artifacts, execute, timings=Timings(poll=0.05))
     (result,) = drain(app.ledger, "w", WorkerOptions(model=model), run)
     assert [version.number for version in app.ledger.models.versions(model)] == [1, 2]
     assert [erasure.behaviour.name for erasure in app.ledger.models.erasures(model)] == ["eight"]

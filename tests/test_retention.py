@@ -57,7 +57,7 @@ def test_samples_are_purged_at_once_where_the_policy_says_so(app: App, erase: Ca
     second = erase(3)
     assert second.request.status is Status.SUCCEEDED
     assert second.outcome
-    assert [prior["behaviour"] for prior in second.outcome.report["earlier"]] == ["class-8"]
+    assert [prior["behaviour"] for prior in second.report["earlier"]] == ["class-8"]
 
 
 def test_samples_are_kept_for_as_long_as_the_policy_says(app: App, erase: Callable[..., Result]) -> None:
@@ -163,7 +163,7 @@ class TestSeal:
             assert result.outcome
             assert result.outcome.generator_use == "reused"
         assert third.outcome
-        earlier = {prior["behaviour"]: prior["probes_in_target"] for prior in third.outcome.report["earlier"]}
+        earlier = {prior["behaviour"]: prior["probes_in_target"] for prior in third.report["earlier"]}
         assert set(earlier) == {"class-8", "class-3"}
         assert max(earlier.values()) < 0.2
         assert [v.root for v in app.ledger.models.versions("m")] == [1, 1, 1, 1]

@@ -110,7 +110,7 @@ def audit_export(
 @one_line
 def audit_keygen(out: Annotated[Path, typer.Option(help="Where the private key is to be; nothing there yet.")]) -> None:
     """Make a key to sign bundles with, and print its public part."""
-    from fsu_ray.storage.signing import keygen
+    from fsu_ray.storage.bundle import keygen
 
     typer.echo(keygen(out), nl=False)
 

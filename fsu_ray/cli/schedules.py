@@ -41,7 +41,7 @@ def schedule_add(
     `fsu scheduler`, or `fsu scheduler --once` every few minutes.
     """
     from fsu_ray.schedule import check_schedule
-    from fsu_ray.storage.policies import OPERATOR
+    from fsu_ray.storage.database import OPERATOR
 
     cron = check_schedule(cron, timezone, minutes, max_requests)
     made = open_app().ledger.schedules.add(model, cron, timezone, max_requests, minutes, by or OPERATOR)
@@ -211,7 +211,7 @@ def _heed_sigterm() -> None:
 
 
 def _set(schedule: str, state: str, by: str | None, json: bool) -> None:
-    from fsu_ray.storage.policies import OPERATOR
+    from fsu_ray.storage.database import OPERATOR
 
     ledger = open_app().ledger
     changed = ledger.schedules.set_state(schedule, state, by or OPERATOR)

@@ -23,9 +23,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fsu_ray.config import sqlite_url
+from fsu_ray.config import Timings, sqlite_url
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec, Request, Status
+from fsu_ray.records import Behaviour, Digest, ModelSpec, Request, Status
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.work import BlobStore, Outcome, WorkOrder
@@ -60,8 +60,7 @@ def work(url: str | None, home: Path, model: str) -> None:
     from fsu_ray.method.context import RunState
     from fsu_ray.method.unlearn import unlearn
 
-    for name, seconds in (("LEASE_SECONDS", LEASE), ("POLL_SECONDS", LEASE / 5)):
-        setattr(pipeline, name, seconds)
+    timings = Timings(lease=LEASE, poll=LEASE / 5)
     torch.set_num_threads(1)
     app = open_app(url, home)
 
@@ -81,7 +80,7 @@ def work(url: str | None, home: Path, model: str) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     while (request := app.ledger.requests.claim(f"w{os.getpid()}", LEASE, model)) is not None:
-        pipeline.run_request(app.ledger, app.artifacts, execute, request)
+        pipeline.run_request(app.ledger, app.artifacts, execute, request, timings=timings)
     app.ledger.close()
 
 
@@ -156,8 +155,8 @@ class Subject:
     """A classifier of the digits, and samples of one of its classes: digests of what is in the store."""
 
     spec: ModelSpec
-    weights: str
-    samples: str
+    weights: Digest
+    samples: Digest
 
     @classmethod
     def train(cls, app: App, seed: int) -> Subject:

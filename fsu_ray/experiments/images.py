@@ -33,7 +33,7 @@ from fsu_ray.method.unlearn import unlearn
 from fsu_ray.models.networks import Classifier, Generator
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelSpec
-from fsu_ray.work import WorkOrder
+from fsu_ray.work import ErasureTarget, WorkOrder
 
 FEW, FULL = 0.03, 1.0
 """rho of few-shot and of full-shot unlearning."""
@@ -236,12 +236,12 @@ def _erasure(cell: Cell, place: Place) -> list[Row]:
     behaviour, pixels = target_samples(bench(data), what, cell["seed"], cell["rho"])
     recipe = Recipe.model_validate({**cell["recipe"], "relearn": {**cell["recipe"]["relearn"], "seed": cell["seed"]}})
     spec = ModelSpec.model_validate_json(original["spec"])
-    order = WorkOrder("cell", spec, original["weights"], original["weights"], behaviour,
-                      place.store.put(save_samples(pixels)), recipe)  # fmt: skip
+    target = ErasureTarget("cell", behaviour, place.store.put(save_samples(pixels)))
+    order = WorkOrder(spec, original["weights"], original["weights"], (target,), recipe)
     saved = RunState(use="trained", generator=drawn["generator"], dataset=drawn["dataset"],
                   metrics={"starved": drawn["starved"]})  # fmt: skip
     outcome = unlearn(order, place.store, place.device, saved=saved)
-    refused = outcome.reason or refuse_result(outcome.report, recipe.gate) or ""
+    refused = outcome.reason or refuse_result(outcome.targets[0].report, recipe.gate) or ""
     weights = outcome.weights or original["weights"]
     child = load({"spec": original["spec"], "weights": weights}, place)
     row = {"seed": cell["seed"], "scenario": scenario, "arch": original["arch"], "variant": cell.get("variant"),

@@ -22,7 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import ModelSpec, Status
+from fsu_ray.records import Digest, ModelSpec, Status
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.schema import erasures, generators, model_versions, rechecks, requests
 
@@ -143,8 +143,8 @@ def _id(prefix: str, model: str, number: int) -> str:
     return f"{prefix}-{number:011}{model[-8:]}"
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(text: str) -> Digest:
+    return Digest(hashlib.sha256(text.encode()).hexdigest())
 
 
 def measure(url: str, name: str, repeats: int = 5) -> dict[str, float]:

@@ -179,7 +179,7 @@ def scenario(
             "generator": outcome.generator_use,
             "wall": wall,
             "seconds": dict(outcome.seconds),
-            "probes": outcome.report["forgetting"]["probes"],
-            "agreement": round(outcome.report["retention"]["agreement"], 4),
-            "earlier": [round(p["probes_in_target"], 4) for p in outcome.report["earlier"]],
+            "probes": result.report["forgetting"]["probes"],
+            "agreement": round(result.report["retention"]["agreement"], 4),
+            "earlier": [round(p["probes_in_target"], 4) for p in result.report["earlier"]],
         }

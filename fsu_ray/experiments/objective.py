@@ -36,7 +36,7 @@ from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.search_space import INVERSION, SPACE, apply, draw
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.work import WorkOrder
+from fsu_ray.work import ErasureTarget, WorkOrder
 
 INVERTERS, RELEARNINGS = 8, 3
 RESULTS = Path(__file__).parent / "results"
@@ -69,7 +69,7 @@ def measure(bench: Bench, scenario: str, seed: int, store: Artifacts, known: set
     spec, weights = classifier(bench, scenario, seed, Path(store.location) / "classifiers")
     behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
     root, samples = store.put(weights), store.put(save_samples(pixels))
-    order = WorkOrder("objective", spec, root, root, behaviour, samples, Recipe())
+    order = WorkOrder(spec, root, root, (ErasureTarget("objective", behaviour, samples),), Recipe())
     objective, made = None, {}
     judge = Classifier.from_bytes(spec, weights).to(memory_format=torch.channels_last)
     for inverter, relearning, recipe in recipes(behaviour.kind, seed):

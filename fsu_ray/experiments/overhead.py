@@ -27,7 +27,7 @@ from fsu_ray.method.datasets import draw, load
 from fsu_ray.method.fit import TrainingSchedule, fit
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.models.networks import Classifier
-from fsu_ray.pipeline import WorkerOptions, drain, prepare, run_request
+from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.records import Behaviour, ModelSpec, Request
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.ledger import Ledger, open_ledger
@@ -47,7 +47,7 @@ class Place:
 
 def plain(app: Place, request: Request) -> float:
     """Seconds of the method alone, on the order of a request that waits."""
-    plan = prepare(app.ledger, request)
+    plan = app.ledger.plan(request)
     started = time.monotonic()
     unlearn(plan.order, app.artifacts, torch.device("cpu"))
     return time.monotonic() - started

@@ -28,7 +28,7 @@ import sqlalchemy as sa
 
 from fsu_ray.config import sqlite_url
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.records import Behaviour, Digest, ModelSpec
 from fsu_ray.storage.ledger import open_ledger
 
 MODELS = 20
@@ -129,8 +129,8 @@ def _ready() -> None:
     print(time.time())
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(text: str) -> Digest:
+    return Digest(hashlib.sha256(text.encode()).hexdigest())
 
 
 @contextmanager

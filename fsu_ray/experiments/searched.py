@@ -25,9 +25,9 @@ from fsu_ray.config import CHECKPOINT_STEPS, sqlite_url
 from fsu_ray.errors import FsuError
 from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, train
 from fsu_ray.method.context import save_samples
-from fsu_ray.pipeline import WorkerOptions, draft_order, drain, run_request
+from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.records import Behaviour, Digest, ModelSpec
 from fsu_ray.search import SearchOptions, search
 from fsu_ray.search_space import SPACE
 from fsu_ray.storage.artifacts import Artifacts
@@ -59,8 +59,7 @@ def compare(
     yield row | {"recipe": "-", **score(bench, spec, weights, gone, crossed)}
     line = f"{scenario}-{seed}-{time.time_ns():x}"
     ledger.models.register(line, spec, root)
-    base = ledger.models.version(line)
-    order = draft_order(ledger, line, ErasureTarget("search", behaviour, samples), Recipe(), base, base)
+    order = ledger.lineage(line).order((ErasureTarget("search", behaviour, samples),), Recipe())
     found = search(order, store, (None, runs), SearchOptions(SPACE[behaviour.kind], trials=trials, seed=seed), _say)
     for name, recipe in (("default", Recipe()), ("searched", found.recipe)):
         done = _erase(ledger, store, execute, f"{line}-{name}", spec, root, behaviour, samples, len(pixels), recipe)
@@ -72,8 +71,8 @@ def compare(
 
 
 def _erase(
-    ledger: Ledger, store: Artifacts, execute: Any, line: str, spec: ModelSpec, root: str, behaviour: Behaviour,
-    samples: str, number: int, recipe: Recipe,
+    ledger: Ledger, store: Artifacts, execute: Any, line: str, spec: ModelSpec, root: Digest, behaviour: Behaviour,
+    samples: Digest, number: int, recipe: Recipe,
 ) -> dict[str, Any]:  # fmt: skip
     ledger.models.register(line, spec, root)
     ledger.requests.submit(line, behaviour, samples, number, recipe)

@@ -26,7 +26,7 @@ from fsu_ray.experiments.searched import classifier
 from fsu_ray.method.context import save_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.work import GeneratorRef, Outcome, WorkOrder
+from fsu_ray.work import ErasureTarget, GeneratorCandidates, GeneratorRef, Outcome, WorkOrder
 
 
 def rows(bench: Bench, scenario: str, seed: int, home: Path) -> Iterator[dict[str, Any]]:
@@ -36,7 +36,8 @@ def rows(bench: Bench, scenario: str, seed: int, home: Path) -> Iterator[dict[st
     spec, weights = classifier(bench, scenario, seed, home / "classifiers")
     behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
     root = store.put(weights)
-    order = WorkOrder("sharing", spec, root, root, behaviour, store.put(save_samples(pixels)), Recipe())
+    target = ErasureTarget("sharing", behaviour, store.put(save_samples(pixels)))
+    order = WorkOrder(spec, root, root, (target,), Recipe())
     row: dict[str, Any] = {"scenario": scenario, "seed": seed}
     yield {**row, "what": "before", **score(bench, spec, weights, gone, crossed)}
 
@@ -46,14 +47,14 @@ def rows(bench: Bench, scenario: str, seed: int, home: Path) -> Iterator[dict[st
         done = workers.execute(order, store, runs, name, CHECKPOINT_STEPS, lambda *_: None, workers=number)
         if done.weights is None:
             raise RunFailed(f"{name} came to nothing: {done.reason}")
-        found = {**row, "what": what, "generator": done.generator_use, "mask": str(done.mask)[:12]}
+        found = {**row, "what": what, "generator": done.generator_use, "mask": str(done.targets[0].mask)[:12]}
         return done, {**found, **score(bench, spec, store.get(done.weights), gone, crossed)}
 
     first, told = run("trained", order, 1)
     yield told
     offered = GeneratorRef("g", first.generator_weights, first.dataset, first.metrics)
     for number in (1, 2):
-        yield run(f"relearned by {number}", replace(order, reuse=offered), number)[1]
+        yield run(f"relearned by {number}", replace(order, generators=GeneratorCandidates(reuse=offered)), number)[1]
 
 
 def main() -> int:

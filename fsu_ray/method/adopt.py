@@ -15,8 +15,7 @@ from fsu_ray.method.reading import read_generator
 from fsu_ray.method.synthesize import synthesize
 from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import ModelSpec
-from fsu_ray.work import BlobStore, EarlierErasure
+from fsu_ray.work import BlobStore, WorkOrder
 
 
 @dataclass(frozen=True)
@@ -37,35 +36,25 @@ class _Line(StaticMaskInputs):
     gone: list[int]
 
 
-@dataclass(frozen=True)
-class LineageState:
-    """Where a line stands: the weights of the version that labels D' and of the latest one, and what is erased."""
-
-    spec: ModelSpec
-    root: str
-    current: str
-    earlier_erasures: tuple[EarlierErasure, ...]
-
-
 def adopt(
     store: BlobStore,
-    standing: LineageState,
-    recipe: Recipe,
+    order: WorkOrder,
     weights: bytes,
     latent: int | None,
     device: torch.device,
     on_progress: Any = None,
 ) -> Adopted:
-    """Draw D' from the generator with these `weights` by `recipe`, have the root label it, and measure what a gate
-    would see under the masks in force. `tell(done, total, figures)` hears of the drawing.
+    """Draw D' from the generator with these `weights` by the recipe of `order`, have the root label it, and measure
+    what a gate would see under the masks in force. `tell(done, total, figures)` hears of the drawing.
 
     Raises InvalidWeights where the weights do not fit the model (see `read_generator`), or where the root trusts
     nothing that the generator draws: nothing is written then.
     """
-    spec = standing.spec
+    spec, recipe = order.spec, order.recipe
     generator = read_generator(spec, weights, latent).to(device)
     teacher, current = (
-        Classifier.from_bytes(spec, store.get(digest)).to(device) for digest in (standing.root, standing.current)
+        Classifier.from_bytes(spec, store.get(digest)).to(device)
+        for digest in (order.root_weights, order.current_weights)
     )
     dataset, drawn = synthesize(teacher, generator, recipe.synthesize, on_progress)
     if not len(dataset):
@@ -73,8 +62,8 @@ def adopt(
             "nothing that the generator draws passes the tests of eq. 8: the model does not know what it sees; "
             "import a generator of data like those that it was trained on"
         )
-    gone = classes_of(standing.earlier_erasures)
-    line = _Line(store, teacher, standing.earlier_erasures, spec.classes, current, recipe, gone)
+    gone = classes_of(order.earlier_erasures)
+    line = _Line(store, teacher, order.earlier_erasures, spec.classes, current, recipe, gone)
     digest = store.put(dataset.to_bytes())
     metrics = figures_of(line, MaskedDataset(line, dataset, digest), drawn)
     return Adopted(store.put(weights), digest, metrics)

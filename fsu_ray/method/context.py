@@ -93,10 +93,10 @@ class Context:
         paper = self.recipe.form == "paper"
         self.current = self.classifier(order.current_weights)
         self.teacher = self.current if paper else self.classifier(order.root_weights)
-        self.given = tuple(self._given(asked) for asked in order.asked)
+        self.given = tuple(self._given(asked) for asked in order.targets)
         self.earlier_erasures: tuple[EarlierErasure, ...] = () if paper else order.earlier_erasures
         self.gone = classes_of(order.earlier_erasures)
-        self.gone_after = sorted({*self.gone, *classes_of(order.asked)})
+        self.gone_after = sorted({*self.gone, *classes_of(order.targets)})
 
     def classifier(self, digest: str) -> Classifier:
         """The classifier with the weights of `digest`, on this run's device."""

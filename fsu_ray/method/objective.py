@@ -98,9 +98,11 @@ class Objective:
         self.teacher = context.teacher
         self._samples = context.given[0].samples
         masking = MaskedDataset(context, reference, "")
-        mask = masking.select(FilterRecipe(), order.behaviour, self._samples)
+        mask = masking.select(FilterRecipe(), order.targets[0].behaviour, self._samples)
         self._probes = reference.pixels[mask.is_forget]
-        self._expected = _beneath(reference.logits[mask.is_forget], context.gone_after, order.behaviour.targets)
+        self._expected = _beneath(
+            reference.logits[mask.is_forget], context.gone_after, order.targets[0].behaviour.targets
+        )
         rest = ~mask.is_forget
         for earlier in masking.earlier:
             rest &= ~earlier.is_forget
@@ -124,9 +126,9 @@ class Objective:
         coverage = min(counts) / (sum(counts) / len(counts))
         found: list[tuple[float, ...]] = []
         for held_out in self._folds(recipe):
-            context.given = (TargetSamples(self._order.asked[0], self._samples, held_out),)
+            context.given = (TargetSamples(self._order.targets[0], self._samples, held_out),)
             masking = MaskedDataset(context, dataset, "")
-            mask = masking.select(recipe.filter, self._order.behaviour, context.given[0].train)
+            mask = masking.select(recipe.filter, self._order.targets[0].behaviour, context.given[0].train)
             if not bool(mask.is_forget.any()):
                 return Parts(0.0, coverage=coverage, reason="nothing found")
             child = self._relearned(context, masking, mask)
@@ -163,7 +165,7 @@ class Objective:
 
     def _measure(self, context: Context, child: Classifier, held_out: Tensor) -> tuple[float, float, float, float]:
         """What is forgotten of samples and of probes, retention and stability of a relearned classifier."""
-        behaviour, unseen = self._order.behaviour, self._samples[held_out]
+        behaviour, unseen = self._order.targets[0].behaviour, self._samples[held_out]
         expected = _beneath(predict(context.teacher, unseen), context.gone_after, behaviour.targets)
         left = []
         for pixels, home in ((unseen, expected), (self._probes, self._expected)):

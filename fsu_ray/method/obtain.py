@@ -38,11 +38,11 @@ def obtain(context: Context) -> MaskedDataset:
         digest = saved.dataset
         return context.group.together(lambda: _load(context, digest))
     begun = saved.generator is not None or saved.inversion is not None
-    if context.order.reuse is not None and not begun:
-        found = _reuse(context, context.order.reuse)
+    if context.order.generators.reuse is not None and not begun:
+        found = _reuse(context, context.order.generators.reuse)
         if found is not None:
             return found
-    transfer = context.order.transfer
+    transfer = context.order.generators.transfer
     if saved.generator is None and transfer is not None:
         saved.use, saved.generator = "transferred", transfer.weights
     elif saved.generator is None:
@@ -66,7 +66,7 @@ def _reuse(context: Context, offer: GeneratorRef) -> MaskedDataset | None:
     saved, refused = context.saved, refuse_generator(metrics, context.recipe.gate)
     saved.refused = list(refused)
     context.tell("gate", 1, 1, {"agreement": metrics["agreement"], "coverage": metrics["coverage"]})
-    if refused and not context.order.required:
+    if refused and not context.order.generators.required:
         return None
     saved.use, saved.generator, saved.dataset, saved.metrics = "reused", offer.weights, offer.dataset, metrics
     context.finish("gate", started)
@@ -92,7 +92,7 @@ def _train(context: Context) -> None:
     """Inversion of the labelling version, from the weights of an older generator where there is one."""
     started = time.monotonic()
     saved, store, recipe = context.saved, context.store, context.recipe.invert
-    warm = context.order.warm or context.order.reuse
+    warm = context.order.generators.warm_start
     weights = load_tensors(store.get(warm.weights)) if warm and store.has(warm.weights) else None
     run = invert.begin(context.teacher, recipe, weights)
     if saved.inversion is not None:
@@ -138,7 +138,7 @@ def _draw(context: Context) -> MaskedDataset:
     masking = MaskedDataset(context, dataset, context.group.once(lambda: context.store.put(dataset.to_bytes())))
     saved.dataset = masking.digest
     saved.metrics = context.group.once(lambda: figures_of(context, masking, drawn))
-    if context.order.required:
+    if context.order.generators.required:
         saved.refused = list(refuse_generator(saved.metrics, context.recipe.gate))
     context.finish("synthesize", started)
     return masking

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from fsu_ray.method.masking import MaskedDataset
 from fsu_ray.method.obtain import obtain
 from fsu_ray.method.relearn import relearn
 from fsu_ray.models.networks import Classifier
-from fsu_ray.work import BlobStore, Outcome, Part, WorkOrder
+from fsu_ray.records import Digest
+from fsu_ray.work import BlobStore, Outcome, TargetResult, WorkOrder
 
 
 def unlearn(
@@ -53,8 +55,8 @@ def unlearn(
     )
     masking = obtain(context)
     reason = _refusal(context) or _starvation(context)
-    reports: list[dict[str, Any]] = [{} for _ in order.asked]
-    probes: list[str] = []
+    reports: list[dict[str, Any]] = [{} for _ in order.targets]
+    probes: list[Digest] = []
     if reason is None:
         masks = _filter(context, masking)
         probes = group.once(lambda: [store.put(save_samples(masking.dataset.pixels[mask.is_forget])) for mask in masks])
@@ -70,23 +72,22 @@ def unlearn(
         metrics=done["metrics"],
         refused=tuple(done["refused"]),
         weights=done["weights"],
-        mask=done["masks"][0] if probes else None,
-        probes=probes[0] if probes else None,
-        report=reports[0],
+        targets=tuple(
+            TargetResult(target.request, mask, probe, report)
+            for target, mask, probe, report in zip_longest(
+                order.targets, done["masks"] if probes else (), probes, reports
+            )
+        ),
         seconds={stage: round(t, 2) for stage, t in done["seconds"].items()},
         resumed=tuple(done["resumed_at"]),
-        also=tuple(
-            Part(asked.request, mask, found, report)
-            for asked, mask, found, report in zip(order.also, done["masks"][1:], probes[1:], reports[1:], strict=False)
-        ),
     )
 
 
 def _refusal(context: Context) -> str | None:
     """`generator_refused` with the gate's verdict on the generator that the request asks for: no other may serve."""
     order, verdict = context.order, "; ".join(context.saved.refused)
-    named = order.reuse or order.transfer
-    if not order.required or not verdict or named is None:
+    named = order.generators.reuse or order.generators.transfer
+    if not order.generators.required or not verdict or named is None:
         return None
     return f"generator_refused: the gate refuses {named.id} for this version: {verdict}; ask without --generator"
 

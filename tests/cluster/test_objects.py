@@ -18,7 +18,7 @@ from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.storage.artifacts import Artifacts, locate
-from fsu_ray.work import WorkOrder
+from fsu_ray.work import ErasureTarget, WorkOrder
 
 
 @pytest.fixture
@@ -58,10 +58,10 @@ def test_a_worker_killed_in_the_inversion_goes_on_from_a_checkpoint_in_the_bucke
     artifacts = Artifacts.open(s3_bucket.uri())
     runs = locate(s3_bucket.uri("store/runs"))
     recipe = quick.model_copy(update={"invert": quick.invert.model_copy(update={"steps": 120})})
-    order = WorkOrder(
-        "r-1", trained.spec, *[artifacts.put(trained.weights)] * 2, Behaviour(name="eight", kind="class", targets=(8,)),
-        artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [8], 8, 0)])), recipe,
-    )  # fmt: skip
+    eight = Behaviour(name="eight", kind="class", targets=(8,))
+    samples = artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [8], 8, 0)]))
+    weights = artifacts.put(trained.weights)
+    order = WorkOrder(trained.spec, weights, weights, (ErasureTarget("r-1", eight, samples),), recipe)
     heard: list[tuple[str, int]] = []
     threads: set[float] = set()
     killed: list[int] = []
@@ -83,8 +83,8 @@ def test_a_worker_killed_in_the_inversion_goes_on_from_a_checkpoint_in_the_bucke
     assert len(starts) == 2
     assert next(done for stage, done in heard[starts[1] :] if stage == "invert") > 20, "it did not begin again"
     plain = unlearn(order, artifacts, torch.device("cpu"))
-    assert (outcome.weights, outcome.mask, outcome.dataset) == (plain.weights, plain.mask, plain.dataset)
+    assert (outcome.weights, outcome.targets, outcome.dataset) == (plain.weights, plain.targets, plain.dataset)
     assert any(name.startswith("r-1/checkpoint_") for name in s3_bucket.names("store/runs"))
     assert list(tmp_path.iterdir()) == []
-    assert {order.root_weights, order.samples, outcome.weights, outcome.dataset} <= artifacts.digests().keys()
+    assert {order.root_weights, samples, outcome.weights, outcome.dataset} <= artifacts.digests().keys()
     assert len(artifacts.digests()) == sum(not name.startswith("runs/") for name in s3_bucket.names())

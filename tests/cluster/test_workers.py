@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fsu_ray.cluster import workers
+from fsu_ray.cluster import internals, workers
 from fsu_ray.errors import ClusterUnavailable, Stopped, StorageError, UserError
 from fsu_ray.experiments.heads import free_port
 from fsu_ray.method.context import save_samples
@@ -26,7 +26,7 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search_space import apply
 from fsu_ray.storage.artifacts import Artifacts
-from fsu_ray.work import ErasureTarget, GeneratorRef, WorkOrder
+from fsu_ray.work import ErasureTarget, GeneratorCandidates, GeneratorRef, WorkOrder
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def make_order(trained: Any, artifacts: Artifacts, recipe: Recipe, steps: int) -
     behaviour = Behaviour(name="eight", kind="class", targets=(8,))
     three = Behaviour(name="three", kind="class", targets=(3,))
     along = artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [3], 8, 0)]))
-    also = (ErasureTarget("r-2", three, along),)
-    return WorkOrder("r-1", trained.spec, weights, weights, behaviour, samples, recipe, also=also)
+    targets = (ErasureTarget("r-1", behaviour, samples), ErasureTarget("r-2", three, along))
+    return WorkOrder(trained.spec, weights, weights, targets, recipe)
 
 
 def runs_of(folder: Path) -> tuple[None, str]:
@@ -106,15 +106,16 @@ def test_two_workers_come_to_what_one_does_whoever_is_killed(
     assert later == ["after invert", "after filter"]
     calm = Killer({})
     undisturbed = workers.execute(order, artifacts, runs_of(tmp_path), "r-2", 20, calm, workers=2)
-    for name in ("generator_weights", "dataset", "mask", "weights", "also"):
+    for name in ("generator_weights", "dataset", "weights", "targets"):
         assert getattr(disturbed, name) == getattr(undisturbed, name), name
     starts = [(done, metrics["threads"]) for stage, done, metrics in calm.heard if stage == "start"]
     assert starts == [(1, 1), (2, 1)]
     assert calm.niceness == os.nice(0)  # the work does not wait for Ray's own processes
 
     offered = GeneratorRef("g-1", undisturbed.generator_weights, undisturbed.dataset, undisturbed.metrics)
-    alone = unlearn(replace(order, reuse=offered), artifacts, torch.device("cpu"))
-    assert (alone.generator_use, alone.mask) == ("reused", undisturbed.mask)
+    alone = unlearn(replace(order, generators=GeneratorCandidates(reuse=offered)), artifacts, torch.device("cpu"))
+    masks = [[target.mask for target in outcome.targets] for outcome in (alone, undisturbed)]
+    assert (alone.generator_use, masks[0]) == ("reused", masks[1])
     one, two = (accuracy_of(trained, artifacts.get(str(made.weights))) for made in (alone, undisturbed))
     assert one == pytest.approx(two, abs=0.003)
 
@@ -175,7 +176,7 @@ def test_an_error_of_ours_comes_back_as_it_was(
 ) -> None:
     """A missing artifact is reported as such, at once, instead of being tried again."""
     order = make_order(trained, artifacts, quick, 10)
-    Path(artifacts.path(order.samples)).unlink()
+    Path(artifacts.path(order.targets[0].samples)).unlink()
     with pytest.raises(StorageError, match="is missing"):
         workers.execute(order, artifacts, runs_of(tmp_path), "r-5", 20, lambda *_: None)
 
@@ -185,11 +186,11 @@ def test_a_batch_that_does_not_go_round_is_refused_before_the_run(
 ) -> None:
     """One line with the key, where the workers would each find out for themselves, after the inversion."""
     order = make_order(trained, artifacts, apply(quick, {"relearn.batch": 16}), 10)
-    workers._goes_round(order, 16)
-    with pytest.raises(UserError, match=r"relearn\.batch of 16 does not go round 17 workers"):
-        workers._goes_round(order, 17)
-    with pytest.raises(UserError, match=r"invert\.batch of 30 does not go round 31 workers"):
-        workers._goes_round(make_order(trained, artifacts, apply(quick, {"relearn.batch": 99}), 10), 31)
+    workers._check_batches(order, 16)
+    with pytest.raises(UserError, match=r"relearn\.batch of 16 is too small for 17 workers"):
+        workers._check_batches(order, 17)
+    with pytest.raises(UserError, match=r"invert\.batch of 30 is too small for 31 workers"):
+        workers._check_batches(make_order(trained, artifacts, apply(quick, {"relearn.batch": 99}), 10), 31)
 
 
 def test_a_cluster_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,13 +245,12 @@ def test_what_a_worker_takes(
     """GPUs where there are any or may come to be; else as many CPUs as all workers can have at once; more than there
     will ever be is refused."""
     import ray
-    from ray._private.state import state
 
     alive = [each["Resources"] for each in nodes if each["Alive"]]
     total = {kind: sum(each.get(kind, 0) for each in alive) for kind in ("CPU", "GPU")}
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "cluster_resources", lambda: total)
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: growth)
+    monkeypatch.setattr(internals, "autoscaler_limits", lambda: growth)
     if expected is None:
         with pytest.raises(UserError, match="ask for fewer"):
             workers.resources(*workers_of)

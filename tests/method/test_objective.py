@@ -18,7 +18,7 @@ from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search_space import apply
-from fsu_ray.work import WorkOrder
+from fsu_ray.work import ErasureTarget, WorkOrder
 
 RECIPE = apply(
     Recipe(),
@@ -70,7 +70,7 @@ def order(trained: Any, store: Any) -> WorkOrder:
     weights = store.put(trained.weights)
     samples = store.put(save_samples(trained.train.pixels[draw(trained.train, [8], 12, 0)]))
     eight = Behaviour(name="eight", kind="class", targets=(8,))
-    return WorkOrder("r-1", trained.spec, weights, weights, eight, samples, RECIPE)
+    return WorkOrder(trained.spec, weights, weights, (ErasureTarget("r-1", eight, samples),), RECIPE)
 
 
 @pytest.mark.slow

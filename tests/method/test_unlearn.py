@@ -16,7 +16,7 @@ from fsu_ray.method.unlearn import unlearn
 from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
-from fsu_ray.work import EarlierErasure, GeneratorRef, Outcome, WorkOrder
+from fsu_ray.work import EarlierErasure, ErasureTarget, GeneratorCandidates, GeneratorRef, Outcome, WorkOrder
 
 CPU = torch.device("cpu")
 EVERY = {"policy": "manual", "threshold": 1.0, "runner_up": 0.0}  # all of D' that gets a target class
@@ -34,21 +34,27 @@ def order_for(trained: Any, store: Any, recipe: Recipe, target: int = 8, count: 
     weights = store.put(trained.weights)
     samples = store.put(save_samples(trained.train.pixels[draw(trained.train, [target], count, 0)]))
     behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
-    terms = {"root_weights": weights, "current_weights": weights, "behaviour": behaviour, "samples": samples}
-    return WorkOrder(request=f"r-{target}", spec=trained.spec, recipe=recipe, **(terms | more))
+    targets = (ErasureTarget(f"r-{target}", more.pop("behaviour", behaviour), samples),)
+    terms = {"root_weights": weights, "current_weights": weights, "targets": targets}
+    return WorkOrder(spec=trained.spec, recipe=recipe, **(terms | more))
 
 
-def ref(outcome: Outcome) -> GeneratorRef:
-    return GeneratorRef("g-1", outcome.generator_weights, outcome.dataset, outcome.metrics)
+def reuse(outcome: Outcome) -> GeneratorCandidates:
+    """The generator and D' of an earlier run, on offer."""
+    return GeneratorCandidates(GeneratorRef("g-1", outcome.generator_weights, outcome.dataset, outcome.metrics))
+
+
+def mask_of(outcome: Outcome, store: Any) -> Mask:
+    return Mask.from_bytes(store.get(outcome.targets[0].mask or ""))
 
 
 def prior(order: WorkOrder, outcome: Outcome) -> EarlierErasure:
-    assert outcome.mask
-    assert outcome.probes
-    share = outcome.report["forgetting"]["probes_in_target"]
-    recipe = order.recipe.filter
+    (target,), (result,) = order.targets, outcome.targets
+    assert result.mask
+    assert result.probes
+    share, recipe = result.report["forgetting"]["probes_in_target"], order.recipe.filter
     return EarlierErasure(
-        order.request, order.behaviour, recipe, order.samples, outcome.mask, outcome.probes, outcome.dataset, share
+        target.request, target.behaviour, recipe, target.samples, result.mask, result.probes, outcome.dataset, share
     )
 
 
@@ -57,15 +63,21 @@ def test_a_second_request_reuses_generator_and_data_set(trained: Any, store: Any
     first = order_for(trained, store, quick)
     one = unlearn(first, store, CPU)
     assert (one.reason, one.generator_use) == (None, "trained")
-    assert one.report["forgetting"]["samples_held_out"] == 0
+    assert one.targets[0].report["forgetting"]["samples_held_out"] == 0
     second = order_for(
-        trained, store, quick, 3, current_weights=one.weights, earlier_erasures=(prior(first, one),), reuse=ref(one)
+        trained,
+        store,
+        quick,
+        3,
+        current_weights=one.weights,
+        earlier_erasures=(prior(first, one),),
+        generators=reuse(one),
     )
     two = unlearn(second, store, CPU)
     assert (two.generator_use, two.dataset, two.generator_weights) == ("reused", one.dataset, one.generator_weights)
     assert set(two.seconds) == {"gate", "filter", "relearn", "evaluate"}
-    assert [e["behaviour"] for e in two.report["earlier"]] == ["class-8"]
-    assert two.report["retention"]["by_class"][8] is None
+    assert [e["behaviour"] for e in two.targets[0].report["earlier"]] == ["class-8"]
+    assert two.targets[0].report["retention"]["by_class"][8] is None
 
 
 @pytest.mark.parametrize("kind", ["class", "subset"])
@@ -84,7 +96,7 @@ def test_the_few_samples_come_in_as_often_as_asked(
     behaviour = Behaviour(name="b", kind=kind, targets=(8,))  # type: ignore[arg-type]
     order = order_for(trained, store, recipe, behaviour=behaviour)
     first = unlearn(order, store, CPU)
-    dataset, mask = Synthetic.from_bytes(store.get(first.dataset)), Mask.from_bytes(store.get(first.mask or ""))
+    dataset, mask = Synthetic.from_bytes(store.get(first.dataset)), mask_of(first, store)
     assert (mask.is_forget & dataset.holdout).any()
     trained_on = ~dataset.holdout | mask.is_forget if kind == "subset" else ~dataset.holdout
     usable, is_forget = int(trained_on.sum()), int(mask.is_forget.sum())
@@ -95,7 +107,9 @@ def test_the_few_samples_come_in_as_often_as_asked(
     assert synthetic.tolist() == [True] * (usable + again) + [False] * 3 * 8
 
     seen_most = int(torch.bincount(dataset.predicted[dataset.predicted != 8]).argmax())  # so small a D' lacks classes
-    later = order_for(trained, store, recipe, seen_most, earlier_erasures=(prior(order, first),), reuse=ref(first))
+    later = order_for(
+        trained, store, recipe, seen_most, earlier_erasures=(prior(order, first),), generators=reuse(first)
+    )
     second = unlearn(later, store, CPU)
     assert second.reason is None, second.reason
     earlier = 3 * 8 if kind == "subset" else 0
@@ -112,8 +126,8 @@ def test_a_subset_with_few_probes_spares_none(
     behaviour = Behaviour(name="b", kind="subset", targets=(8,))
     found = unlearn(order_for(trained, store, recipe, count=20, behaviour=behaviour), store, CPU)
     holdout = Synthetic.from_bytes(store.get(found.dataset)).holdout
-    is_forget = Mask.from_bytes(store.get(found.mask or "")).is_forget
-    forgetting = found.report["forgetting"]
+    is_forget = mask_of(found, store).is_forget
+    forgetting = found.targets[0].report["forgetting"]
     assert forgetting["probes_held_out"] == (0 if fewest == 1000 else int((is_forget & holdout).sum()))
     assert (forgetting["probes_held_out_in_target"] is None) == (fewest == 1000)
 
@@ -122,7 +136,7 @@ def test_a_subset_with_few_probes_spares_none(
 def test_same_order_same_digests(trained: Any, store: Any, quick: Recipe) -> None:
     """Same recipe, same seed: the same weights, D' and mask to the last bit; another seed gives others."""
     one, two = (unlearn(order_for(trained, store, quick), store, CPU) for _ in range(2))
-    assert (one.weights, one.dataset, one.mask) == (two.weights, two.dataset, two.mask)
+    assert (one.weights, one.dataset, one.targets) == (two.weights, two.dataset, two.targets)
     other = unlearn(order_for(trained, store, changed(quick, invert={"seed": 1})), store, CPU)
     assert other.dataset != one.dataset
 
@@ -131,7 +145,7 @@ def test_a_refused_generator_is_trained_anew_from_its_weights(trained: Any, stor
     """When the gate refuses what the registry offers, the run goes on with a warm start and says why."""
     one = unlearn(order_for(trained, store, quick), store, CPU)
     strict = changed(quick, gate={"bn_distance_max": 0.0})
-    two = unlearn(order_for(trained, store, strict, 3, reuse=ref(one)), store, CPU)
+    two = unlearn(order_for(trained, store, strict, 3, generators=reuse(one)), store, CPU)
     assert two.generator_use == "warm_started"
     assert "BN distance" in two.refused[0]
     assert two.dataset != one.dataset
@@ -140,19 +154,21 @@ def test_a_refused_generator_is_trained_anew_from_its_weights(trained: Any, stor
 def test_masks_of_earlier_erasures_are_rebuilt_on_a_new_data_set(trained: Any, store: Any, quick: Recipe) -> None:
     """On a new D' an earlier subset's mask comes from its samples, and from its probes once they are purged."""
     recipe = changed(quick, filter={"runner_up": 0.0}, relearn={"epochs": 1})
-    first = order_for(trained, store, recipe, count=20)
-    first = (
-        copy.replace(first, behaviour=Behaviour(name="odd", kind="subset", targets=(8,)))
-        if hasattr(copy, "replace")
-        else WorkOrder(**{**vars(first), "behaviour": Behaviour(name="odd", kind="subset", targets=(8,))})
-    )
+    odd = Behaviour(name="odd", kind="subset", targets=(8,))
+    first = order_for(trained, store, recipe, count=20, behaviour=odd)
     one = unlearn(first, store, CPU)
     assert one.reason is None, one.reason
     fresh = changed(recipe, synthesize={"seed": 5})
     purged = type(store)(store)
-    del purged[first.samples]
+    del purged[first.targets[0].samples]
     second = order_for(
-        trained, store, fresh, 3, current_weights=one.weights, earlier_erasures=(prior(first, one),), warm=ref(one)
+        trained,
+        store,
+        fresh,
+        3,
+        current_weights=one.weights,
+        earlier_erasures=(prior(first, one),),
+        generators=GeneratorCandidates(warm=reuse(one).reuse),
     )
     purged.put(save_samples(trained.train.pixels[draw(trained.train, [3], 8, 0)]))
     for place in (store, purged):
@@ -200,7 +216,7 @@ def test_a_run_cut_off_at_any_checkpoint_ends_as_an_undisturbed_one(
     with pytest.raises(CutOff):
         unlearn(order_for(trained, store, quick), store, CPU, checkpoint=keep, every=25)
     resumed = unlearn(order_for(trained, store, quick), store, CPU, saved=kept[-1], every=25)
-    assert (resumed.weights, resumed.mask, resumed.dataset) == (whole.weights, whole.mask, whole.dataset)
+    assert (resumed.weights, resumed.targets, resumed.dataset) == (whole.weights, whole.targets, whole.dataset)
     assert resumed.generator_use == "trained"
 
 
@@ -208,8 +224,8 @@ def test_samples_are_held_out_from_ten_on(trained: Any, store: Any, quick: Recip
     """Of ten samples two are only measured on; of nine none, and the report says so."""
     for count, held in ((10, 2), (9, 0)):
         outcome = unlearn(order_for(trained, store, changed(quick, relearn={"epochs": 1}), count=count), store, CPU)
-        assert outcome.report["forgetting"]["samples_held_out"] == held
-        assert outcome.report["forgetting"]["samples_given"] == count
+        assert outcome.targets[0].report["forgetting"]["samples_held_out"] == held
+        assert outcome.targets[0].report["forgetting"]["samples_given"] == count
 
 
 @pytest.mark.slow
@@ -228,7 +244,7 @@ def test_the_papers_form_labels_with_the_current_version(trained: Any, store: An
     with torch.no_grad():
         expected = current(dataset.pixels[:20].float() / 255)
     torch.testing.assert_close(dataset.logits[:20], expected, rtol=1e-3, atol=1e-3)
-    assert int(Mask.from_bytes(store.get(two.mask or "")).is_forget.sum()) > 0
+    assert int(mask_of(two, store).is_forget.sum()) > 0
 
 
 DEEP = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("torchvision:resnet18", "resnet50")]
@@ -251,16 +267,18 @@ def test_any_network_goes_the_whole_way(store: Any, quick: Recipe, arch: str) ->
 
     def erase(target: int, **more: Any) -> Outcome:
         one = Behaviour(name="one", kind="class", targets=(target,))
-        return unlearn(WorkOrder("r", spec, weights, weights, one, samples, recipe, **more), store, CPU)
+        return unlearn(
+            WorkOrder(spec, weights, weights, (ErasureTarget("r", one, samples),), recipe, **more), store, CPU
+        )
 
     found = erase(0)  # an untrained network sees one class in all that such a generator draws: this shows which one
     assert found.dataset
     seen = int(Synthetic.from_bytes(store.get(found.dataset)).predicted.bincount().argmax())
-    outcome = erase(seen, reuse=ref(found))
+    outcome = erase(seen, generators=reuse(found))
     assert {"invert", "synthesize"} <= set(found.seconds)
     assert {"filter", "relearn", "evaluate"} <= set(outcome.seconds)
     assert outcome.reason is None
-    assert outcome.report["forgetting"]["probes"] > 0
+    assert outcome.targets[0].report["forgetting"]["probes"] > 0
     assert outcome.weights not in (None, weights)
 
 
@@ -268,5 +286,5 @@ def test_a_test_set_that_is_not_where_the_run_is(trained: Any, store: Any, quick
     """Nothing hangs on it: the run ends well, and its report says what was not measured."""
     outcome = unlearn(order_for(trained, store, quick, 8, test_set="/no/such/folder"), store, CPU)
     assert outcome.reason is None
-    assert outcome.report["test"] is None
-    assert "cannot be read" in outcome.report["test_missing"]
+    assert outcome.targets[0].report["test"] is None
+    assert "cannot be read" in outcome.targets[0].report["test_missing"]

@@ -10,13 +10,13 @@ import pytest
 from fsu_ray.errors import StorageError
 from fsu_ray.pipeline import run_name
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.records import Behaviour, Digest, ModelSpec
 from fsu_ray.search import SearchOptions, search_name
 from fsu_ray.search_space import SPACE
 from fsu_ray.storage.artifacts import locate
 from fsu_ray.storage.checkpoints import Checkpoints
 from fsu_ray.storage.rows import new_id
-from fsu_ray.work import WorkOrder
+from fsu_ray.work import ErasureTarget, WorkOrder
 
 RUN, SEARCH = "r-1a217a57286c723234d-401a7e3d", "search-0123456789abcdef"
 
@@ -62,8 +62,9 @@ def test_the_names_of_runs_and_searches_are_those_that_are_looked_for(tmp_path: 
     """Who names them does not know this module."""
     eight = Behaviour(name="eight", kind="class", targets=(8,))
     spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.3,))
-    order = WorkOrder(new_id("r"), spec, "0" * 64, "0" * 64, eight, "0" * 64, Recipe())
-    names = {run_name(order): order.request, search_name(order, SearchOptions(SPACE["class"], 2, False, 0)): None}
+    targets = (ErasureTarget(new_id("r"), eight, Digest("0" * 64)),)
+    order = WorkOrder(spec, Digest("0" * 64), Digest("0" * 64), targets, Recipe())
+    names = {run_name(order): targets[0].request, search_name(order, SearchOptions(SPACE["class"], 2, False, 0)): None}
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_bytes(b"1")

@@ -11,10 +11,11 @@ import pytest
 import sqlalchemy as sa
 
 from fsu_ray import schedule as module
+from fsu_ray.config import Timings
 from fsu_ray.errors import LeaseLost, LedgerUnavailable, NotFound, RunFailed, TransitionRefused, UserError
 from fsu_ray.pipeline import Result, WorkerOptions, drain, run_request
 from fsu_ray.records import Request, Schedule, Status, Window
-from fsu_ray.schedule import Carry, Fired, run_due
+from fsu_ray.schedule import RunQueue, WindowResult, run_due
 from fsu_ray.storage import rows
 from fsu_ray.storage import schedules as windows
 from fsu_ray.storage.artifacts import Artifacts
@@ -42,13 +43,13 @@ def artifacts(tmp_path: Path) -> Artifacts:
 
 
 @pytest.fixture
-def add(line: Any, at: Callable[..., None]) -> Callable[..., Schedule]:
+def add(driver: Any, at: Callable[..., None]) -> Callable[..., Schedule]:
     """Adds a schedule, some `days` ago."""
 
     def make(cron: str = "0 2 * * *", days: float = 0, **changes: Any) -> Schedule:
         at(datetime.now(UTC) - days * DAY)
         terms = {"timezone": "Europe/Berlin", "max_requests": None, "minutes": None, **changes}
-        made: Schedule = line.ledger.schedules.add(line.name, cron, **terms)
+        made: Schedule = driver.ledger.schedules.add(driver.name, cron, **terms)
         at(None)
         return made
 
@@ -56,47 +57,50 @@ def add(line: Any, at: Callable[..., None]) -> Callable[..., Schedule]:
 
 
 @pytest.fixture
-def carry(line: Any) -> Callable[..., Carry]:
+def carry(driver: Any) -> Callable[..., RunQueue]:
     """What carries requests out: it commits, or does what is given instead."""
 
-    def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> Carry:
+    def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> RunQueue:
         def commit(request: Request) -> list[Result]:
-            ledger = line.ledger
-            version = ledger.commit(request, line.outcome(request), ledger.models.version(line.name))
+            ledger = driver.ledger
+            version = ledger.commit(request, driver.outcome(request), ledger.models.version(driver.name))
             return [Result(ledger.requests.get(request.id), version, None)]
 
-        return lambda wanted: drain(line.ledger, worker, wanted, lambda request, _: (run or commit)(request))
+        return lambda wanted: drain(driver.ledger, worker, wanted, lambda request, _: (run or commit)(request))
 
     return make
 
 
 @pytest.fixture
-def one_pass(line: Any, artifacts: Artifacts, carry: Callable[..., Carry]) -> Callable[..., list[Fired]]:
+def one_pass(driver: Any, artifacts: Artifacts, carry: Callable[..., RunQueue]) -> Callable[..., list[WindowResult]]:
     """One pass of a scheduler, at this moment unless told otherwise."""
 
-    def make(run: Any = None, worker: str = "w1", moment: datetime | None = None) -> list[Fired]:
-        return run_due(line.ledger, artifacts, carry(run, worker), worker, moment or datetime.now(UTC))
+    def make(
+        run: Any = None, worker: str = "w1", moment: datetime | None = None, timings: Timings = Timings()
+    ) -> list[WindowResult]:
+        now = moment or datetime.now(UTC)
+        return run_due(driver.ledger, artifacts, carry(run, worker), worker, now, timings=timings)
 
     return make
 
 
-def the(fired: list[Fired]) -> Fired:
+def the(fired: list[WindowResult]) -> WindowResult:
     assert len(fired) == 1
     return fired[0]
 
 
 def window_of(ledger: Ledger, schedule: Schedule) -> Window:
-    found = ledger.schedules.last_window(schedule.id)
-    assert found is not None
-    return found
+    window = ledger.schedules.last_window(schedule.id)
+    assert window is not None
+    return window
 
 
 class TestSchedules:
-    def test_it_is_paused_resumed_and_removed(self, line: Any, add: Callable[..., Schedule]) -> None:
+    def test_it_is_paused_resumed_and_removed(self, driver: Any, add: Callable[..., Schedule]) -> None:
         made = add(max_requests=20, minutes=240, actor="alice")
         terms = (made.model, made.cron, made.timezone, made.max_requests, made.minutes, made.state, made.actor)
         assert terms == ("digits", "0 2 * * *", "Europe/Berlin", 20, 240, "active", "alice")
-        ledger = line.ledger
+        ledger = driver.ledger
         paused = ledger.schedules.set_state(made.id[:6], "paused", "bob")
         assert (paused.state, paused.changed_at > made.changed_at) == ("paused", True)
         assert ledger.schedules.set_state(made.id, "active").state == "active"
@@ -106,37 +110,37 @@ class TestSchedules:
         assert ledger.schedules.get(made.id).state == "removed", "it stays on record"
 
     @on_sqlite
-    def test_a_state_that_it_is_in_already_is_refused(self, line: Any, add: Callable[..., Schedule]) -> None:
+    def test_a_state_that_it_is_in_already_is_refused(self, driver: Any, add: Callable[..., Schedule]) -> None:
         made = add()
         with pytest.raises(TransitionRefused, match="is active already"):
-            line.ledger.schedules.set_state(made.id, "active")
-        line.ledger.schedules.set_state(made.id, "removed")
+            driver.ledger.schedules.set_state(made.id, "active")
+        driver.ledger.schedules.set_state(made.id, "removed")
         with pytest.raises(TransitionRefused, match="is removed; `fsu schedule add` makes another"):
-            line.ledger.schedules.set_state(made.id, "active")
+            driver.ledger.schedules.set_state(made.id, "active")
 
     @on_sqlite
     def test_the_last_state_stays_the_last_where_clocks_disagree(
-        self, line: Any, add: Callable[..., Schedule], at: Callable[..., None]
+        self, driver: Any, add: Callable[..., Schedule], at: Callable[..., None]
     ) -> None:
         made = add()
         at(datetime.now(UTC) - DAY)
-        assert line.ledger.schedules.set_state(made.id, "paused").state == "paused"
+        assert driver.ledger.schedules.set_state(made.id, "paused").state == "paused"
 
     @on_sqlite
-    def test_what_is_not_there_or_has_a_full_name_is_refused(self, line: Any, add: Callable[..., Schedule]) -> None:
+    def test_what_is_not_there_or_has_a_full_name_is_refused(self, driver: Any, add: Callable[..., Schedule]) -> None:
         made = add()
-        for wrong in (lambda: line.ledger.schedules.get("s-none"), lambda: line.ledger.schedules.all("nobody")):
+        for wrong in (lambda: driver.ledger.schedules.get("s-none"), lambda: driver.ledger.schedules.all("nobody")):
             with pytest.raises(NotFound):
                 wrong()
         with pytest.raises(UserError, match="no opaque id"):
-            line.ledger.schedules.set_state(made.id, "paused", "a@example.org")
+            driver.ledger.schedules.set_state(made.id, "paused", "a@example.org")
 
-    def test_all_of_it_is_in_the_audit_chain(self, line: Any, add: Callable[..., Schedule], raw: Any) -> None:
+    def test_all_of_it_is_in_the_audit_chain(self, driver: Any, add: Callable[..., Schedule], raw: Any) -> None:
         made = add()
-        line.ledger.schedules.fire(made, datetime(2027, 1, 1, 2, tzinfo=UTC), 0, "w1", 60)
-        line.ledger.schedules.set_state(made.id, "paused", "bob")
-        found = raw.execute("SELECT event, actor, model FROM audit_events WHERE event LIKE '%_d' ORDER BY seq").all()
-        known = [tuple(row) for row in found if row.event in ("schedule_added", "schedule_paused", "window_fired")]
+        driver.ledger.schedules.fire(made, datetime(2027, 1, 1, 2, tzinfo=UTC), 0, "w1", 60)
+        driver.ledger.schedules.set_state(made.id, "paused", "bob")
+        events = raw.execute("SELECT event, actor, model FROM audit_events WHERE event LIKE '%_d' ORDER BY seq").all()
+        known = [tuple(row) for row in events if row.event in ("schedule_added", "schedule_paused", "window_fired")]
         assert known == [
             ("schedule_added", "operator", "digits"), ("window_fired", "w1", "digits"),
             ("schedule_paused", "bob", "digits"),
@@ -146,52 +150,52 @@ class TestSchedules:
 class TestFiring:
     START = datetime(2027, 1, 2, 1, tzinfo=UTC)
 
-    def test_a_window_is_fired_once(self, line: Any, add: Callable[..., Schedule]) -> None:
+    def test_a_window_is_fired_once(self, driver: Any, add: Callable[..., Schedule]) -> None:
         made = add()
-        fired = line.ledger.schedules.fire(made, self.START, 3, "w1", 60)
+        fired = driver.ledger.schedules.fire(made, self.START, 3, "w1", 60)
         assert fired is not None
         assert (fired.starts_at, fired.missed, fired.worker, fired.requests) == (self.START, 3, "w1", 0)
-        assert line.ledger.schedules.windows(made.id) == [fired]
-        line.ledger.schedules.close_window(fired, 5)
-        assert line.ledger.schedules.fire(made, self.START, 0, "w2", 60) is None
+        assert driver.ledger.schedules.windows(made.id) == [fired]
+        driver.ledger.schedules.close_window(fired, 5)
+        assert driver.ledger.schedules.fire(made, self.START, 0, "w2", 60) is None
 
     def test_the_database_itself_refuses_a_window_that_was_fired(
-        self, line: Any, add: Callable[..., Schedule], raw: Any, monkeypatch: pytest.MonkeyPatch
+        self, driver: Any, add: Callable[..., Schedule], raw: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Without a look at the windows first, and from any other program."""
         made = add()
-        line.ledger.schedules.fire(made, self.START, 0, "w1", 60)
+        driver.ledger.schedules.fire(made, self.START, 0, "w1", 60)
         monkeypatch.setattr(windows, "_may_fire", lambda *_: True)
-        assert line.ledger.schedules.fire(made, self.START, 0, "w2", 60) is None
+        assert driver.ledger.schedules.fire(made, self.START, 0, "w2", 60) is None
         for verb in ("INSERT", "INSERT OR REPLACE") if raw.engine == "sqlite" else ("INSERT",):
             again = f"{verb} INTO schedule_windows SELECT * FROM schedule_windows"
             with pytest.raises(sa.exc.IntegrityError):
                 raw.execute(again)
-        assert window_of(line.ledger, made).worker == "w1"
+        assert window_of(driver.ledger, made).worker == "w1"
 
-    def test_an_older_window_is_not_fired_after_a_newer_one(self, line: Any, add: Callable[..., Schedule]) -> None:
+    def test_an_older_window_is_not_fired_after_a_newer_one(self, driver: Any, add: Callable[..., Schedule]) -> None:
         """A scheduler whose clock is late does not run a missed window besides the one that stands for it."""
         made = add()
-        line.ledger.schedules.close_window(line.ledger.schedules.fire(made, self.START, 1, "w1", 60), 0)
-        assert line.ledger.schedules.fire(made, self.START - DAY, 0, "w2", 60) is None
-        assert line.ledger.schedules.fire(made, self.START + DAY, 0, "w2", 60) is not None
+        driver.ledger.schedules.close_window(driver.ledger.schedules.fire(made, self.START, 1, "w1", 60), 0)
+        assert driver.ledger.schedules.fire(made, self.START - DAY, 0, "w2", 60) is None
+        assert driver.ledger.schedules.fire(made, self.START + DAY, 0, "w2", 60) is not None
 
-    def test_one_window_of_a_schedule_is_open_at_a_time(self, line: Any, add: Callable[..., Schedule]) -> None:
+    def test_one_window_of_a_schedule_is_open_at_a_time(self, driver: Any, add: Callable[..., Schedule]) -> None:
         made = add()
-        line.ledger.schedules.fire(made, self.START, 0, "w1", 60)
-        assert line.ledger.schedules.fire(made, self.START + DAY, 0, "w2", 60) is None
+        driver.ledger.schedules.fire(made, self.START, 0, "w1", 60)
+        assert driver.ledger.schedules.fire(made, self.START + DAY, 0, "w2", 60) is None
 
     @pytest.mark.parametrize("state", ["paused", "removed"])
     def test_a_schedule_that_was_stopped_meanwhile_fires_nothing(
-        self, line: Any, add: Callable[..., Schedule], state: str
+        self, driver: Any, add: Callable[..., Schedule], state: str
     ) -> None:
         seen = add()
-        line.ledger.schedules.set_state(seen.id, state)
-        assert line.ledger.schedules.fire(seen, self.START, 0, "w1", 60) is None
+        driver.ledger.schedules.set_state(seen.id, state)
+        assert driver.ledger.schedules.fire(seen, self.START, 0, "w1", 60) is None
 
-    def test_an_abandoned_window_is_resumed_by_one(self, line: Any, add: Callable[..., Schedule]) -> None:
+    def test_an_abandoned_window_is_resumed_by_one(self, driver: Any, add: Callable[..., Schedule]) -> None:
         """Its first scheduler, should it come back, has lost it."""
-        ledger, made = line.ledger, add()
+        ledger, made = driver.ledger, add()
         first = ledger.schedules.fire(made, self.START, 2, "w1", 60)
         assert ledger.schedules.resume_window(made, "w2", 60) is None
         ledger.schedules.renew_window(first, 0, requests=4)
@@ -211,9 +215,9 @@ class TestFiring:
         with pytest.raises(LeaseLost):
             ledger.schedules.close_window(second, 6)
 
-    def test_a_change_of_state_closes_what_nobody_holds(self, line: Any, add: Callable[..., Schedule]) -> None:
+    def test_a_change_of_state_closes_what_nobody_holds(self, driver: Any, add: Callable[..., Schedule]) -> None:
         """Else a window from before a pause would run right when the schedule is resumed, at any hour."""
-        ledger, made = line.ledger, add()
+        ledger, made = driver.ledger, add()
         ledger.schedules.fire(made, self.START, 0, "w1", 60)
         ledger.schedules.set_state(made.id, "paused")
         assert window_of(ledger, made).finished_at is None, "its scheduler closes it"
@@ -224,174 +228,192 @@ class TestFiring:
 
 class TestPasses:
     def test_requests_are_collected_and_carried_out_in_the_window(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         made = add(max_requests=3)
-        waiting = [line.submit(f"b{k}", k) for k in range(4)]
+        waiting = [driver.submit(f"b{k}", k) for k in range(4)]
         assert one_pass() == []
-        assert line.ledger.requests.all(status=Status.RUNNING) == [], "by day nothing runs"
+        assert driver.ledger.requests.all(status=Status.RUNNING) == [], "by day nothing runs"
 
         night = datetime.now(UTC) + 2 * DAY
         fired = the(one_pass(moment=night))
         assert [each.request.id for each in fired.results] == [each.id for each in waiting[:3]]
         assert (fired.closed, fired.resumed, fired.error) == (True, False, None)
-        closed = window_of(line.ledger, made)
+        closed = window_of(driver.ledger, made)
         assert (closed.requests, closed.lease_until, closed.worker) == (3, None, "w1")
         assert closed.finished_at is not None
         assert one_pass(moment=night) == [], "the window has been"
         assert len(the(one_pass(moment=night + DAY)).results) == 1, "the fourth one has waited for the next"
 
     def test_a_missed_window_runs_once(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         """Four nights without a scheduler: one window, also where its minutes are long over."""
         made = add(days=4.5, minutes=1)
-        line.submit()
+        driver.submit()
         fired = the(one_pass())
         assert fired.window is not None
         assert fired.window.missed in (3, 4)
         assert len(fired.results) == 1
         assert one_pass() == []
-        assert len(line.ledger.schedules.windows(made.id)) == 1
+        assert len(driver.ledger.schedules.windows(made.id)) == 1
 
     def test_half_past_two_fires_once_on_the_days_the_clocks_change(
-        self, line: Any, add: Callable[..., Schedule], at: Callable[..., None], one_pass: Callable[..., list[Fired]]
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        at: Callable[..., None],
+        one_pass: Callable[..., list[WindowResult]],
     ) -> None:
         """Passes every half hour through both nights in Berlin."""
         starts = []
         for midnight in (datetime(2027, 3, 27, 23, tzinfo=UTC), datetime(2027, 10, 30, 22, tzinfo=UTC)):
             at(midnight)
-            made = line.ledger.schedules.add(line.name, "30 2 * * *", "Europe/Berlin", None, None)
+            made = driver.ledger.schedules.add(driver.name, "30 2 * * *", "Europe/Berlin", None, None)
             for halves in range(12):
                 one_pass(moment=midnight + timedelta(minutes=30 * halves))
-            line.ledger.schedules.set_state(made.id, "removed")
-            starts += [[window.starts_at.isoformat() for window in line.ledger.schedules.windows(made.id)]]
+            driver.ledger.schedules.set_state(made.id, "removed")
+            starts += [[window.starts_at.isoformat() for window in driver.ledger.schedules.windows(made.id)]]
         assert starts == [["2027-03-28T01:00:00+00:00"], ["2027-10-31T00:30:00+00:00"]]
 
     @on_sqlite
     def test_nothing_new_begins_after_the_end_of_a_window(
-        self, line: Any, add: Callable[..., Schedule], artifacts: Artifacts, at: Callable[..., None]
+        self, driver: Any, add: Callable[..., Schedule], artifacts: Artifacts, at: Callable[..., None]
     ) -> None:
         """A window that its scheduler has left is over when its minutes are, and is closed as it stands."""
         made = add(days=2, minutes=30)
-        line.submit()
+        driver.submit()
         start = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
         at(start)
-        line.ledger.schedules.renew_window(line.ledger.schedules.fire(made, start, 0, "gone", 0), 0, requests=7)
+        driver.ledger.schedules.renew_window(driver.ledger.schedules.fire(made, start, 0, "gone", 0), 0, requests=7)
         at(None)
-        fired = run_due(line.ledger, artifacts, lambda _: pytest.fail("it is over"), "w1", start + timedelta(minutes=1))
+        fired = run_due(
+            driver.ledger, artifacts, lambda _: pytest.fail("it is over"), "w1", start + timedelta(minutes=1)
+        )
         assert (the(fired).resumed, the(fired).closed) == (True, True)
-        assert window_of(line.ledger, made).requests == 7
+        assert window_of(driver.ledger, made).requests == 7
 
     @on_sqlite
     def test_what_is_claimed_is_bound_by_the_window(
-        self, line: Any, add: Callable[..., Schedule], artifacts: Artifacts
+        self, driver: Any, add: Callable[..., Schedule], artifacts: Artifacts
     ) -> None:
         """One at a time, of its model alone, nothing after its end."""
         made, asked = add(minutes=60), []
-        line.submit()
+        driver.submit()
 
         def nothing(wanted: WorkerOptions) -> list[Result]:
             asked.append(wanted)
             return []
 
-        fired = the(run_due(line.ledger, artifacts, nothing, "w1", datetime.now(UTC) + 2 * DAY))
-        end = window_of(line.ledger, made).starts_at + timedelta(minutes=60)
+        fired = the(run_due(driver.ledger, artifacts, nothing, "w1", datetime.now(UTC) + 2 * DAY))
+        end = window_of(driver.ledger, made).starts_at + timedelta(minutes=60)
         assert asked == [WorkerOptions(max_requests=1, model="digits", until=end)]
         assert not fired.closed, "somebody was faster: the next pass looks again"
 
     @on_sqlite
     def test_nothing_is_started_where_nothing_is_ready(
-        self, line: Any, add: Callable[..., Schedule], artifacts: Artifacts
+        self, driver: Any, add: Callable[..., Schedule], artifacts: Artifacts
     ) -> None:
         """Ray starts with the first call of `carry`."""
         add()
         fired = run_due(
-            line.ledger, artifacts, lambda _: pytest.fail("nothing is ready"), "w1", datetime.now(UTC) + 2 * DAY
+            driver.ledger, artifacts, lambda _: pytest.fail("nothing is ready"), "w1", datetime.now(UTC) + 2 * DAY
         )
         assert (the(fired).closed, the(fired).results) == (True, ())
 
     @on_sqlite
     def test_a_paused_schedule_begins_nothing_more_in_its_window(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], carry: Callable[..., Carry]
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        one_pass: Callable[..., list[WindowResult]],
+        carry: Callable[..., RunQueue],
     ) -> None:
         made = add(days=2)
         for k in range(3):
-            line.submit(f"b{k}", k)
+            driver.submit(f"b{k}", k)
 
         def pausing(request: Request) -> list[Result]:
-            line.ledger.schedules.set_state(made.id, "paused")
-            return [Result(line.ledger.requests.fail(request, "x"), None, None)]
+            driver.ledger.schedules.set_state(made.id, "paused")
+            return [Result(driver.ledger.requests.fail(request, "x"), None, None)]
 
         fired = the(one_pass(pausing))
         assert (len(fired.results), fired.closed) == (1, True)
         assert one_pass(moment=datetime.now(UTC) + 2 * DAY) == []
-        line.ledger.schedules.set_state(made.id, "active")
+        driver.ledger.schedules.set_state(made.id, "active")
         assert one_pass() == [], "what passed meanwhile is not made up"
 
     def test_an_interrupted_window_goes_on_where_it_was(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], artifacts: Artifacts
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        one_pass: Callable[..., list[WindowResult]],
+        artifacts: Artifacts,
     ) -> None:
         """The request is queued again, the count stands, and the next scheduler need not wait for a lease."""
         made = add(days=2, max_requests=3)
         for k in range(4):
-            line.submit(f"b{k}", k)
+            driver.submit(f"b{k}", k)
         seen: list[Request] = []
 
         def interrupted(request: Request) -> list[Result]:
             seen.append(request)
             if len(seen) == 1:
-                return [Result(line.ledger.requests.fail(request, "x"), None, None)]
-            return run_request(line.ledger, artifacts, _ctrl_c, request)
+                return [Result(driver.ledger.requests.fail(request, "x"), None, None)]
+            return run_request(driver.ledger, artifacts, _ctrl_c, request)
 
         with pytest.raises(KeyboardInterrupt):
             one_pass(interrupted)
-        assert line.ledger.requests.get(seen[1].id).status is Status.QUEUED
-        left = window_of(line.ledger, made)
+        assert driver.ledger.requests.get(seen[1].id).status is Status.QUEUED
+        left = window_of(driver.ledger, made)
         assert (left.finished_at, left.requests) == (None, 1)
 
         fired = the(one_pass(worker="w2"))
         assert (fired.resumed, fired.closed, len(fired.results)) == (True, True, 2)
-        assert window_of(line.ledger, made).requests == 3
-        assert len(line.ledger.schedules.windows(made.id)) == 1
+        assert window_of(driver.ledger, made).requests == 3
+        assert len(driver.ledger.schedules.windows(made.id)) == 1
 
     @on_sqlite
     def test_a_window_stays_open_for_what_is_to_be_tried_again(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]], at: Callable[..., None]
+        self,
+        driver: Any,
+        add: Callable[..., Schedule],
+        one_pass: Callable[..., list[WindowResult]],
+        at: Callable[..., None],
     ) -> None:
         """A run that broke is not put off until the next night."""
         made = add(days=2)
-        line.submit()
-        fired = the(one_pass(lambda request: [Result(line.ledger.requests.retry(request, "broke"), None, None)]))
+        driver.submit()
+        fired = the(one_pass(lambda request: [Result(driver.ledger.requests.retry(request, "broke"), None, None)]))
         assert (fired.closed, fired.results[0].request.status) == (False, Status.QUEUED)
         at(datetime.now(UTC) + timedelta(minutes=1))
         again = the(one_pass(worker="w2"))
         assert (again.resumed, again.closed, again.results[0].request.status) == (True, True, Status.SUCCEEDED)
-        assert window_of(line.ledger, made).requests == 2
+        assert window_of(driver.ledger, made).requests == 2
 
     @on_sqlite
     def test_a_window_waits_for_a_request_that_runs_elsewhere(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         """One request of a model runs at a time: what is queued behind it still has its window."""
         add(days=2)
-        line.submit("first", 1)
-        elsewhere = line.claim("somebody")
-        line.submit("second", 2)
+        driver.submit("first", 1)
+        elsewhere = driver.claim("somebody")
+        driver.submit("second", 2)
         assert not the(one_pass()).closed
-        line.ledger.requests.fail(elsewhere, "x")
+        driver.ledger.requests.fail(elsewhere, "x")
         fired = the(one_pass())
         assert [each.request.behaviour.name for each in fired.results] == ["second"]
 
     @on_sqlite
     @pytest.mark.parametrize("error", [LedgerUnavailable("away"), ConnectionError("no Ray")])
     def test_what_breaks_in_one_schedule_keeps_none_of_the_others(
-        self, line: Any, add: Callable[..., Schedule], new_line: Callable[..., Any], artifacts: Artifacts,
-        carry: Callable[..., Carry], error: Exception,
+        self, driver: Any, add: Callable[..., Schedule], new_driver: Callable[..., Any], artifacts: Artifacts,
+        carry: Callable[..., RunQueue], error: Exception,
     ) -> None:  # fmt: skip
-        bad, other = add(days=2), new_line("other")
-        good = line.ledger.schedules.add("other", "0 2 * * *", "UTC", None, None)
-        line.submit()
+        bad, other = add(days=2), new_driver("other")
+        good = driver.ledger.schedules.add("other", "0 2 * * *", "UTC", None, None)
+        driver.submit()
         other.submit()
 
         def breaking(wanted: WorkerOptions) -> list[Result]:
@@ -399,59 +421,55 @@ class TestPasses:
                 raise error
             return carry()(wanted)
 
-        fired = run_due(line.ledger, artifacts, breaking, "w1", datetime.now(UTC) + 2 * DAY)
+        fired = run_due(driver.ledger, artifacts, breaking, "w1", datetime.now(UTC) + 2 * DAY)
         assert [(each.schedule.id, each.closed) for each in fired] == [(bad.id, False), (good.id, True)]
         assert str(error) in str(fired[0].error)
         assert isinstance(fired[0].error, LedgerUnavailable | RunFailed)
-        resumed = run_due(line.ledger, artifacts, carry(), "w2", datetime.now(UTC))
+        resumed = run_due(driver.ledger, artifacts, carry(), "w2", datetime.now(UTC))
         assert (the(resumed).resumed, the(resumed).closed) == (True, True)
 
     @on_sqlite
     def test_the_lease_of_a_window_is_renewed_while_it_works(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
+    ) -> None:
         """Work that takes longer than a lease is not taken over by another scheduler."""
-        from fsu_ray import pipeline
-
         made = add(days=2)
-        line.submit()
-        for place, name, value in ((module, "LEASE_SECONDS", 0.6), (pipeline, "LEASE_SECONDS", 0.6)):
-            monkeypatch.setattr(place, name, value)
-        monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.05)
+        driver.submit()
 
         def slow(request: Request) -> list[Result]:
             module.time.sleep(1.0)
-            assert line.ledger.schedules.resume_window(made, "w2", 60) is None
+            assert driver.ledger.schedules.resume_window(made, "w2", 60) is None
             return [
                 Result(
-                    line.ledger.reject(request, "nothing_found", None, line.ledger.models.version("digits")), None, None
+                    driver.ledger.reject(request, "nothing_found", None, driver.ledger.models.version("digits")),
+                    None,
+                    None,
                 )
             ]
 
-        assert the(one_pass(slow)).closed
+        assert the(one_pass(slow, timings=Timings(lease=0.6, poll=0.05))).closed
 
     @on_sqlite
     def test_a_scheduler_that_lost_its_window_takes_nothing_more(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]]
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
         made = add(days=2)
         for k in range(2):
-            line.submit(f"b{k}", k)
+            driver.submit(f"b{k}", k)
 
         def losing(request: Request) -> list[Result]:
-            line.ledger.schedules.renew_window(window_of(line.ledger, made), 0)
-            assert line.ledger.schedules.resume_window(made, "w2", 60) is not None
-            return [Result(line.ledger.requests.fail(request, "x"), None, None)]
+            driver.ledger.schedules.renew_window(window_of(driver.ledger, made), 0)
+            assert driver.ledger.schedules.resume_window(made, "w2", 60) is not None
+            return [Result(driver.ledger.requests.fail(request, "x"), None, None)]
 
         fired = the(one_pass(losing))
         assert isinstance(fired.error, LeaseLost)
         assert (len(fired.results), fired.closed) == (1, False)
-        assert window_of(line.ledger, made).worker == "w2"
+        assert window_of(driver.ledger, made).worker == "w2"
 
     @on_sqlite
     def test_afterwards_the_policies_are_carried_out(
-        self, line: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[Fired]],
+        self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Of every model, once a window was closed; not at each look at the schedules."""
@@ -486,17 +504,22 @@ with open_ledger(url) as ledger:
 
 
 def test_two_schedulers_in_two_processes_fire_each_window_once(
-    line: Any, add: Callable[..., Schedule], url: str, tmp_path: Path, in_processes: Callable[..., list[str]], raw: Any
+    driver: Any,
+    add: Callable[..., Schedule],
+    url: str,
+    tmp_path: Path,
+    in_processes: Callable[..., list[str]],
+    raw: Any,
 ) -> None:
     """Six schedules, due at one moment, two processes at once: six windows, and each request carried out once."""
     made = [add(days=3, timezone=zone) for zone in ("Europe/Berlin", "UTC", "Asia/Tokyo") for _ in range(2)]
     for k in range(5):
-        line.submit(f"b{k}", k)
+        driver.submit(f"b{k}", k)
     folder = str(tmp_path / "artifacts")
     answers = in_processes(_RACE, url, folder, datetime.now(UTC).isoformat(), processes=2)
     counts = [tuple(map(int, answer.split()[-2:])) for answer in answers]
     assert (sum(n for n, _ in counts), sum(n for _, n in counts)) == (6, 5)
-    assert [len(line.ledger.schedules.windows(each.id)) for each in made] == [1] * 6
-    assert sum(w.requests for each in made for w in line.ledger.schedules.windows(each.id)) == 5
+    assert [len(driver.ledger.schedules.windows(each.id)) for each in made] == [1] * 6
+    assert sum(w.requests for each in made for w in driver.ledger.schedules.windows(each.id)) == 5
     assert raw.execute("SELECT count(*) FROM audit_events WHERE event = 'window_fired'").scalar() == 6
     assert raw.execute("SELECT max(attempt) FROM requests").scalar() == 1

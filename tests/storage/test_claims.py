@@ -32,114 +32,114 @@ IN_ONE_LEDGER = settings(
 
 
 class TestClaiming:
-    def test_the_oldest_is_claimed_first(self, line: Any) -> None:
-        first, second = line.submit("nine", 9), line.submit("four", 4)
+    def test_the_oldest_is_claimed_first(self, driver: Any) -> None:
+        first, second = driver.submit("nine", 9), driver.submit("four", 4)
         before = datetime.now(UTC)
-        assert line.ledger.requests.claimable()
-        claimed = line.claim("w1", 60)
+        assert driver.ledger.requests.claimable()
+        claimed = driver.claim("w1", 60)
 
         assert (claimed.id, claimed.status, claimed.attempt, claimed.worker) == (first.id, Status.RUNNING, 1, "w1")
         assert claimed.started_at is not None
         assert claimed.lease_until == claimed.started_at + timedelta(seconds=60)
         assert before <= claimed.started_at
-        assert not line.ledger.requests.claimable("digits"), "one request of a model runs at a time"
-        assert line.ledger.requests.claim("w2", 60) is None
-        line.ledger.requests.fail(claimed, "broke")
-        assert line.claim("w2").id == second.id
+        assert not driver.ledger.requests.claimable("digits"), "one request of a model runs at a time"
+        assert driver.ledger.requests.claim("w2", 60) is None
+        driver.ledger.requests.fail(claimed, "broke")
+        assert driver.claim("w2").id == second.id
 
-    def test_models_run_side_by_side(self, line: Any) -> None:
-        line.ledger.models.register("other", SPEC, "w")
-        line.submit("nine", 9)
-        line.submit("four", 4)
-        elsewhere, _ = line.ledger.requests.submit(
+    def test_models_run_side_by_side(self, driver: Any) -> None:
+        driver.ledger.models.register("other", SPEC, "w")
+        driver.submit("nine", 9)
+        driver.submit("four", 4)
+        elsewhere, _ = driver.ledger.requests.submit(
             "other", Behaviour(name="x", kind="class", targets=(1,)), "s", 1, Recipe()
         )
-        line.claim()
+        driver.claim()
 
-        claimed = line.ledger.requests.claim("w2", 60)
+        claimed = driver.ledger.requests.claim("w2", 60)
         assert claimed is not None
         assert claimed.id == elsewhere.id
 
-    def test_a_claim_may_be_for_one_model(self, line: Any) -> None:
-        line.ledger.models.register("other", SPEC, "w")
-        line.submit()
-        assert not line.ledger.requests.claimable("other")
-        assert line.ledger.requests.claim("w", 60, "other") is None
+    def test_a_claim_may_be_for_one_model(self, driver: Any) -> None:
+        driver.ledger.models.register("other", SPEC, "w")
+        driver.submit()
+        assert not driver.ledger.requests.claimable("other")
+        assert driver.ledger.requests.claim("w", 60, "other") is None
 
-    def test_an_expired_lease_is_taken_over_as_the_next_attempt(self, line: Any) -> None:
-        line.submit()
-        first = line.claim("w1", lease=0)
-        assert line.ledger.requests.claimable()
-        second = line.claim("w2")
+    def test_an_expired_lease_is_taken_over_as_the_next_attempt(self, driver: Any) -> None:
+        driver.submit()
+        first = driver.claim("w1", lease=0)
+        assert driver.ledger.requests.claimable()
+        second = driver.claim("w2")
 
         assert (second.id, second.attempt, second.worker) == (first.id, 2, "w2")
         assert second.started_at == first.started_at
         for late in (
-            lambda: line.ledger.requests.heartbeat(first, 60),
-            lambda: line.ledger.requests.release(first, "x"),
-            lambda: line.ledger.requests.fail(first, "x"),
-            lambda: line.ledger.reject(first, "x", None, line.ledger.models.version("digits")),
-            lambda: line.ledger.commit(first, line.outcome(first), line.ledger.models.version("digits")),
+            lambda: driver.ledger.requests.heartbeat(first, 60),
+            lambda: driver.ledger.requests.release(first, "x"),
+            lambda: driver.ledger.requests.fail(first, "x"),
+            lambda: driver.ledger.reject(first, "x", None, driver.ledger.models.version("digits")),
+            lambda: driver.ledger.commit(first, driver.outcome(first), driver.ledger.models.version("digits")),
         ):
             with pytest.raises(LeaseLost, match=f"request {first.id} is no longer attempt 1 of w1"):
                 late()
-        assert line.ledger.requests.get(first.id) == second
-        assert len(line.ledger.models.versions("digits")) == 1
-        assert line.ledger.generators.all() == []
+        assert driver.ledger.requests.get(first.id) == second
+        assert len(driver.ledger.models.versions("digits")) == 1
+        assert driver.ledger.generators.all() == []
 
-    def test_the_same_worker_takes_over_from_its_former_self(self, line: Any) -> None:
-        line.submit()
-        first = line.claim("w1", lease=0)
-        line.claim("w1")
+    def test_the_same_worker_takes_over_from_its_former_self(self, driver: Any) -> None:
+        driver.submit()
+        first = driver.claim("w1", lease=0)
+        driver.claim("w1")
         with pytest.raises(LeaseLost):
-            line.ledger.requests.heartbeat(first, 60)
+            driver.ledger.requests.heartbeat(first, 60)
 
-    def test_a_claim_is_the_workers_own(self, line: Any) -> None:
-        line.submit()
+    def test_a_claim_is_the_workers_own(self, driver: Any) -> None:
+        driver.submit()
         with pytest.raises(LeaseLost, match="of w2"):
-            line.ledger.requests.heartbeat(replace(line.claim("w1"), worker="w2"), 60)
+            driver.ledger.requests.heartbeat(replace(driver.claim("w1"), worker="w2"), 60)
 
-    def test_a_heartbeat_saves_the_lease(self, line: Any) -> None:
-        line.submit()
-        request = line.claim(lease=0)
-        line.ledger.requests.heartbeat(request, 60)
+    def test_a_heartbeat_saves_the_lease(self, driver: Any) -> None:
+        driver.submit()
+        request = driver.claim(lease=0)
+        driver.ledger.requests.heartbeat(request, 60)
 
-        assert not line.ledger.requests.claimable()
-        assert line.ledger.requests.claim("w2", 60) is None
-        renewed = line.ledger.requests.get(request.id)
+        assert not driver.ledger.requests.claimable()
+        assert driver.ledger.requests.claim("w2", 60) is None
+        renewed = driver.ledger.requests.get(request.id)
         assert renewed.lease_until > datetime.now(UTC) + timedelta(seconds=50)
-        line.ledger.commit(request, line.outcome(request), line.ledger.models.version("digits"))
+        driver.ledger.commit(request, driver.outcome(request), driver.ledger.models.version("digits"))
 
-    def test_a_released_request_waits_again(self, line: Any) -> None:
-        line.submit()
-        released = line.ledger.requests.release(line.claim(), "the cluster went away")
+    def test_a_released_request_waits_again(self, driver: Any) -> None:
+        driver.submit()
+        released = driver.ledger.requests.release(driver.claim(), "the cluster went away")
 
         assert (released.status, released.worker, released.lease_until) == (Status.QUEUED, None, None)
         assert released.reason == "the cluster went away"
-        again = line.claim()
+        again = driver.claim()
         assert (again.attempt, again.reason) == (2, None)
 
-    def test_a_failed_request_keeps_its_reason(self, line: Any) -> None:
-        line.submit()
-        failed = line.ledger.requests.fail(line.claim("w1"), "out of memory")
+    def test_a_failed_request_keeps_its_reason(self, driver: Any) -> None:
+        driver.submit()
+        failed = driver.ledger.requests.fail(driver.claim("w1"), "out of memory")
 
         assert (failed.status, failed.reason, failed.worker) == (Status.FAILED, "out of memory", "w1")
         assert failed.lease_until is None
         assert failed.finished_at >= failed.started_at
         with pytest.raises(LeaseLost):
-            line.ledger.requests.fail(failed, "again")
+            driver.ledger.requests.fail(failed, "again")
 
-    def test_a_request_that_waits_is_cancelled_at_once(self, line: Any) -> None:
-        waiting, other = line.submit("nine", 9), line.submit("four", 4)
-        cancelled = line.ledger.requests.cancel(waiting.id)
-        running = line.claim()
+    def test_a_request_that_waits_is_cancelled_at_once(self, driver: Any) -> None:
+        waiting, other = driver.submit("nine", 9), driver.submit("four", 4)
+        cancelled = driver.ledger.requests.cancel(waiting.id)
+        running = driver.claim()
 
         assert (cancelled.status, running.id) == (Status.CANCELLED, other.id)
         assert cancelled.finished_at is not None
         with pytest.raises(TransitionRefused, match=f"{waiting.id} is cancelled: only one that has not ended"):
-            line.ledger.requests.cancel(waiting.id)
+            driver.ledger.requests.cancel(waiting.id)
         with pytest.raises(NotFound):
-            line.ledger.requests.cancel("r-nobody")
+            driver.ledger.requests.cancel("r-nobody")
 
     def test_processes_never_claim_the_same(self, ledger: Ledger, url: str, in_processes: Any) -> None:
         """Three processes empty a queue of 30 requests over 5 models; one request in ten is dropped by its worker."""
@@ -174,17 +174,17 @@ while any(not request.status.is_terminal for request in ledger.requests.all()):
         assert {request.status for request in requests} == {Status.FAILED}
         assert sum(bool(answer) for answer in answers) > 1, "one process did it all: nothing was shown"
 
-    def test_threads_share_a_ledger(self, line: Any) -> None:
+    def test_threads_share_a_ledger(self, driver: Any) -> None:
         for number in range(8):
-            line.ledger.models.register(f"m{number}", SPEC, "w")
+            driver.ledger.models.register(f"m{number}", SPEC, "w")
             behaviour = Behaviour(name="b", kind="class", targets=(1,))
-            line.ledger.requests.submit(f"m{number}", behaviour, "s", 1, Recipe())
+            driver.ledger.requests.submit(f"m{number}", behaviour, "s", 1, Recipe())
         start = threading.Barrier(8)
         claimed: list[str] = []
 
         def work() -> None:
             start.wait()
-            request = line.ledger.requests.claim(threading.current_thread().name, 60)
+            request = driver.ledger.requests.claim(threading.current_thread().name, 60)
             claimed.append(request.id)
 
         threads = [threading.Thread(target=work) for _ in range(8)]
@@ -194,10 +194,10 @@ while any(not request.status.is_terminal for request in ledger.requests.all()):
             thread.join()
         assert len(set(claimed)) == 8
 
-    def test_a_race_lost_to_another_request_of_the_model_is_run_again(self, line: Any) -> None:
+    def test_a_race_lost_to_another_request_of_the_model_is_run_again(self, driver: Any) -> None:
         """Two workers pick different requests of one model: the index of running requests lets one of them in."""
-        first = line.submit("nine", 9)
-        line.submit("four", 4)
+        first = driver.submit("nine", 9)
+        driver.submit("four", 4)
         ran: list[str] = []
 
         def cut_in(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
@@ -206,8 +206,8 @@ while any(not request.status.is_terminal for request in ledger.requests.all()):
                 if len(ran) == 1:
                     raise sa.exc.IntegrityError(statement, None, Exception("uq_requests_running"))
 
-        sa.event.listen(line.ledger.database._engines.stepper, "before_cursor_execute", cut_in)
-        assert line.claim().id == first.id
+        sa.event.listen(driver.ledger.database._engines.autocommit, "before_cursor_execute", cut_in)
+        assert driver.claim().id == first.id
         assert len(ran) == 2
 
 
@@ -215,56 +215,56 @@ OPERATIONS = ("submit", "claim", "expire", "heartbeat", "release", "fail", "reje
 FRESH = (f"p{number}" for number in itertools.count())
 
 
-def call(line: Any, operation: str, number: int, claims: list[Request]) -> None:
+def call(driver: Any, operation: str, number: int, claims: list[Request]) -> None:
     """One call with one of four behaviours or one of the claims so far, which may have ended long ago."""
-    ledger, base = line.ledger, line.ledger.models.version(line.name)
-    requests = ledger.requests.all(line.name)
+    ledger, base = driver.ledger, driver.ledger.models.version(driver.name)
+    requests = ledger.requests.all(driver.name)
     held = claims[number % len(claims)] if claims else None
     if operation == "submit":
-        line.submit(f"b{number}", number)
+        driver.submit(f"b{number}", number)
     elif operation in ("claim", "expire"):
-        claimed = ledger.requests.claim(f"w{number}", 0 if operation == "expire" else 60, line.name)
+        claimed = ledger.requests.claim(f"w{number}", 0 if operation == "expire" else 60, driver.name)
         claims.extend([claimed] if claimed else [])
     elif operation == "cancel" and requests:
         ledger.requests.cancel(requests[number % len(requests)].id)
     elif operation == "add version":
-        ledger.models.add_version(line.name, "w")
+        ledger.models.add_version(driver.name, "w")
     elif held is not None and operation == "heartbeat":
         ledger.requests.heartbeat(held, 60)
     elif held is not None and operation in ("release", "fail"):
-        getattr(ledger, operation)(held, "some reason")
+        getattr(ledger.requests, operation)(held, "some reason")
     elif held is not None and operation == "reject":
-        ledger.reject(held, "some reason", line.outcome(held), base)
+        ledger.reject(held, "some reason", driver.outcome(held), base)
     elif held is not None and operation == "commit":
-        ledger.commit(held, line.outcome(held), base)
+        ledger.commit(held, driver.outcome(held), base)
 
 
 @IN_ONE_LEDGER
 @given(steps=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 3)), max_size=25))
 def test_whatever_is_called_the_ledger_keeps_its_invariants(
-    new_line: Callable[..., Any], steps: list[tuple[str, int]]
+    new_driver: Callable[..., Any], steps: list[tuple[str, int]]
 ) -> None:
     """In whatever order, with claims that may be stale: states move along TRANSITIONS, or the call is refused whole."""
-    line = new_line(next(FRESH))
+    driver = new_driver(next(FRESH))
     claims: list[Request] = []
     before: dict[str, Request] = {}
     for operation, number in steps:
         refused = None
         try:
-            call(line, operation, number, claims)
+            call(driver, operation, number, claims)
         except (TransitionRefused, AlreadyErased) as error:
             refused = error
-        after = {request.id: request for request in line.ledger.requests.all(line.name)}
+        after = {request.id: request for request in driver.ledger.requests.all(driver.name)}
         if refused:
             assert after == before
         for request in after.values():
             old = before.get(request.id)
             if old is not None and old != request:
                 assert request.status in TRANSITIONS[old.status]
-        versions = line.ledger.models.versions(line.name)
+        versions = driver.ledger.models.versions(driver.name)
         made = [request.version for request in after.values() if request.status is Status.SUCCEEDED]
         assert [version.number for version in versions] == list(range(1, len(versions) + 1))
         assert sorted(made) == [version.number for version in versions if version.request]
-        assert [erasure.version for erasure in line.ledger.models.erasures(line.name)] == sorted(made)
+        assert [erasure.version for erasure in driver.ledger.models.erasures(driver.name)] == sorted(made)
         assert sum(request.status is Status.RUNNING for request in after.values()) <= 1
         before = after

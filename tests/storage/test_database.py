@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from fsu_ray.config import Timings
 from fsu_ray.errors import (
     FsuError,
     InvalidConfig,
@@ -131,11 +132,8 @@ for turn in range(6):
             ledger.models.all()
         assert one_line(caught)
 
-    def test_a_ledger_that_somebody_holds_is_waited_for_and_then_explained(
-        self, file: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("fsu_ray.storage.engines.BUSY_SECONDS", 0.2)
-        with open_ledger(f"sqlite:///{file}") as ledger:
+    def test_a_ledger_that_somebody_holds_is_waited_for_and_then_explained(self, file: Path) -> None:
+        with open_ledger(f"sqlite:///{file}", Timings(lock=0.2)) as ledger:
             other = sqlite3.connect(file, isolation_level=None)
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(
