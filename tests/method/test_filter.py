@@ -312,3 +312,23 @@ def test_a_higher_sensitivity_finds_a_later_knee() -> None:
     assert [knee(curve.double(), sensitivity) for sensitivity in (1.0, 2.0, 5.0)] == pytest.approx([0.5, 0.8, None])
     examples = torch.tensor([[0.0], [0.5], [1.0]])
     assert knee_threshold(curve, examples, "l2") == pytest.approx(0.75)
+
+
+def test_the_policy_knee_takes_the_knee() -> None:
+    """Where it lies between its bounds, it is neither of them."""
+    examples = cloud(12, 3)
+    features = torch.cat((cloud(50, 12), cloud(200, 13, 4.0)))
+    behaviour = Behaviour(name="some", kind="subset", targets=(0,))
+    recipe = FilterRecipe(policy="knee", metric="l2")
+    mask = select(recipe, behaviour, features, torch.zeros(250, dtype=torch.long), examples)
+    assert mask.threshold == knee_threshold(distances(features, examples, "l2"), examples, "l2")
+    own = leave_one_out(examples, "l2")
+    assert float(own.mean()) < (mask.threshold or 0) < float(own.max())
+
+
+def test_a_knee_at_the_examples_mean_distance_is_late_enough() -> None:
+    """The ladder climbs no further: the next knee would be above the largest distance of the examples."""
+    curve = torch.tensor([0.0, 0.3, 0.5, 0.55, 0.58, 0.8, 0.9, 0.95, 0.96, 0.97])
+    examples = torch.tensor([[0.0], [0.375], [0.75]])
+    assert leave_one_out(examples, "l2").tolist() == [0.5625, 0.375, 0.5625]
+    assert knee_threshold(curve, examples, "l2") == 0.5

@@ -89,7 +89,7 @@ def test_the_borders_between_fields_are_part_of_the_hash() -> None:
     first = events[0]._replace(event='a","model":"b', model="c")
     other = events[0]._replace(event="a", model='b","model":"c')
     assert chain.hash_of(first) != chain.hash_of(other)
-    assert json.loads(first.driver)["event"] == first.event
+    assert json.loads(first.line)["event"] == first.event
     detail = '{"row":{}},"event":"x'
     assert chain.hash_of(events[0]._replace(detail=detail, event="y")) != chain.hash_of(
         events[0]._replace(detail='{"row":{}}', event='x,"event":"y')
