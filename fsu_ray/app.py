@@ -95,7 +95,7 @@ class App:
     def register(self, name: str, spec: ModelSpec, weights: bytes, test_set: str | None = None) -> Model:
         """Register a model line; the weights are tried on the architecture before anything is written."""
         from fsu_ray.method.datasets import NAMED
-        from fsu_ray.models.networks import Classifier
+        from fsu_ray.models.classifier import Classifier
 
         self.ledger.models.check_name_free(name)
         Classifier.from_bytes(spec, weights)
@@ -107,7 +107,7 @@ class App:
 
     def update(self, name: str, weights: bytes) -> ModelVersion:
         """Add a version that was trained further outside; it is the root of what is erased from now on."""
-        from fsu_ray.models.networks import Classifier
+        from fsu_ray.models.classifier import Classifier
 
         model = self.ledger.models.get(name)
         Classifier.from_bytes(model.spec, weights)
@@ -139,8 +139,8 @@ class App:
 
     def keep_samples(self, name: str, samples: str) -> tuple[str, int]:
         """Read target samples for model `name` and store them: their digest and number; raises InvalidSamples."""
-        from fsu_ray.method.context import save_samples
         from fsu_ray.method.datasets import read_samples
+        from fsu_ray.method.inputs import save_samples
 
         pixels = read_samples(samples, self.ledger.models.get(name).spec.shape)
         return self.artifacts.put(save_samples(pixels)), len(pixels)
@@ -159,7 +159,7 @@ class App:
         `latent`: the dimensions of its z, those of `recipe` where None. Raises InvalidWeights where it does not fit
         the model, and what `Ledger.generators.add_imported` raises.
         """
-        from fsu_ray.method.adopt import adopt
+        from fsu_ray.method.generators import adopt
         from fsu_ray.method.precision import default_device
 
         if recipe.form == "paper":
@@ -213,7 +213,7 @@ class App:
         from fsu_ray.method.datasets import load
         from fsu_ray.method.fit import TrainingSchedule, fit
         from fsu_ray.method.precision import default_device
-        from fsu_ray.models.networks import Classifier
+        from fsu_ray.models.classifier import Classifier
 
         shape = shape or ((3, 32, 32) if data == "cifar10" else (1, 32, 32))
         images = load(data, "train", shape)
@@ -231,13 +231,13 @@ class App:
         torch.manual_seed(seed)
         classifier = Classifier(spec).to(default_device())
         schedule = TrainingSchedule(epochs=epochs, batch=min(128, max(16, len(images) // 20)), seed=seed)
-        fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, progress=on_progress)
+        fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, on_epoch=on_progress)
         return spec, classifier.to_bytes()
 
     def search_order(self, name: str, asked: ErasureTarget, recipe: Recipe) -> WorkOrder:
         """What a search for a recipe to erase `asked` from the latest version of model `name` works on, `recipe`
         being the one that it begins with. Raises NotFound, and UserError for what cannot be searched."""
-        from fsu_ray.method.context import load_samples
+        from fsu_ray.method.inputs import load_samples
 
         self.ledger.requests.check_behaviour(name, asked.behaviour)
         if recipe.form == "paper":

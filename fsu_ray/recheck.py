@@ -15,7 +15,7 @@ from fsu_ray.storage.models import Measured
 from fsu_ray.storage.policies import check_actor
 
 if TYPE_CHECKING:
-    from fsu_ray.models.networks import Classifier
+    from fsu_ray.models.classifier import Classifier
 
 ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
 
@@ -60,15 +60,15 @@ def recheck(
 
 def _classifier(artifacts: Artifacts, model: Model, version: ModelVersion) -> Classifier:
     from fsu_ray.method.precision import default_device
-    from fsu_ray.models.networks import Classifier
+    from fsu_ray.models.classifier import Classifier
 
     return Classifier.from_bytes(model.spec, artifacts.get(version.weights)).to(default_device())
 
 
 def _measure(artifacts: Artifacts, classifier: Classifier, erasure: Erasure, gate: GateRecipe) -> Rechecked:
-    from fsu_ray.method.context import load_samples
     from fsu_ray.method.evaluate import share_in
     from fsu_ray.method.fit import predict
+    from fsu_ray.method.inputs import load_samples
 
     pixels = load_samples(artifacts.get(erasure.probes))
     share = share_in(predict(classifier, pixels), erasure.behaviour.targets)

@@ -19,8 +19,8 @@ from fsu_ray.app import App
 from fsu_ray.cli import _accuracy
 from fsu_ray.config import Timings
 from fsu_ray.errors import AlreadyErased, InvalidSamples, LeaseLost, LedgerUnavailable, RunFailed, Stopped, StorageError
-from fsu_ray.method.context import load_samples
 from fsu_ray.method.datasets import draw, write_samples
+from fsu_ray.method.inputs import load_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import Execute, Result, WorkerOptions, drain, run_name, run_request
 from fsu_ray.recipes import Recipe

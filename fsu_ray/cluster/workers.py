@@ -265,10 +265,9 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
-    from fsu_ray.method.context import RunState
     from fsu_ray.method.group import Group
     from fsu_ray.method.precision import repeatable
-    from fsu_ray.method.unlearn import unlearn
+    from fsu_ray.method.unlearn import RunState, unlearn
 
     group = Group.current()
     last = 0.0
@@ -317,18 +316,14 @@ def _resume() -> Any:
     import ray.train
     import torch
 
-    from fsu_ray.method.context import RunState
+    from fsu_ray.method.unlearn import RunState
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
-    saved = RunState(**state)
-    if saved.inversion is None:
-        stages = list(saved.seconds)
-        saved.resumed_at.append(f"after {stages[-1]}" if stages else "start")
-    return saved
+    return RunState(**state)
 
 
 def cause(error: BaseException) -> str:

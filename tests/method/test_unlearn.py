@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fsu_ray.method.context import RunState, save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.filter import Mask
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.synthesize import Synthetic
-from fsu_ray.method.unlearn import unlearn
-from fsu_ray.models.networks import Classifier
+from fsu_ray.method.unlearn import RunState, unlearn
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
 from fsu_ray.work import EarlierErasure, ErasureTarget, GeneratorCandidates, GeneratorRef, Outcome, WorkOrder
@@ -88,8 +88,9 @@ def test_the_few_samples_come_in_as_often_as_asked(
     too. Nothing that is given keeps a target label, and what is of D' is told from what is given."""
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def learn(child: Classifier, *data: Any) -> None:
+    def learn(parent: Classifier, *data: Any) -> Classifier:
         seen.append(data[:3])
+        return parent
 
     monkeypatch.setattr("fsu_ray.method.unlearn.relearn", learn)
     recipe = changed(quick, relearn={"repeats": 3}, synthesize={"holdout": 0.5, "per_class": 15}, filter=EVERY)
@@ -215,7 +216,7 @@ def test_a_run_cut_off_at_any_checkpoint_ends_as_an_undisturbed_one(
 
     with pytest.raises(CutOff):
         unlearn(order_for(trained, store, quick), store, CPU, checkpoint=keep, every=25)
-    resumed = unlearn(order_for(trained, store, quick), store, CPU, saved=kept[-1], every=25)
+    resumed = unlearn(order_for(trained, store, quick), store, CPU, state=kept[-1], every=25)
     assert (resumed.weights, resumed.targets, resumed.dataset) == (whole.weights, whole.targets, whole.dataset)
     assert resumed.generator_use == "trained"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 
 CAP, LAST_CAP, LOUDER = 1e3, 1e2, 10.0
 

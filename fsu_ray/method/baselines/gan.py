@@ -22,7 +22,7 @@ from fsu_ray.method.cuda_graph import CudaGraphStep
 from fsu_ray.method.group import Group
 from fsu_ray.method.invert import decay
 from fsu_ray.method.precision import autocast, resolve_precision
-from fsu_ray.models.networks import Generator
+from fsu_ray.models.generator import Generator
 from fsu_ray.recipes import Precision
 from fsu_ray.records import ModelSpec
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fsu_ray.errors import InvalidData, UnsupportedModel
 from fsu_ray.method.baselines import variational
 from fsu_ray.method.baselines.variational import Cut, Descent, Diagonal, LogLikelihood
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 
 AT_ONCE = 1 << 22
 """Logits that are held at once where no gradient is wanted."""
