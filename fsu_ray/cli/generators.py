@@ -76,7 +76,7 @@ def generator_show(generator: str, json: Json = False) -> None:
 @one_line
 def generator_import(
     model: str,
-    file: Annotated[Path, typer.Argument(help="safetensors of `networks.Generator.state_dict()`.")],
+    file: Annotated[Path, typer.Argument(help="safetensors of `models.generator.Generator.state_dict()`.")],
     latent: Annotated[int | None, typer.Option(min=1, help="Dimensions of its z. Default: invert.latent.")] = None,
     kind: Annotated[str, typer.Option(help="The recipe is that of class, or of subset requests.")] = "class",
     recipe: Annotated[str | None, typer.Option(help="Another recipe: default, digits, deep or very-deep.")] = None,

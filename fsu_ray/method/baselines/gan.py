@@ -1,6 +1,6 @@
 """Ours+ (section 4.1): the generator trained as a GAN on the real data, in the place of the inverter.
 
-The generator is that of an inversion, `networks.Generator`, so that its weights serve wherever an inverter's do. The
+The generator is that of an inversion, `models.generator.Generator`, so its weights serve wherever an inverter's do. The
 discriminator is a small convolutional network with a projection of the class (Miyato and Koyama, ICLR 2018), and
 matching-aware (Reed et al., ICML 2016): a real image with a class that is not its own is to be told apart as well,
 which costs a product of vectors and makes the generator mind its condition from the first steps on. Losses are the
@@ -66,8 +66,8 @@ class Discriminator(nn.Module):
         self.classes = nn.Linear(inputs * rows * columns, spec.classes, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        found = self.layers(2 * pixels - 1).flatten(1)
-        out: Tensor = self.real(found) + self.classes(found)  # (N, 1) + (N, K)
+        features = self.layers(2 * pixels - 1).flatten(1)
+        out: Tensor = self.real(features) + self.classes(features)  # (N, 1) + (N, K)
         return out
 
 
@@ -108,16 +108,16 @@ def train(
         real = (real.float() / 255).contiguous(memory_format=torch.channels_last)
         with autocast(precision, device):
             drawn = generator(z, y)
-            found = discriminator(torch.cat([real, drawn.detach().to(real.dtype)])).float()
-        told_real, told_drawn = found.chunk(2)
-        told = _bce(_of(told_real, y), 1) + (_bce(_of(told_drawn, y), 0) + _bce(_of(told_real, other), 0)) / 2
-        _descend(of_discriminator, told)
+            logits = discriminator(torch.cat([real, drawn.detach().to(real.dtype)])).float()
+        of_real, of_drawn = logits.chunk(2)
+        loss = _bce(_of(of_real, y), 1) + (_bce(_of(of_drawn, y), 0) + _bce(_of(of_real, other), 0)) / 2
+        _descend(of_discriminator, loss)
         discriminator.requires_grad_(False)
         with autocast(precision, device):
             fooled = _bce(_of(discriminator(drawn).float(), y), 1)
         _descend(of_generator, fooled)
         discriminator.requires_grad_(True)
-        return torch.stack([told, fooled]).detach()
+        return torch.stack([loss, fooled]).detach()
 
     replayed = CudaGraphStep(update, [], device)
     generator.train()
@@ -127,11 +127,11 @@ def train(
         y = labels[chosen]
         other = (y + torch.randint(1, spec.classes, (recipe.batch,), generator=rng)) % spec.classes
         z = torch.randn((recipe.batch, recipe.latent), generator=rng)
-        told, fooled = replayed(pixels[chosen], y, other, z, torch.tensor(decay(step / recipe.steps)))
+        loss, fooled = replayed(pixels[chosen], y, other, z, torch.tensor(decay(step / recipe.steps)))
         if on_progress and ((step + 1) % 10 == 0 or step + 1 == recipe.steps):
-            on_progress(step + 1, recipe.steps, {"discriminator": told.item(), "generator": fooled.item()})
-    made: Generator = generator.eval()
-    return made
+            on_progress(step + 1, recipe.steps, {"discriminator": loss.item(), "generator": fooled.item()})
+    trained: Generator = generator.eval()
+    return trained
 
 
 def _check(spec: ModelSpec, pixels: Tensor, labels: Tensor) -> None:
