@@ -176,10 +176,10 @@ def print_result(result: Any) -> None:
     )
     if "test_missing" in report:
         out.print(f"  accuracy not measured: {report['test_missing']}")
-    for prior in report["earlier"]:
+    for erasure in report["earlier"]:
         out.print(
-            f"  earlier erasure {prior['behaviour']}: {percent(prior['probes_in_target'])} % of its probes "
-            f"({percent(prior['recorded'])} % when erased)"
+            f"  earlier erasure {erasure['behaviour']}: {percent(erasure['probes_in_target'])} % of its probes "
+            f"({percent(erasure['recorded'])} % when erased)"
         )
 
 

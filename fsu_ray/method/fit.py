@@ -61,10 +61,7 @@ def fit(
     batches = max(1, -(-n // schedule.batch))
     total = schedule.epochs * batches
     optimiser = _optimiser(classifier, schedule)
-    if device.type == "cpu":
-        # oneDNN's issue 6035: the weight gradient of a strided 1x1 convolution of few channels writes out of bounds
-        # where the input is channels_last, as in PreActResNet-18 of width 8.
-        classifier.to(memory_format=torch.contiguous_format)
+    _avoid_channels_last_on_cpu(classifier, device)
     pixels, targets = pixels.to(device), targets.to(device)
     as_they_are = None if as_they_are is None else as_they_are.to(device)
     classifier.train(not schedule.frozen_statistics)
@@ -100,6 +97,13 @@ def fit(
         if on_epoch:
             on_epoch(epoch + 1, schedule.epochs, {"loss": float(group.total(loss_sum)) / group.size / batches})
     classifier.eval()
+
+
+def _avoid_channels_last_on_cpu(classifier: nn.Module, device: torch.device) -> None:
+    """Work around oneDNN's issue 6035: with a channels_last input, the weight gradient of a strided 1x1 convolution of
+    few channels writes out of bounds, as in PreActResNet-18 of width 8."""
+    if device.type == "cpu":
+        classifier.to(memory_format=torch.contiguous_format)
 
 
 def _optimiser(classifier: nn.Module, schedule: TrainingSchedule) -> torch.optim.SGD:

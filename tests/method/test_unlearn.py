@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import io
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def mask_of(outcome: Outcome, store: Any) -> Mask:
     return Mask.from_bytes(store.get(outcome.targets[0].mask or ""))
 
 
-def prior(order: WorkOrder, outcome: Outcome) -> EarlierErasure:
+def erased_earlier(order: WorkOrder, outcome: Outcome) -> EarlierErasure:
     (target,), (result,) = order.targets, outcome.targets
     assert result.mask
     assert result.probes
@@ -70,7 +71,7 @@ def test_a_second_request_reuses_generator_and_data_set(trained: Any, store: Any
         quick,
         3,
         current_weights=one.weights,
-        earlier_erasures=(prior(first, one),),
+        earlier_erasures=(erased_earlier(first, one),),
         generators=reuse(one),
     )
     two = unlearn(second, store, CPU)
@@ -109,7 +110,7 @@ def test_the_few_samples_come_in_as_often_as_asked(
 
     seen_most = int(torch.bincount(dataset.predicted[dataset.predicted != 8]).argmax())  # so small a D' lacks classes
     later = order_for(
-        trained, store, recipe, seen_most, earlier_erasures=(prior(order, first),), generators=reuse(first)
+        trained, store, recipe, seen_most, earlier_erasures=(erased_earlier(order, first),), generators=reuse(first)
     )
     second = unlearn(later, store, CPU)
     assert second.reason is None, second.reason
@@ -168,7 +169,7 @@ def test_masks_of_earlier_erasures_are_rebuilt_on_a_new_data_set(trained: Any, s
         fresh,
         3,
         current_weights=one.weights,
-        earlier_erasures=(prior(first, one),),
+        earlier_erasures=(erased_earlier(first, one),),
         generators=GeneratorCandidates(warm=reuse(one).reuse),
     )
     purged.put(save_samples(trained.train.pixels[draw(trained.train, [3], 8, 0)]))
@@ -197,7 +198,19 @@ def test_a_starved_class_is_an_outcome(trained: Any, store: Any, quick: Recipe) 
     assert outcome.metrics["starved"]
 
 
-@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (2, 3, 4, 5))])
+RESUMED_AT = ("invert 10", "invert 20", *(f"after {stage}" for stage in ("invert", "synthesize", "filter", "relearn")))
+SLOW = pytest.mark.slow
+
+
+def through_a_file(state: RunState) -> RunState:
+    """A state as a checkpoint's file gives it back."""
+    file = io.BytesIO()
+    torch.save(asdict(state), file)
+    file.seek(0)
+    return RunState(**torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=SLOW) for stop in range(2, len(RESUMED_AT) + 1))])
 def test_a_run_cut_off_at_any_checkpoint_ends_as_an_undisturbed_one(
     trained: Any, store: Any, quick: Recipe, stop: int
 ) -> None:
@@ -210,15 +223,15 @@ def test_a_run_cut_off_at_any_checkpoint_ends_as_an_undisturbed_one(
     kept: list[RunState] = []
 
     def keep(saved: RunState) -> None:
-        kept.append(copy.deepcopy(saved))
+        kept.append(through_a_file(saved))
         if len(kept) == stop:
             raise CutOff
 
     with pytest.raises(CutOff):
-        unlearn(order_for(trained, store, quick), store, CPU, checkpoint=keep, every=25)
-    resumed = unlearn(order_for(trained, store, quick), store, CPU, state=kept[-1], every=25)
+        unlearn(order_for(trained, store, quick), store, CPU, checkpoint=keep, every=10)
+    resumed = unlearn(order_for(trained, store, quick), store, CPU, state=kept[-1], every=10)
     assert (resumed.weights, resumed.targets, resumed.dataset) == (whole.weights, whole.targets, whole.dataset)
-    assert resumed.generator_use == "trained"
+    assert (resumed.generator_use, resumed.resumed) == ("trained", (RESUMED_AT[stop - 1],))
 
 
 def test_samples_are_held_out_from_ten_on(trained: Any, store: Any, quick: Recipe) -> None:
@@ -236,7 +249,9 @@ def test_the_papers_form_labels_with_the_current_version(trained: Any, store: An
     paper = Recipe.model_validate(quick.model_dump() | {"form": "paper"})
     first = order_for(trained, store, quick)
     one = unlearn(first, store, CPU)
-    second = order_for(trained, store, paper, 3, current_weights=one.weights, earlier_erasures=(prior(first, one),))
+    second = order_for(
+        trained, store, paper, 3, current_weights=one.weights, earlier_erasures=(erased_earlier(first, one),)
+    )
     two = unlearn(second, store, CPU)
     assert two.reason is None
     assert two.generator_use == "trained"

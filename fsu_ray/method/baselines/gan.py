@@ -9,7 +9,6 @@ non-saturating ones of Goodfellow et al. 2014, as binary cross entropies. It nee
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,7 @@ from fsu_ray.method.precision import autocast, resolve_precision
 from fsu_ray.models.generator import Generator
 from fsu_ray.recipes import Precision
 from fsu_ray.records import ModelSpec
+from fsu_ray.work import StepCallback
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def train(
     labels: Tensor,
     recipe: GanRecipe,
     device: torch.device,
-    on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    on_progress: StepCallback | None = None,
 ) -> Generator:
     """Train a generator of the classes of `spec` on pixels (N, C, H, W) uint8 with labels (N,), and return it in eval
     mode, on `device`.
 
-    `tell` hears of step, steps and both losses every ten steps. The same seed gives the same weights on one kind of
-    device with one number of threads. Raises InvalidData where the data do not have the shape of `spec`, or not
+    `on_progress` hears of step, steps and both losses every ten steps. The same seed gives the same weights on one kind
+    of device with one number of threads. Raises InvalidData where the data do not have the shape of `spec`, or not
     images of every class.
     """
     _check(spec, pixels, labels)
