@@ -20,13 +20,10 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.recipes import Recipe
+from fsu_ray.recipes import Recipe, first_fault
 
 MOST_FAILURES = 3
 """A request whose run has broken this often, or whose worker has vanished, ends as failed."""
-
-BACKOFF_SECONDS = 30.0
-"""How long a request waits after its first failure; each further one doubles it."""
 
 CHECKPOINT_STEPS = 100
 """Inversion steps between two checkpoints."""
@@ -37,17 +34,19 @@ class Timings:
     """How long the parts of the system wait, in seconds. Tests pass shorter times.
 
     `lease`: how long a claim holds without a heartbeat; the driver renews it after a third of that. `poll`: how often
-    the driver checks whether a running request is to be cancelled. `ledger_wait`: how long the end of a run waits for
-    a ledger whose database is away. `halt`: how long parallel runs have for their next step after an interrupt.
-    `backoff`: how long a request waits after its first failure; each further failure doubles it. `flush`: how long a
-    step of a request waits for the audit chain. `abandoned`: how often a worker looks for requests that nobody may
-    take over. `scheduler_pass`: how often a resident scheduler looks at the schedules at least.
+    the driver checks whether a running request is to be cancelled. `ledger_wait`: how long the end of a run waits for a
+    ledger whose database is away. `halt`: how long parallel runs have for their next step after an interrupt. `lock`:
+    how long a connection waits for another's write lock on the ledger. `backoff`: how long a request waits after its
+    first failure; each further failure doubles it. `flush`: how long a step of a request waits for the audit chain.
+    `abandoned`: how often a worker looks for requests that nobody may take over. `scheduler_pass`: how often a resident
+    scheduler looks at the schedules at least.
     """
 
     lease: float = 120.0
     poll: float = 2.0
     ledger_wait: float = 900.0
     halt: float = 40.0
+    lock: float = 30.0
     backoff: float = 30.0
     flush: float = 1.0
     abandoned: float = 5.0
@@ -198,8 +197,7 @@ def _laid_over(merged: dict[str, Any], changes: Iterable[dict[str, Any]]) -> Rec
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidConfig(f"recipe: {'.'.join(str(p) for p in first['loc']) or 'value'}: {first['msg']}") from None
+        raise InvalidConfig(f"recipe: {first_fault(error)}") from None
 
 
 def parse_change(text: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def when(moment: datetime | None) -> str:
 
 
 class Watcher:
-    """Turns `tell(stage, done, total, figures)` into bars or lines."""
+    """Turns `tell(stage, done, total, metrics)` into bars or lines."""
 
     def __init__(self, bars: Progress | None) -> None:
         self._bars = bars

@@ -1,10 +1,10 @@
-"""The queue as Ray jobs: what `fsu run` does, sent to a cluster, and the ledger reconciled with what became of jobs.
+"""The queue as Ray jobs: submit to a cluster what `fsu run` does, and update the ledger from the state of jobs.
 
 fsu submit ──reconcile──> the next request ──> Ray job fsu-REQUEST-ATTEMPT ──> fsu run there, claims as job/...
 
-A job is named for the request that it begins with and its attempt, so that it is one job however often it is sent. It
-goes on with what else is ready. A claim bears its job, so a job that is over while the ledger says `running` is found:
-its claim ends then, not with its lease.
+A job is named for the first request that it carries out and the number of that attempt, so submitting it twice gives
+one job. It goes on with whatever else is ready. A claim names its job: if the ledger says `running` and the job has
+ended, `reconcile` ends the claim at once instead of waiting for its lease.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fsu_ray.records import Request, Status
 from fsu_ray.storage.ledger import Ledger
 
 SENDER = "submit"
-"""Who ends what nobody is to take over, when a job is about to be sent."""
+"""The actor in the ledger that ends requests which nobody may take over, before a job is submitted."""
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A job that carries out what is ready, the request that it begins with, and whether it was sent just now."""
+class SubmittedJob:
+    """A job, the first request that it carries out, and whether the job is new (False: it was submitted before)."""
 
     job: Job
     request: Request
@@ -40,68 +40,72 @@ def send(
     ledger: Ledger,
     settings: Settings,
     head: JobsClient,
-    wanted: WorkerOptions,
+    options: WorkerOptions,
     runtime_env: Mapping[str, Any] | None = None,
-) -> Sent | None:
-    """Send what `fsu run` would do now to a head; None where nothing is ready.
+) -> SubmittedJob | None:
+    """Submit to a head what `fsu run` would do now; None if no request is ready.
 
-    `runtime_env` is laid over the job's own. Raises NotFound for a model that is not there, and what `Head.submit`
-    does.
+    `runtime_env` is merged into the job's runtime environment and wins. Raises NotFound for an unknown model, and
+    what `JobsClient.submit` raises.
     """
     reconcile(ledger, head)
     ledger.requests.end_abandoned(SENDER)
-    request = ledger.requests.upcoming(wanted.model)
+    request = ledger.requests.upcoming(options.model)
     if request is None:
         return None
     attempt = request.attempt + 1
     labels = {REQUEST: request.id, ATTEMPT: str(attempt), MODEL: request.model}
-    words = ["python", "-m", "fsu_ray", "run", "--json", "--expect", request.id, "--parallel", str(wanted.parallel)]
-    words += [] if wanted.model is None else ["--model", wanted.model]
-    words += [] if wanted.max_requests is None else ["--max", str(wanted.max_requests)]
-    words += ["--coalesce"] if wanted.coalesce else []
+    command = ["python", "-m", "fsu_ray", "run", "--json", "--expect", request.id, "--parallel", str(options.parallel)]
+    command += [] if options.model is None else ["--model", options.model]
+    command += [] if options.max_requests is None else ["--max", str(options.max_requests)]
+    command += ["--coalesce"] if options.coalesce else []
     env = package_env(variables(settings), runtime_env)
-    job, new = head.submit(shlex.join(words), f"fsu-{request.id}-{attempt}", env, labels)
-    return Sent(job, request, new)
+    job, new = head.submit(shlex.join(command), f"fsu-{request.id}-{attempt}", env, labels)
+    return SubmittedJob(job, request, new)
 
 
 def variables(settings: Settings) -> dict[str, str]:
-    """The settings as a job finds them in its environment. A ledger's URL with a password is not among them, since
-    everybody who sees the cluster sees the environments of its jobs, nor one whose password this machine has in its
-    environment: the nodes have FSU_LEDGER themselves."""
-    found = {
+    """The environment variables that give a job these settings.
+
+    FSU_LEDGER is left out if its URL has a password, or if this process has one in PGPASSWORD or PGPASSFILE: whoever
+    sees the cluster sees the environments of its jobs. The nodes must have FSU_LEDGER themselves then.
+    """
+    environment = {
         "FSU_HOME": str(settings.home),
         "FSU_ARTIFACTS": settings.artifacts,
         "FSU_RUNS": settings.runs,
         "FSU_WORKERS": str(settings.workers),
     }
     if "FSU_DATA" in os.environ:
-        found["FSU_DATA"] = os.environ["FSU_DATA"]
+        environment["FSU_DATA"] = os.environ["FSU_DATA"]
     url = make_url(settings.ledger)
-    known_here = url.get_backend_name() != "sqlite" and any(name in os.environ for name in ("PGPASSWORD", "PGPASSFILE"))
-    secret = url.password is not None or known_here or any("pass" in key for key in url.query)
-    return found if secret else found | {"FSU_LEDGER": settings.ledger}
+    password_here = url.get_backend_name() != "sqlite" and any(
+        name in os.environ for name in ("PGPASSWORD", "PGPASSFILE")
+    )
+    secret = url.password is not None or password_here or any("pass" in key for key in url.query)
+    return environment if secret else environment | {"FSU_LEDGER": settings.ledger}
 
 
 def reconcile(ledger: Ledger, head: JobsClient) -> list[Request]:
-    """End the claims of jobs that the head knows to be over, and return their requests: the next attempt can begin.
+    """End the claims of jobs that have ended, so that the next attempt can begin. Returns their requests.
 
-    A job that the head does not know, or that another head had before it was started again, may be alive on another
-    cluster: its claim ends with its lease.
+    A job that the head does not know may still run on another cluster, also one of before a restart of the head: its
+    claim ends with its lease.
     """
     claimed = [request for request in ledger.requests.all(status=Status.RUNNING) if job_of(request.worker)]
     if not claimed:
         return []
-    over = {(head.mark, job.id) for job in head.jobs() if job.over}
-    return [r for r in claimed if r.batch_leader is None and job_of(r.worker) in over and ledger.requests.expire(r)]
+    ended = {(head.mark, job.id) for job in head.jobs() if job.over}
+    return [r for r in claimed if r.batch_leader is None and job_of(r.worker) in ended and ledger.requests.expire(r)]
 
 
 def stop(ledger: Ledger, head: JobsClient, name: str) -> tuple[Job, list[Request]]:
-    """Have a job end at its next step: the job, and the requests that it had, as they are then.
+    """Stop a job at its next step. Returns the job and the requests that it was running, as they are afterwards.
 
-    Raises what `Head.stop` does.
+    Raises what `JobsClient.stop` raises.
     """
     running = ledger.requests.all(status=Status.RUNNING)
-    had = [request.id for request in running if job_of(request.worker) == (head.mark, name)]
+    claimed = [request.id for request in running if job_of(request.worker) == (head.mark, name)]
     job = head.stop(name)
     reconcile(ledger, head)
-    return job, [ledger.requests.get(request) for request in had]
+    return job, [ledger.requests.get(request) for request in claimed]

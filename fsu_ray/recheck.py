@@ -10,9 +10,9 @@ from fsu_ray.gate import refuse_result
 from fsu_ray.recipes import GateRecipe
 from fsu_ray.records import Erasure, Model, ModelVersion
 from fsu_ray.storage.artifacts import Artifacts
+from fsu_ray.storage.database import check_actor
 from fsu_ray.storage.ledger import Ledger
 from fsu_ray.storage.models import Measured
-from fsu_ray.storage.policies import check_actor
 
 if TYPE_CHECKING:
     from fsu_ray.models.classifier import Classifier
@@ -21,7 +21,7 @@ ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
-class Rechecked:
+class RecheckResult:
     """An erasure measured again: `recorded` is the share of its probes in a target class when it was erased, `share`
     the one now, None without any probe."""
 
@@ -34,7 +34,7 @@ class Rechecked:
 
 def recheck(
     ledger: Ledger, artifacts: Artifacts, reference: str, actor: str, on_progress: ProgressCallback | None = None
-) -> tuple[Model, ModelVersion, list[Rechecked]]:
+) -> tuple[Model, ModelVersion, list[RecheckResult]]:
     """Measure every erasure in force at `reference` (`Ledger.models.resolve`) on that version's weights, oldest first.
 
     All are measured before any is recorded. An erasure passes by the rule that later requests must keep to, with the
@@ -65,7 +65,7 @@ def _classifier(artifacts: Artifacts, model: Model, version: ModelVersion) -> Cl
     return Classifier.from_bytes(model.spec, artifacts.get(version.weights)).to(default_device())
 
 
-def _measure(artifacts: Artifacts, classifier: Classifier, erasure: Erasure, gate: GateRecipe) -> Rechecked:
+def _measure(artifacts: Artifacts, classifier: Classifier, erasure: Erasure, gate: GateRecipe) -> RecheckResult:
     from fsu_ray.method.evaluate import share_in
     from fsu_ray.method.fit import predict
     from fsu_ray.method.inputs import load_samples
@@ -73,7 +73,7 @@ def _measure(artifacts: Artifacts, classifier: Classifier, erasure: Erasure, gat
     pixels = load_samples(artifacts.get(erasure.probes))
     share = share_in(predict(classifier, pixels), erasure.behaviour.targets)
     recorded = (erasure.report.get("forgetting") or {}).get("probes_in_target") or 0.0
-    return Rechecked(erasure, len(pixels), recorded, share, _still_gone(erasure, share, recorded, gate))
+    return RecheckResult(erasure, len(pixels), recorded, share, _still_gone(erasure, share, recorded, gate))
 
 
 def _still_gone(erasure: Erasure, share: float | None, recorded: float, gate: GateRecipe) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Frozen(BaseModel):
@@ -25,6 +25,15 @@ class Frozen(BaseModel):
     def digest(self) -> str:
         """SHA-256 of `canonical()`, in hex."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def first_fault(error: ValidationError, whole: str = "value") -> str:
+    """The first fault that `error` names, in one line: `field: what is wrong`.
+
+    `whole` stands for the field where the fault is of several fields together.
+    """
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg'].removeprefix('Value error, ')}"
 
 
 class LossWeights(Frozen):

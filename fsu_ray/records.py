@@ -6,7 +6,7 @@ model; everything that the ledger hands out is a plain frozen dataclass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -18,6 +18,9 @@ from fsu_ray.recipes import Frozen, Recipe
 
 Digest = NewType("Digest", str)
 """The SHA-256 of an artifact's bytes or of a recipe, as 64 hexadecimal digits."""
+
+ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
+"""Called with a stage, how many of its steps are done, how many there are, and metrics by name."""
 
 Kind = Literal["class", "subset"]
 GeneratorUse = Literal["trained", "reused", "warm_started", "transferred"]
@@ -105,6 +108,9 @@ class Behaviour(Frozen):
 ACTOR = r"^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,99}$"
 """An opaque id of a person or a process. Not an e-mail address or a full name: the ledger holds no personal data."""
 
+OPERATOR = "operator"
+"""The actor of an action for which nobody is named."""
+
 
 class Terms(Frozen):
     """How a request is to be treated. `key` makes submissions of one model the same; without one it is derived.
@@ -160,7 +166,7 @@ class ModelVersion:
     number: int
     parent: int | None
     root: int
-    weights: str
+    weights: Digest
     request: str | None
     created_at: datetime
 
@@ -172,7 +178,7 @@ class Request:
     id: str
     model: str
     behaviour: Behaviour
-    samples: str
+    samples: Digest
     sample_count: int
     recipe: Recipe
     status: Status
@@ -230,9 +236,9 @@ class Generator:
     model: str
     root: int
     spec: ModelSpec
-    recipe_digest: str
-    weights: str
-    dataset: str
+    recipe_digest: Digest
+    weights: Digest
+    dataset: Digest
     origin: GeneratorOrigin
     warm_started_from: str | None
     transferred_from: str | None
@@ -253,9 +259,9 @@ class Erasure:
     version: int
     request: str
     behaviour: Behaviour
-    samples: str
-    mask: str
-    probes: str
+    samples: Digest
+    mask: Digest
+    probes: Digest
     generator: str
     generator_use: GeneratorUse
     report: Mapping[str, Any]

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsu_ray import schedule as module
+from fsu_ray.config import Timings
 from fsu_ray.errors import FsuError, LedgerUnavailable, UserError
 from fsu_ray.records import Schedule, Window
-from fsu_ray.schedule import PASS_SECONDS, check_schedule, due, ends_at, local, next_start, pause, serve
+from fsu_ray.schedule import check_schedule, due, ends_at, local, next_start, pause, serve
 from fsu_ray.storage.ledger import open_ledger
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -40,14 +40,14 @@ def at(*clock: int, fold: int = 0) -> datetime:
     return datetime(*clock, fold=fold, tzinfo=BERLIN).astimezone(UTC)  # type: ignore[arg-type,misc]
 
 
-def fired_by_the_minute(wanted: Schedule, start: datetime, end: datetime) -> list[datetime]:
-    """What a scheduler fires that looks once a minute, with one window before that it remembers."""
+def fired_by_the_minute(daily: Schedule, start: datetime, end: datetime) -> list[datetime]:
+    """The windows of a scheduler that makes a pass every minute, after a last window at `start`."""
     fired, moment = [], start
     while moment <= end:
-        found = due(wanted, fired[-1] if fired else start, moment)
-        if found is not None:
-            assert found[1] == 0, "nothing is missed by one that looks every minute"
-            fired.append(found[0])
+        window = due(daily, fired[-1] if fired else start, moment)
+        if window is not None:
+            assert window[1] == 0, "a scheduler that passes every minute misses nothing"
+            fired.append(window[0])
         moment += timedelta(minutes=1)
     return fired
 
@@ -76,7 +76,7 @@ def fired_by_the_minute(wanted: Schedule, start: datetime, end: datetime) -> lis
         ("0 2 * * *", "UTC", None, 2**40, "--max-requests"),
     ],
 )  # fmt: skip
-def test_schedules_that_cannot_be_are_refused_in_one_line(
+def test_invalid_schedules_are_refused_in_one_line(
     cron: str, timezone: str, minutes: int | None, most: int | None, words: str
 ) -> None:
     with pytest.raises(UserError, match=words.replace("'", ".")) as refused:
@@ -84,11 +84,11 @@ def test_schedules_that_cannot_be_are_refused_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_a_schedule_that_can_be_is_kept_with_single_spaces() -> None:
+def test_a_valid_expression_is_returned_with_single_spaces() -> None:
     assert check_schedule(" 0  2 * *\t* ", "Europe/Berlin", 240, 20) == "0 2 * * *"
 
 
-def test_it_is_due_from_its_time_on_and_not_before() -> None:
+def test_a_window_is_due_from_its_start_on_and_not_before() -> None:
     before = (at(2027, 6, 1, 2), at(2027, 6, 2, 1, 59))
     assert due(schedule(), *before) is None
     assert due(schedule(), before[0], at(2027, 6, 2, 2)) == (at(2027, 6, 2, 2), 0)
@@ -98,13 +98,13 @@ def test_it_is_due_from_its_time_on_and_not_before() -> None:
 def test_a_window_that_was_missed_runs_once_not_n_times() -> None:
     """Three nights without a scheduler are one window, whether or not it has an end."""
     for minutes in (None, 60):
-        wanted = schedule(minutes=minutes)
-        start, missed = due(wanted, at(2027, 6, 1, 2), at(2027, 6, 4, 9)) or (None, None)
+        tested = schedule(minutes=minutes)
+        start, missed = due(tested, at(2027, 6, 1, 2), at(2027, 6, 4, 9)) or (None, None)
         assert (start, missed) == (at(2027, 6, 4, 2), 2)
-        assert due(wanted, start, at(2027, 6, 4, 9)) is None
+        assert due(tested, start, at(2027, 6, 4, 9)) is None
 
 
-def test_what_passed_before_it_was_added_or_while_it_was_paused_is_not_made_up() -> None:
+def test_starts_before_it_was_added_or_during_a_pause_are_not_made_up() -> None:
     resumed = schedule(changed_at=at(2027, 6, 4, 8))
     assert due(resumed, at(2027, 6, 1, 2), at(2027, 6, 4, 9)) is None
     assert due(resumed, None, at(2027, 6, 5, 9)) == (at(2027, 6, 5, 2), 0)
@@ -151,23 +151,23 @@ def test_the_next_start_in_a_repeated_hour_is_tomorrow() -> None:
 )
 def test_due_and_next_start_agree(cron: str, zone: str, hours: int, gap: int) -> None:
     """From one window to any later moment: what is due counts every start between, and the next one lies after."""
-    wanted = schedule(cron, zone)
-    fired = next_start(wanted, LONG_AGO + timedelta(hours=hours))
+    tested = schedule(cron, zone)
+    fired = next_start(tested, LONG_AGO + timedelta(hours=hours))
     moment = fired + timedelta(minutes=gap)
-    starts, start = [], next_start(wanted, fired)
+    starts, start = [], next_start(tested, fired)
     while start <= moment:
         starts.append(start)
-        start = next_start(wanted, start)
+        start = next_start(tested, start)
     assert starts == sorted(set(starts))
-    assert due(wanted, fired, moment) == ((starts[-1], len(starts) - 1) if starts else None)
+    assert due(tested, fired, moment) == ((starts[-1], len(starts) - 1) if starts else None)
 
 
 def test_a_window_ends_its_minutes_after_its_start() -> None:
     start = at(2027, 6, 1, 2)
-    wanted = schedule(minutes=60)
+    tested = schedule(minutes=60)
     assert ends_at(schedule(), window(start, start)) is None
-    assert ends_at(wanted, window(start, start)) == at(2027, 6, 1, 3)
-    assert ends_at(wanted, window(start, at(2027, 6, 1, 2, 59))) == at(2027, 6, 1, 3), "late, but in time"
+    assert ends_at(tested, window(start, start)) == at(2027, 6, 1, 3)
+    assert ends_at(tested, window(start, at(2027, 6, 1, 2, 59))) == at(2027, 6, 1, 3), "late, but in time"
 
 
 def test_a_window_that_was_over_before_it_was_fired_gets_its_minutes_then() -> None:
@@ -178,28 +178,26 @@ def test_a_window_that_was_over_before_it_was_fired_gets_its_minutes_then() -> N
 
 
 def test_the_scheduler_sleeps_until_the_next_start_but_at_most_half_a_minute() -> None:
-    daily, gone = schedule(), schedule("* * * * *", state="paused")
+    daily, paused = schedule(), schedule("* * * * *", state="paused")
     unknown = schedule("* * * * *", "Mars/Olympus")
     start = at(2027, 6, 1, 2)
 
     def seconds(before: float, passed: float | None = None) -> float:
         moment = start - timedelta(seconds=before)
-        return pause([daily, gone, unknown], start - timedelta(seconds=passed or before), moment)
+        return pause([daily, paused, unknown], start - timedelta(seconds=passed or before), moment)
 
-    assert seconds(3600) == PASS_SECONDS
+    assert seconds(3600) == 30
     assert seconds(12) == 12
-    assert seconds(-5, passed=5) == 0.05, "it came while the pass went on"
-    assert pause([], start, start) == PASS_SECONDS
+    assert seconds(-5, passed=5) == 0.05, "the start came during the pass"
+    assert pause([], start, start) == 30
+    assert pause([], start, start, timings=Timings(scheduler_pass=5)) == 5
 
 
-def test_a_resident_scheduler_outlives_a_ledger_that_is_away(
-    new_ledger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A pass that breaks is told of and followed by the next one; an interrupt ends it."""
+def test_a_resident_scheduler_survives_an_unavailable_ledger(new_ledger: Path, tmp_path: Path) -> None:
+    """The error of a pass is reported and the next pass follows; an interrupt ends the scheduler."""
     passes: list[datetime] = []
-    told: list[FsuError] = []
+    errors: list[FsuError] = []
     slept: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", slept.append)
 
     def one_pass(moment: datetime) -> None:
         passes.append(moment)
@@ -210,5 +208,5 @@ def test_a_resident_scheduler_outlives_a_ledger_that_is_away(
 
     shutil.copy(new_ledger, tmp_path / "ledger.db")
     with open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}") as ledger, pytest.raises(KeyboardInterrupt):
-        serve(ledger, one_pass, told.append)
-    assert (len(passes), [str(each) for each in told], slept) == (3, ["away"], [PASS_SECONDS, PASS_SECONDS])
+        serve(ledger, one_pass, errors.append, timings=Timings(scheduler_pass=7), sleep=slept.append)
+    assert (len(passes), [str(error) for error in errors], slept) == (3, ["away"], [7, 7])

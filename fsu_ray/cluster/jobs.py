@@ -1,16 +1,13 @@
-"""Ray's Jobs API: jobs are sent to a head, listed, read and stopped; and who a driver is that runs as one.
+"""Ray's Jobs API: submit jobs to a head, list, read and stop them; and the name under which a job claims requests.
 
-A claim of a driver that runs as a job bears the job in its name (`claimant`), with a mark of the head's session: two
-clusters may have jobs of one name, and a head that was started again knows nothing of its jobs before.
+A driver that runs as a job claims requests as `job/MARK/JOB/PROCESS` (`claimant`). MARK stands for the head's session:
+two clusters may have jobs of the same name, and a restarted head does not know the jobs it had before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib
-import json
-import logging
 import os
 import re
 import time
@@ -18,22 +15,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fsu_ray.cluster import internals
 from fsu_ray.errors import ClusterUnavailable, NotFound, RunFailed, TransitionRefused, UserError
 
 STOP_SECONDS = 60
-"""How long a job that is stopped has for its next step and the checkpoint of it; Ray's own patience is 3 s."""
-
-AGENT_SECONDS = 60.0
-"""How long a head that has just started may be without the agent that begins jobs."""
-
-ANSWER_SECONDS = (10, 60)
-"""How long a head may take to be reached, and to answer."""
+"""How long a stopped job has for its next step and the checkpoint of that step; Ray's default is 3 s."""
 
 REQUEST, ATTEMPT, MODEL = "fsu_request", "fsu_attempt", "fsu_model"
-"""The labels of a job, in its metadata: the request that it begins with, which attempt that is, and of which model."""
+"""Keys in a job's metadata: the request it begins with, the number of that attempt, and the request's model."""
 
 _CLAIMANT = re.compile(r"job/([0-9a-f]{8})/([^/]+)/.*")
 T = TypeVar("T")
@@ -52,223 +45,226 @@ class Job:
     exit_code: int | None
     message: str | None
     begun: bool = True
-    """Whether there was ever a process that carried it out."""
+    """Whether the job's process was ever started."""
 
     @property
     def over(self) -> bool:
-        """Whether it has ended, however it did."""
+        """Whether the job has ended, in whatever way."""
         return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
 
 
 class JobsClient:
     """The Jobs API of the head at an `address` such as http://HEAD:8265; without one, of the cluster of RAY_ADDRESS.
 
-    With `RAY_AUTH_MODE=token`, or where RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH is set, the token goes along. Raises
-    UserError for an address that is none, ClusterUnavailable where nobody answers or the token is not right; so does
-    every method.
+    It sends the authentication token if RAY_AUTH_MODE=token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH is set.
+    `answer_seconds`: how long to wait for a connection and for an answer. `agent_seconds`: how long a head that has
+    just started may lack the agent that starts jobs. `stop_seconds`: how long a stopped job may take to end.
+
+    The constructor raises UserError for a malformed address and for a Ray of another version. The constructor and
+    every method raise ClusterUnavailable if no head answers or the head refuses the token.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        answer_seconds: tuple[float, float] = (10.0, 60.0),
+        agent_seconds: float = 60.0,
+        stop_seconds: float = STOP_SECONDS + 30.0,
+    ) -> None:
         if address is not None and not re.fullmatch(r"https?://[^/\s@]+/?", address):
             raise UserError("--address takes the URL of a head's Jobs API, such as http://127.0.0.1:8265")
+        internals.check_version()
         if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         self.address = address or "the cluster of RAY_ADDRESS"
-        with _meant(address):
-            importlib.import_module("ray.job_submission")  # which sets the levels of its loggers
-
-            for name in (
-                "dashboard.modules.dashboard_sdk",
-                "dashboard.modules.job.sdk",
-                "_private.runtime_env.packaging",
-            ):
-                logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
-            self._client: Any = self._asked(lambda: _client(address))
-        version = self._asked(lambda: self._client._do_request("GET", "/api/version")).json()
-        self.mark = session_mark(version["session_name"])
+        self._agent_seconds, self._stop_seconds = agent_seconds, stop_seconds
+        with _override_address(address):
+            self._client: Any = self._call(partial(self._connect, address, answer_seconds))
+        self.mark = session_mark(self._call(partial(internals.session_name, self._client)))
 
     def submit(
         self, entrypoint: str, name: str, runtime_env: Mapping[str, Any], labels: Mapping[str, str]
     ) -> tuple[Job, bool]:
-        """Send a job called `name` and return it, and whether it is new: one of that name that has not ended stands.
+        """Submit a job called `name`. Return the job, and whether it is new: a job of that name that has not ended is
+        returned as it is.
 
-        A name whose job has ended is continued, as `name.2`; Ray never gives a name a second time. Raises UserError
-        for a `runtime_env` that is none.
+        If the job of that name has ended, the new one is called `name.2`, and so on: Ray never reuses a name. Raises
+        UserError for an invalid `runtime_env`.
         """
-        _check(runtime_env)
-        number, deadline = 1, time.monotonic() + AGENT_SECONDS
+        _check_keys(runtime_env)
+        number, deadline = 1, time.monotonic() + self._agent_seconds
         while True:
-            own = name if number == 1 else f"{name}.{number}"
-            known = self._find(own)
-            if known is not None and not known.over:
-                return known, False
-            if known is None:
-                try:
-                    self._asked(
-                        lambda own=own: self._client.submit_job(  # type: ignore[misc]
-                            entrypoint=entrypoint,
-                            submission_id=own,
-                            runtime_env=dict(runtime_env),
-                            metadata=dict(labels),
-                        )
+            job_name = name if number == 1 else f"{name}.{number}"
+            job = self._find(job_name)
+            if job is not None and not job.over:
+                return job, False
+            if job is not None:
+                number += 1
+                continue
+            try:
+                self._call(
+                    partial(
+                        self._client.submit_job,
+                        entrypoint=entrypoint,
+                        submission_id=job_name,
+                        runtime_env=dict(runtime_env),
+                        metadata=dict(labels),
                     )
-                except (TypeError, ValueError) as error:
-                    raise UserError(f"--runtime-env: {_line(error)}") from None
-                except RunFailed as error:
-                    if "already exists" in str(error):  # somebody else has sent it at this very moment
-                        continue
-                    if "No available agent" not in str(error):
-                        raise
-                    if time.monotonic() > deadline:
-                        raise ClusterUnavailable(f"{self.address} has no agent for jobs: look at the head") from None
-                    time.sleep(1)  # a head that has just started
+                )
+                return self.job(job_name), True
+            except (TypeError, ValueError) as error:
+                raise UserError(f"--runtime-env: {_one_line(error)}") from None
+            except RunFailed as error:
+                if self._find(job_name) is not None:  # another process has submitted it meanwhile
                     continue
-                return self.job(own), True
-            number += 1
+                refusal = error.__cause__
+                if not (isinstance(refusal, internals.RequestRefused) and internals.lacks_agent(refusal)):
+                    raise
+                if time.monotonic() > deadline:
+                    raise ClusterUnavailable(
+                        f"{self.address} has no agent that starts jobs: check the head's logs"
+                    ) from None
+                time.sleep(1)  # the head has just started
 
     def jobs(self) -> list[Job]:
-        """All jobs that the head knows of and that were sent to it, oldest first."""
-        found = [_job(each) for each in self._asked(self._client.list_jobs) if each.submission_id]
-        return sorted(found, key=lambda job: (job.started_at or datetime.max.replace(tzinfo=UTC), job.id))
+        """All submitted jobs that the head knows, oldest first."""
+        jobs = [_job(details) for details in self._call(self._client.list_jobs) if details.submission_id]
+        return sorted(jobs, key=lambda job: (job.started_at or datetime.max.replace(tzinfo=UTC), job.id))
 
     def job(self, name: str) -> Job:
-        """One job; raises NotFound."""
-        found = self._find(name)
-        if found is None:
-            raise NotFound(f"{self.address} has no job {name!r}; `fsu jobs list` shows those that it has")
-        return found
+        """The job of that name; raises NotFound."""
+        job = self._find(name)
+        if job is None:
+            raise NotFound(f"{self.address} has no job {name!r}; `fsu jobs list` shows its jobs")
+        return job
 
     def logs(self, name: str) -> str:
-        """What a job has printed up to now; raises NotFound."""
+        """The output of a job so far; raises NotFound."""
         self.job(name)
-        said: str = self._asked(lambda: self._client.get_job_logs(name))
-        return said
+        output: str = self._call(partial(self._client.get_job_logs, name))
+        return output
 
     def follow(self, name: str) -> Iterator[str]:
-        """What a job prints, until it ends; raises NotFound."""
+        """The output of a job in pieces, until the job ends; raises NotFound."""
         while self.job(name).status == "PENDING":
             time.sleep(0.5)
-        lines, loop = self._client.tail_job_logs(name), asyncio.new_event_loop()
+        pieces, loop = self._client.tail_job_logs(name), asyncio.new_event_loop()
 
-        async def more() -> str | None:
-            return await anext(lines, None)
+        async def next_piece() -> str | None:
+            return await anext(pieces, None)
 
-        async def end() -> None:  # an interrupt leaves `more` where it was
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
+        async def close() -> None:  # after an interrupt, `next_piece` is still pending
+            pending = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in pending:
                 task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await lines.aclose()
+            await asyncio.gather(*pending, return_exceptions=True)
+            await pieces.aclose()
 
         try:
-            while (said := self._asked(lambda: loop.run_until_complete(more()))) is not None:
-                yield said
+            while (piece := self._call(lambda: loop.run_until_complete(next_piece()))) is not None:
+                yield piece
         finally:
-            loop.run_until_complete(end())
+            loop.run_until_complete(close())
             loop.close()
 
     def wait(self, name: str, seconds: float | None = None) -> Job:
-        """The job once it is over; as it is where that takes longer than `seconds`. Raises NotFound."""
+        """The job once it has ended, or as it is after `seconds`. Raises NotFound."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while not (job := self.job(name)).over and (deadline is None or time.monotonic() < deadline):
             time.sleep(0.5)
         return job
 
     def stop(self, name: str) -> Job:
-        """Have a job end at its next step and wait for that. Raises NotFound, TransitionRefused where it is over, and
-        RunFailed where it does not end."""
+        """Stop a job at its next step and wait until it has ended.
+
+        Raises NotFound, TransitionRefused if the job has ended already, and RunFailed if it does not end in time.
+        """
         job = self.job(name)
         if job.over:
             raise TransitionRefused(f"job {name} is {job.status} already")
-        self._asked(lambda: self._client.stop_job(name))
-        job = self.wait(name, STOP_SECONDS + 30)
+        self._call(partial(self._client.stop_job, name))
+        job = self.wait(name, self._stop_seconds)
         if not job.over:
-            raise RunFailed(f"job {name} was told to stop and is still {job.status}: `fsu jobs logs {name}`")
+            raise RunFailed(f"job {name} was told to stop and is still {job.status}: see `fsu jobs logs {name}`")
         return job
+
+    def _connect(self, address: str | None, answer_seconds: tuple[float, float]) -> Any:
+        """Ray's client; Ray raises untyped errors here for a token or a RAY_ADDRESS that it cannot use."""
+        try:
+            return internals.jobs_client(address, answer_seconds)
+        except ValueError as error:
+            raise ClusterUnavailable(f"RAY_ADDRESS names no cluster with a Jobs API: {_one_line(error)}") from None
+        except RuntimeError as error:  # e.g. no token where RAY_AUTH_TOKEN_PATH points
+            raise ClusterUnavailable(f"{self.address} cannot be asked: {_one_line(error)}") from None
 
     def _find(self, name: str) -> Job | None:
         try:
-            return _job(self._asked(lambda: self._client.get_job_info(name)))
+            return _job(self._call(partial(self._client.get_job_info, name)))
         except NotFound:
             return None
 
-    def _asked(self, ask: Callable[[], T]) -> T:
-        """The answer of the head, its refusals as errors of ours."""
+    def _call(self, function: Callable[[], T]) -> T:
+        """The result of a call of Ray's client; its errors become ours."""
         import aiohttp
         import requests
         from ray.exceptions import AuthenticationError, RayError
 
         try:
-            return ask()
+            return function()
         except AuthenticationError as error:
-            what = "refuses this token" if "failed" in str(error).lower() else "wants a token"
+            problem = "refuses this token" if internals.is_wrong_token(error) else "wants a token"
             raise ClusterUnavailable(
-                f"{self.address} {what}: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+                f"{self.address} {problem}: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
             ) from None
         except (ConnectionError, requests.exceptions.RequestException, aiohttp.ClientError, RayError):
             raise ClusterUnavailable(
-                f"no head answers at {self.address}: start one (`ray start --head`, `ray up`), or mend --address"
+                f"no head answers at {self.address}: start one (`ray start --head`, `ray up`), or correct --address"
             ) from None
-        except RuntimeError as error:
-            said = str(error)
-            if "status code 404" in said:
-                raise NotFound(_line(error)) from None
-            token = "token" in said.lower() and "auth" in said.lower()
-            if token:  # none is where RAY_AUTH_TOKEN_PATH says
-                raise ClusterUnavailable(f"{self.address} cannot be asked: {_line(error)}") from None
-            raise RunFailed(f"{self.address}: {_line(error)}") from None
+        except internals.RequestRefused as error:
+            kind = NotFound if error.status == 404 else RunFailed
+            raise kind(f"{self.address}: {_one_line(error)}") from error
+        except RuntimeError as error:  # the stream of a job's output broke
+            raise RunFailed(f"{self.address}: {_one_line(error)}") from None
 
 
-def _client(address: str | None) -> Any:
-    """Ray's client, which by itself would wait for an answer for ever."""
-    from ray.job_submission import JobSubmissionClient
+def package_env(
+    settings: Mapping[str, str], more: Mapping[str, Any] | None = None, *, stop_seconds: int = STOP_SECONDS
+) -> dict[str, Any]:
+    """The runtime environment of a job: this package, `settings` as environment variables, and `stop_seconds` to stop.
 
-    class Impatient(JobSubmissionClient):  # type: ignore[misc]
-        def _do_request(self, *words: Any, **more: Any) -> Any:
-            return super()._do_request(*words, **{"timeout": ANSWER_SECONDS, **more})
-
-    try:
-        return Impatient(address)
-    except ValueError as error:  # what RAY_ADDRESS says
-        raise ClusterUnavailable(f"RAY_ADDRESS names no cluster that can be asked: {_line(error)}") from None
-
-
-def package_env(settings: Mapping[str, str], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The runtime environment of a job of ours: this very package, `settings` as environment variables, time to stop;
-    `more` of it on top. Nodes need the libraries that the package needs, not the package."""
+    `more` is merged into it and wins. Ray uploads the package with the job, without the result tables and pictures of
+    the paper; nodes need only the libraries that the package requires.
+    """
     package = Path(__file__).parent.parent
-    own: dict[str, Any] = dict(more or {})
-    variables = {**settings, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **own.pop("env_vars", {})}
+    merged: dict[str, Any] = dict(more or {})
+    variables = {**settings, "RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds), **merged.pop("env_vars", {})}
     return {
-        "py_modules": [str(package), *own.pop("py_modules", [])],
-        "excludes": ["__pycache__", *own.pop("excludes", [])],
+        "py_modules": [str(package), *merged.pop("py_modules", [])],
+        "excludes": ["__pycache__", "/experiments/results", *merged.pop("excludes", [])],
         "env_vars": {name: str(value) for name, value in variables.items()},
-        **own,
+        **merged,
     }
 
 
-def _check(runtime_env: Mapping[str, Any]) -> None:
-    """Raise UserError for a key that Ray does not know: it would pass it over."""
+def _check_keys(runtime_env: Mapping[str, Any]) -> None:
+    """Raise UserError for a key that Ray does not know: Ray would ignore it."""
     from ray.runtime_env import RuntimeEnv
 
-    surplus = sorted(set(runtime_env) - RuntimeEnv.known_fields)
-    if surplus:
-        known = ", ".join(sorted(RuntimeEnv.known_fields - {"_ray_release", "_ray_commit", "_inject_current_ray"}))
-        raise UserError(f"--runtime-env: Ray knows no {surplus[0]!r}; it takes {known}")
+    unknown = sorted(set(runtime_env) - RuntimeEnv.known_fields)
+    if unknown:
+        known = ", ".join(sorted(key for key in RuntimeEnv.known_fields if not key.startswith("_")))
+        raise UserError(f"--runtime-env: Ray knows no key {unknown[0]!r}; it takes {known}")
 
 
 def current_job() -> str | None:
-    """The name of the job that this process is the driver of, None where it is none."""
-    try:
-        metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata") or {}
-    except (json.JSONDecodeError, AttributeError):
-        return None
-    name = metadata.get("job_submission_id")
+    """The name of the job whose driver this process is, None if it is no driver of a job."""
+    name = internals.job_metadata().get("job_submission_id")
     return name if isinstance(name, str) else None
 
 
 def claimant(process: str) -> str:
-    """The name by which a driver claims requests: `process`, after its job where it is on Ray as one."""
+    """The name under which a driver claims requests: `process`, prefixed with its job if it runs as one."""
     name = current_job()
     if name is None:
         return process
@@ -280,19 +276,19 @@ def claimant(process: str) -> str:
 
 
 def job_of(worker: str | None) -> tuple[str, str] | None:
-    """The session's mark and the name of the job that a claim was made by, None where it was by none."""
-    found = _CLAIMANT.fullmatch(worker or "")
-    return None if found is None else (found[1], found[2])
+    """The session mark and the name of the job that made a claim, None if no job made it."""
+    match = _CLAIMANT.fullmatch(worker or "")
+    return None if match is None else (match[1], match[2])
 
 
 def session_mark(session: str) -> str:
-    """A short mark of a head's session, which Ray names anew whenever a head starts."""
+    """Eight digits that stand for a head's session. Ray gives each start of a head a new session name."""
     return hashlib.sha256(session.encode()).hexdigest()[:8]
 
 
 @contextmanager
-def _meant(address: str | None) -> Iterator[None]:
-    """Have Ray's client take the address that it is given: RAY_ADDRESS would come before it."""
+def _override_address(address: str | None) -> Iterator[None]:
+    """Make Ray's client use `address` if one is given: RAY_ADDRESS would take precedence over it."""
     name = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(name)
     if address is not None:
@@ -323,9 +319,9 @@ def _job(details: Any) -> Job:
     )
 
 
-def _line(error: BaseException) -> str:
-    """What an error says, in one line: where the head sends a traceback, the last line of it."""
-    said = str(error).replace("\\n", "\n").strip()
-    if "Traceback" in said:
-        said = [line.strip(" \"'}.") for line in said.splitlines() if line.strip(" \"'}.")][-1]
-    return " ".join(said.split())[:500]
+def _one_line(error: BaseException) -> str:
+    """The message of an error in one line; of a traceback that the head sent, its last line."""
+    text = str(error).replace("\\n", "\n").strip()
+    if "Traceback" in text:
+        text = [line.strip(" \"'}.") for line in text.splitlines() if line.strip(" \"'}.")][-1]
+    return " ".join(text.split())[:500]

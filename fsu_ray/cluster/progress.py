@@ -1,4 +1,4 @@
-"""The line between the workers of a run and its driver: progress goes one way, the word to stop the other."""
+"""The channel between the workers of a run and its driver: progress goes to the driver, the order to stop goes back."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from collections.abc import Callable
 from typing import Any
 
 ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
-"""Hears of progress: the stage, how much of it is done, of how much, and its figures."""
+"""Called with the stage, how much of it is done, of how much, and the metrics of this moment."""
+
+Report = tuple[str, int, int, dict[str, float]]
+"""The arguments of one call of a ProgressCallback."""
 
 
 class ProgressActor:
-    """An actor between worker and driver: progress goes one way, the word to stop the other."""
+    """A Ray actor that keeps the reports of workers until the driver fetches them, and tells workers to stop."""
 
     def __init__(self) -> None:
-        self._told: list[Any] = []
+        self._reports: list[Report] = []
         self._stopped = False
 
-    def tell(self, item: Any) -> bool:
-        """Keep what a worker says for the driver; whether the worker is to stop."""
-        self._told.append(item)
+    def tell(self, report: Report) -> bool:
+        """Called by a worker: keep `report` for the driver. Whether the worker must stop."""
+        self._reports.append(report)
         return self._stopped
 
-    def hear(self, stop: bool) -> list[Any]:
-        """What workers have said since; from now on they are told to stop where `stop` says so."""
+    def hear(self, stop: bool) -> list[Report]:
+        """Called by the driver: the reports since the last call. With `stop`, workers must stop from now on."""
         self._stopped |= stop
-        told, self._told = self._told, []
-        return told
+        reports, self._reports = self._reports, []
+        return reports
 
 
 def new_progress_actor() -> Any:
-    """A `Line` on the node of this process, which is not taken away under it: Ray would put it anywhere."""
+    """A ProgressActor on the node of this process. Ray might place it on a node that is later removed."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -39,10 +42,15 @@ def new_progress_actor() -> Any:
 
 
 class ProgressListener:
-    """Hands what workers say to a function of this process, and its word to stop to them, while the block runs."""
+    """Passes the reports of workers to a function of this process, and its `stop` event to them, while the block runs.
 
-    def __init__(self, line: Any, on_progress: ProgressCallback, stop: threading.Event) -> None:
-        self._line, self._tell, self._stop = line, on_progress, stop
+    `seconds`: how often the actor is asked.
+    """
+
+    def __init__(
+        self, actor: Any, on_progress: ProgressCallback, stop: threading.Event, *, seconds: float = 0.3
+    ) -> None:
+        self._actor, self._on_progress, self._stop, self._seconds = actor, on_progress, stop, seconds
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
@@ -60,9 +68,9 @@ class ProgressListener:
 
         finished = False
         while not finished:
-            finished = self._done.wait(0.3)  # one last look after the end
+            finished = self._done.wait(self._seconds)  # asks once more after the end of the block
             try:
-                for item in ray.get(self._line.hear.remote(self._stop.is_set())):
-                    self._tell(*item)
+                for report in ray.get(self._actor.hear.remote(self._stop.is_set())):
+                    self._on_progress(*report)
             except RayError:
                 return

@@ -1,10 +1,10 @@
-"""`python -m fsu_ray.cluster.template cluster.yaml`: what is wrong with a cluster file for `ray up`, a line each.
+"""`python -m fsu_ray.cluster.template cluster.yaml`: what is wrong with a cluster file for `ray up`, one line each.
 
-Ray's own validator looks at the schema. It lets through what opens the cluster to the world, costs money without
-end, or breaks a run an hour later: defaults that it fills in (a nightly wheel, a dashboard on 0.0.0.0, the name
+Ray's own validator checks the schema only. It accepts files that open the cluster to the world, cost money without
+limit, or break a run an hour later: defaults that Ray fills in (a nightly wheel, a dashboard on 0.0.0.0, the name
 "default"), nodes without an instance type, a profile or a pinned image, GPUs that are not on spot, a library in
-another version than pyproject.toml has, a secret. The commands are looked at with Ray's defaults filled in, as they
-would be carried out. Nothing is started and nothing is asked of AWS.
+another version than pyproject.toml requires, a secret. The commands are checked with Ray's defaults filled in, as they
+would run. Nothing is started and AWS is not asked.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from fsu_ray.cluster import internals
 from fsu_ray.errors import FsuError, InvalidConfig
 
 MOST_WORKERS = 64
-"""A max_workers above this is taken for a slip: nobody means to pay for it."""
+"""A max_workers above this is taken for a typing error."""
 
 LONGEST_IDLE = 60
-"""Minutes that an idle GPU may be kept."""
+"""The highest idle_timeout_minutes that is accepted."""
 
 SHORTEST_START = 600
-"""Seconds that a worker group must be allowed to wait for a node: a spot node is there after minutes."""
+"""The fewest seconds a worker group may wait for its nodes: a spot node takes minutes to start."""
 
 SECRETS = {
     "an access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
@@ -49,7 +50,7 @@ SECRETS = {
 
 @dataclass(frozen=True)
 class Template:
-    """A cluster file: as it is written, with Ray's defaults filled in, and the libraries that its nodes need."""
+    """A cluster file as written, the same with Ray's defaults filled in, and the libraries that its nodes need."""
 
     written: Mapping[str, Any]
     filled: Mapping[str, Any]
@@ -58,8 +59,8 @@ class Template:
     @property
     def types(self) -> Mapping[str, Any]:
         """The node types by name."""
-        found: Mapping[str, Any] = self.filled["available_node_types"]
-        return found
+        types: Mapping[str, Any] = self.filled["available_node_types"]
+        return types
 
     @property
     def head(self) -> str:
@@ -67,12 +68,12 @@ class Template:
         return str(self.filled["head_node_type"])
 
     def commands(self, node: str) -> list[str]:
-        """Everything that is carried out on a `head` or on a `worker`, in that order."""
+        """The commands that Ray runs on a `head` or on a `worker`, in that order."""
         parts = ("initialization_commands", f"{node}_setup_commands", f"{node}_start_ray_commands")
         return [command for part in parts for command in self.filled[part]]
 
     def environment(self, node: str) -> dict[str, str]:
-        """What the commands of a `head` or a `worker` set: NAME=VALUE anywhere in them."""
+        """The variables that the commands of a `head` or a `worker` set: NAME=VALUE anywhere in them."""
         pairs = (re.fullmatch(r"([A-Z][A-Z0-9_]*)=(.*)", word, re.S) for word in self.words(node))
         return {pair[1]: pair[2] for pair in pairs if pair}
 
@@ -82,40 +83,39 @@ class Template:
 
 
 def findings(text: str, needed: Iterable[Requirement]) -> list[str]:
-    """What is wrong with the cluster file `text`, a line each; nodes must install what is `needed`.
+    """What is wrong with the cluster file `text`, one line each; nodes must install what is `needed`.
 
-    Raises InvalidConfig where it is not YAML. Where Ray refuses the file, that and secrets are all that is found.
+    Raises InvalidConfig if `text` is not YAML, UserError for a Ray of another version. If Ray refuses the file, only
+    that and secrets are reported.
     """
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
+    internals.check_version()
     try:
         written = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InvalidConfig(f"this is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(written, dict):
         raise InvalidConfig("this is not a cluster file: it must be a mapping with a provider")
-    found = list(secrets(text))
+    in_secrets = list(secrets(text))
     try:
-        filled = prepare_config(written)
-        validate_config(filled)
-    except Exception as error:  # Ray raises what it likes: ValidationError, KeyError, RuntimeError, click's ...
+        filled = internals.fill_cluster_file(written)
+    except Exception as error:  # of many types: ValidationError, KeyError, RuntimeError, click's ...
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        return [*found, f"Ray refuses the file: {type(error).__name__}: {reason}"]
+        return [*in_secrets, f"Ray refuses the file: {type(error).__name__}: {reason}"]
     template = Template(written, filled, tuple(needed))
-    return found + [finding for check in CHECKS for finding in check(template)]
+    return in_secrets + [finding for check in CHECKS for finding in check(template)]
 
 
 def needed() -> list[Requirement]:
-    """What a node must have installed: the requirements of this package, and the driver of PostgreSQL."""
+    """What a node must have installed: the requirements of this package and the driver of PostgreSQL."""
     try:
         stated = [Requirement(text) for text in metadata.requires("fsu_ray") or ()]
     except metadata.PackageNotFoundError:
-        raise InvalidConfig("fsu_ray is not installed, so what it requires is not known: pip install .") from None
+        raise InvalidConfig("fsu_ray is not installed, so its requirements are not known: pip install .") from None
     return [each for each in stated if each.marker is None or each.marker.evaluate({"extra": "postgres"})]
 
 
 def secrets(text: str) -> Iterator[str]:
-    """Lines, comments too, that hold what looks like a secret; the finding does not repeat it."""
+    """Lines, comments included, with something like a secret; the finding does not repeat the secret."""
     for number, line in enumerate(text.splitlines(), 1):
         for name, pattern in SECRETS.items():
             if re.search(pattern, line):
@@ -124,12 +124,12 @@ def secrets(text: str) -> Iterator[str]:
 
 
 def _names(template: Template) -> Iterator[str]:
-    """The cluster, its place and who logs in."""
+    """The name of the cluster, its cloud and region, its user."""
     if not template.written.get("cluster_name"):
         yield "cluster_name is missing: Ray would take 'default', as would the next cluster, and share its nodes"
     provider = template.written["provider"]
     if provider["type"] != "aws":
-        yield f"provider.type is {provider['type']}: these checks, and the file that they come with, are for aws"
+        yield f"provider.type is {provider['type']}: cluster.yaml and these checks are for aws"
     if not provider.get("region"):
         yield "provider.region is missing"
     if not (template.written.get("auth") or {}).get("ssh_user"):
@@ -139,17 +139,17 @@ def _names(template: Template) -> Iterator[str]:
 
 
 def _bounds(template: Template) -> Iterator[str]:
-    """What it may cost."""
-    most = template.written.get("max_workers")
-    if most is None or not 1 <= most <= MOST_WORKERS:
-        yield f"max_workers is {most}: state how many nodes may run at most, 1 to {MOST_WORKERS}"
+    """What the cluster may cost at most."""
+    limit = template.written.get("max_workers")
+    if limit is None or not 1 <= limit <= MOST_WORKERS:
+        yield f"max_workers is {limit}: set the highest number of nodes, 1 to {MOST_WORKERS}"
     idle = template.written.get("idle_timeout_minutes")
     if idle is None or not 0 < idle <= LONGEST_IDLE:
-        yield f"idle_timeout_minutes is {idle}: state after how long an idle node goes, up to {LONGEST_IDLE}"
+        yield f"idle_timeout_minutes is {idle}: set the minutes after which an idle node is ended, up to {LONGEST_IDLE}"
 
 
 def _nodes(template: Template) -> Iterator[str]:
-    """Each node type: what it is, what it boots, who it is, and what it is paid as."""
+    """Each node type: instance type, image, instance profile, on demand or on spot."""
     for name, kind in template.types.items():
         node = kind["node_config"]
         if not node.get("InstanceType"):
@@ -160,7 +160,7 @@ def _nodes(template: Template) -> Iterator[str]:
             yield f"{name}: node_config has no IamInstanceProfile, without which it has no access to the bucket"
         spot = (node.get("InstanceMarketOptions") or {}).get("MarketType") == "spot"
         if name == template.head and (spot or _gpus(kind)):
-            yield f"{name}: the head must be a node on demand without a GPU: it stays, and runs the drivers"
+            yield f"{name}: the head must be on demand and without a GPU: it stays up and runs the drivers"
         if name != template.head and _gpus(kind) and not spot:
             yield f"{name}: a GPU that is not on spot: InstanceMarketOptions: {{MarketType: spot}}"
     if not [name for name, kind in template.types.items() if name != template.head and _gpus(kind)]:
@@ -168,7 +168,7 @@ def _nodes(template: Template) -> Iterator[str]:
 
 
 def _doors(template: Template) -> Iterator[str]:
-    """Who gets in: the dashboard, the security group, the token."""
+    """Access from outside: the dashboard, the security group, the token."""
     words = template.words("head")
     hosts = [word.partition("=")[2] for word in words if word.startswith("--dashboard-host=")]
     hosts += [after for word, after in pairwise(words) if word == "--dashboard-host"]
@@ -185,15 +185,15 @@ def _doors(template: Template) -> Iterator[str]:
         if template.environment(node).get("RAY_AUTH_MODE") != "token":
             yield f"RAY_AUTH_MODE=token is not set on a {node}: whoever reaches its ports may run anything"
     if not [place for place in template.filled["file_mounts"] if place.endswith("/.ray/auth_token")]:
-        yield "file_mounts has no ~/.ray/auth_token: nodes that have no token do not start"
+        yield "file_mounts has no ~/.ray/auth_token: nodes without the token do not start"
 
 
 def _libraries(template: Template) -> Iterator[str]:
-    """What nodes install: the requirements of pyproject.toml, Ray pinned, and nothing of the night before."""
+    """What nodes install: the requirements of pyproject.toml, Ray pinned, no nightly wheel."""
     for node in ("head", "worker"):
         for command in template.commands(node):
             if re.search(r"nightly|ray-wheels|\.whl\b|\.dev\d", command):
-                yield f"a {node} installs a wheel that changes every night (Ray's default): state setup_commands"
+                yield f"a {node} installs a wheel that changes every night (Ray's default): set setup_commands"
         installed = {canonicalize_name(each.name): each for each in map(_requirement, template.words(node)) if each}
         for need in template.needed:
             have = installed.get(canonicalize_name(need.name))
@@ -210,7 +210,7 @@ def _libraries(template: Template) -> Iterator[str]:
 
 
 def _environment(template: Template) -> Iterator[str]:
-    """What processes find: where things lie, from where the ledger's URL comes, threads, patience."""
+    """The environment of processes: artifacts, the ledger's URL, threads, how long a run waits for nodes."""
     head, worker = template.environment("head"), template.environment("worker")
     artifacts = head.get("FSU_ARTIFACTS", "")
     if not re.match(r"(s3|gs)://", artifacts):
@@ -220,17 +220,17 @@ def _environment(template: Template) -> Iterator[str]:
     if not head.get("FSU_LEDGER", "").startswith("$("):
         yield 'FSU_LEDGER must come from a secret on the head: FSU_LEDGER="$(aws secretsmanager ...)" first'
     if "FSU_LEDGER" in worker:
-        yield "FSU_LEDGER is set on a worker: those never open the ledger"
+        yield "FSU_LEDGER is set on a worker: workers never open the ledger"
     region = template.written["provider"].get("region")
     if head.get("AWS_DEFAULT_REGION") != region:
         yield f"AWS_DEFAULT_REGION={head.get('AWS_DEFAULT_REGION')} on a head, provider.region is {region}"
-    patience = head.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
-    if not patience.isdigit() or int(patience) < SHORTEST_START:
-        yield f"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S={patience}: a spot node takes minutes; {SHORTEST_START} or more"
+    timeout = head.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    if not timeout.isdigit() or int(timeout) < SHORTEST_START:
+        yield f"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S={timeout}: a spot node takes minutes; {SHORTEST_START} or more"
     for node in ("head", "worker"):
         starts = [command for command in template.commands(node) if "ray start" in command]
         if not all("unset OMP_NUM_THREADS" in command for command in starts):
-            yield f"{node}_start_ray_commands: `ray up` sets OMP_NUM_THREADS=1; unset it, or workers have one thread"
+            yield f"{node}_start_ray_commands: `ray up` sets OMP_NUM_THREADS=1; unset it, else workers have one thread"
 
 
 CHECKS: tuple[Callable[[Template], Iterator[str]], ...] = (
@@ -244,13 +244,13 @@ CHECKS: tuple[Callable[[Template], Iterator[str]], ...] = (
 
 
 def _gpus(kind: Mapping[str, Any]) -> bool:
-    """Whether a node type has a GPU: by what it states, else by AWS's names (g5.xlarge, p4d.24xlarge)."""
-    stated = kind["resources"].get("GPU", 0) > 0
-    return stated or re.match(r"[gp]\d", str(kind["node_config"].get("InstanceType", ""))) is not None
+    """Whether a node type has a GPU: by its `resources`, or by AWS's type names (g5.xlarge, p4d.24xlarge)."""
+    listed = kind["resources"].get("GPU", 0) > 0
+    return listed or re.match(r"[gp]\d", str(kind["node_config"].get("InstanceType", ""))) is not None
 
 
 def _split(command: str) -> list[str]:
-    """The words of a shell command; where its quotes do not close, what stands between spaces."""
+    """The words of a shell command; split at spaces if its quotes do not close."""
     try:
         return shlex.split(command)
     except ValueError:
@@ -258,7 +258,7 @@ def _split(command: str) -> list[str]:
 
 
 def _requirement(word: str) -> Requirement | None:
-    """`word` as a requirement, if it is one that names a version."""
+    """`word` as a requirement, None unless it is one with a version."""
     if not re.match(r"[A-Za-z][\w.-]*(\[[\w,-]+\])?\s*(==|>=|<=|~=|!=|<|>|@)", word):
         return None
     try:
@@ -274,21 +274,21 @@ def _text(requirement: Requirement) -> str:
 
 
 def main() -> int:
-    """Look at a file and print what is wrong with it; 0 nothing, 2 something, or a file that cannot be read."""
+    """Print what is wrong with a file. Exit code 0 for nothing, 2 for findings or a file that cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, nargs="?", default=Path("cluster.yaml"))
     file: Path = parser.parse_args().file
-    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)  # it tells of the values that it fills in
+    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)  # it reports each default that it fills in
     try:
-        found = findings(file.read_text(), needed())
+        problems = findings(file.read_text(), needed())
     except (OSError, UnicodeDecodeError) as error:
         print(f"error: {file} cannot be read: {error}", file=sys.stderr)
         return 2
     except FsuError as error:
         print(f"error: {file}: {error}", file=sys.stderr)
         return error.exit_code
-    print("\n".join(found) or f"{file}: nothing is wrong")
-    return 2 if found else 0
+    print("\n".join(problems) or f"{file}: nothing is wrong")
+    return 2 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Ray Train: one run of its trainer carries out one work order, all its stages in one worker group.
 
-Starting a group costs 10-20 s, so no stage gets one of its own. A run's name stands for its work order: the
-same name finds its checkpoints again, so a later attempt goes on where the last one was cut off, with as many workers
-as it likes: the workers of a group share each batch (`method.group`), which changes no result but by rounding.
+Starting a group of workers takes 10-20 s, so all stages share one group. A run's name identifies its work order: a
+later attempt under the same name resumes from the last checkpoint, with any number of workers. The workers of a group
+share each batch (`method.group`), so their number changes results only by rounding.
 """
 
 from __future__ import annotations
@@ -22,36 +22,39 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fsu_ray.cluster.growth import growth, reach
+from fsu_ray.cluster import internals
+from fsu_ray.cluster.capacity import autoscaler_limits, cluster_limits
 from fsu_ray.cluster.progress import ProgressCallback, ProgressListener, new_progress_actor
 from fsu_ray.errors import ClusterUnavailable, FsuError, RunFailed, Stopped, UserError
 from fsu_ray.work import BlobStore, Outcome, TargetResult, WorkOrder
 
+if TYPE_CHECKING:
+    from fsu_ray.method.unlearn import RunState
+
 log = logging.getLogger(__name__)
-
-CONNECT_SECONDS = 10.0
-"""How long the head of a cluster may take to answer at all."""
-
-STOP_SECONDS = 30.0
-"""How long an interrupt waits for the worker's next step."""
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for the controller's next look: 2 s by default
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",  # a node that the autoscaler starts takes minutes: 60 s by default
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how long a report may wait for the controller: 2 s by default
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",  # the autoscaler takes minutes to start a node: 60 s by default
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
 
-def connect(cpus: int | None = None) -> None:
-    """Join the cluster that RAY_ADDRESS names (a Ray job has it set), else start one on this machine.
+def connect(cpus: int | None = None, *, answer_seconds: float = 10.0) -> None:
+    """Join the cluster of RAY_ADDRESS (Ray sets it in a job), else start a cluster of `cpus` on this machine.
 
-    Ray's own cluster is private to this process: no dashboard, no authentication token, no usage report. SIGTERM
-    (Kubernetes, a Ray job that is stopped) is an interrupt from here on, not the end at once that Ray makes of it.
+    A cluster started here is private to this process: no dashboard, no authentication token, no usage report. From
+    here on SIGTERM (sent by Kubernetes, or to a Ray job that is stopped) raises KeyboardInterrupt; Ray's own handler
+    would end the process at once.
+
+    `answer_seconds`: how long the head may take to accept a connection. Raises ClusterUnavailable if the cluster
+    cannot be joined, UserError for a Ray of another version.
     """
+    internals.check_version()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
@@ -61,12 +64,12 @@ def connect(cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
-    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()  # seconds, while Ray starts
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()  # while Ray starts
     if address:
-        _join(address)
+        _join(address, answer_seconds)
     else:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away with notice
-        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: Ray's own processes would go before the work
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is not a spot node
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: behind Ray's own processes
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -79,29 +82,29 @@ def connect(cpus: int | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def _join(address: str) -> None:
+def _join(address: str, answer_seconds: float = 10.0) -> None:
     import ray
     from ray.exceptions import RayError
 
     try:
-        _knock(address)
+        _check_listening(address, answer_seconds)
         ray.init(address=address, log_to_driver=False)
     except (OSError, RayError, RuntimeError, ValueError) as error:
         raise ClusterUnavailable(
-            f"no cluster can be joined at RAY_ADDRESS={address} ({cause(error)}): start one, mend the address or the "
-            "token, or unset it for a Ray of this process"
+            f"no cluster can be joined at RAY_ADDRESS={address} ({cause(error)}): start one, correct the address or "
+            "the token, or unset RAY_ADDRESS to start Ray on this machine"
         ) from None
 
 
-def _knock(address: str) -> None:
-    """Raise OSError where nobody listens at `address`, HOST:PORT with or without ray://: Ray would try for minutes."""
+def _check_listening(address: str, seconds: float) -> None:
+    """Raise OSError if nothing listens at `address` (HOST:PORT with or without ray://): Ray would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), seconds).close()
 
 
 def disconnect() -> None:
-    """Leave the cluster; one that `connect` started ends."""
+    """Leave the cluster; a cluster that `connect` started ends."""
     import ray
 
     ray.shutdown()
@@ -110,30 +113,35 @@ def disconnect() -> None:
 def resources(workers: int = 1, parallel: int = 1) -> tuple[bool, dict[str, float]]:
     """Whether to use GPUs, and what each of the `workers` of each of `parallel` runs takes.
 
-    One GPU with two CPUs where the cluster has GPUs now or could start nodes that have; else as many CPUs as the nodes
-    can give to each worker at the same time. Ray gives a worker as many threads as it has CPUs. Raises UserError where
-    the cluster neither has nor can grow to what the `workers` of one run take: Ray would wait for ever.
+    With GPUs in the cluster, or in nodes that it can start: one GPU and two CPUs. Else: as many CPUs as the nodes can
+    give to all workers at the same time; a worker has as many threads as CPUs. Raises UserError if the cluster neither
+    has nor can grow to what the `workers` of one run take: Ray would wait for ever.
     """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    limit, most = growth(), reach()
-    if most.get("GPU", 0) >= 1:
-        roomy = limit.get("GPU", 0) >= 1 or any(node.get("GPU", 0) >= 1 and node.get("CPU", 0) >= 2 for node in nodes)
-        each: dict[str, float] = {"GPU": 1, "CPU": 2 if roomy else 1}
+    growth, limits = autoscaler_limits(), cluster_limits()
+    if limits.get("GPU", 0) >= 1:
+        two_cpus = growth.get("GPU", 0) >= 1 or any(
+            node.get("GPU", 0) >= 1 and node.get("CPU", 0) >= 2 for node in nodes
+        )
+        share: dict[str, float] = {"GPU": 1, "CPU": 2 if two_cpus else 1}
     else:
         sizes = [int(node.get("CPU", 0)) for node in nodes]
-        fits = (
-            c for c in range(max(sizes, default=1), 1, -1) if sum(size // c for size in sizes) >= workers * parallel
+        fitting = (
+            cpus
+            for cpus in range(max(sizes, default=1), 1, -1)
+            if sum(size // cpus for size in sizes) >= workers * parallel
         )
-        each = {"CPU": next(fits, 1)}
-    for kind, amount in each.items():
-        if amount * workers > (there := most.get(kind, 0)):
+        share = {"CPU": next(fitting, 1)}
+    for kind, amount in share.items():
+        limit = limits.get(kind, 0)
+        if amount * workers > limit:
             raise UserError(
-                f"{workers} workers take {amount * workers:g} {kind}s, and this cluster has at most {there:g}: "
+                f"{workers} workers take {amount * workers:g} {kind}s, and this cluster has at most {limit:g}: "
                 "ask for fewer (--workers), or let the cluster grow"
             )
-    return "GPU" in each, each
+    return "GPU" in share, share
 
 
 def execute(
@@ -146,38 +154,42 @@ def execute(
     stop: threading.Event | None = None,
     parallel: int = 1,
     workers: int = 1,
+    *,
+    stop_seconds: float = 30.0,
 ) -> Outcome:
-    """Carry out `order` in one Ray Train run called `name`, of as many `workers`, and return its outcome.
+    """Carry out `order` in one Ray Train run called `name` with this many `workers`, and return its outcome.
 
-    `runs` is where checkpoints go: a filesystem of pyarrow and a path on it, or None and an absolute folder that all
-    nodes share. `tell(stage, done, total, figures)` is called in this process. Once `stop` is set, the worker ends at
-    its next step. Errors raised on purpose in the worker come back as they are (Stopped is one); anything else is
-    RunFailed, after Ray has restarted the workers three times. Raises UserError as `resources` does.
+    `runs` says where checkpoints go: a pyarrow filesystem and a path on it, or None and an absolute folder that all
+    nodes share; `every` is the number of inversion steps between two checkpoints. `on_progress(stage, done, total,
+    metrics)` is called in this process. Once `stop` is set, the workers end at their next step. After an interrupt
+    they have `stop_seconds` for that step.
+
+    Errors that fsu_ray raises in a worker (Stopped among them) are raised here as they are. Any other error becomes
+    RunFailed after Ray has restarted the workers three times. Raises UserError as `resources` does.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.v2.api.exceptions import ControllerError
 
     from fsu_ray.cluster.trainer import Processes, Trainer
 
-    use_gpu, each = resources(workers, parallel)
-    _goes_round(order, workers)
+    use_gpu, share = resources(workers, parallel)
+    _check_batches(order, workers)
     stop = stop or threading.Event()
-    line = new_progress_actor()
+    actor = new_progress_actor()
 
-    def hear(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+    def report(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         if stage == "start" and use_gpu and not metrics["cuda"]:
-            log.warning("worker %d of %d was given a GPU that its torch cannot use: it works on the CPU", done, total)
+            log.warning("worker %d of %d has a GPU that its torch cannot use: it runs on the CPU", done, total)
         on_progress(stage, done, total, metrics)
 
     if runs[0] is None:
-        _drop_torn(Path(runs[1]) / name)
-    listener = ProgressListener(line, hear, stop)
+        _drop_unreadable(Path(runs[1]) / name)
+    listener = ProgressListener(actor, report, stop)
     trainer = Trainer(
         _work,
-        train_loop_config={"order": order, "store": store, "every": every, "line": line},
+        train_loop_config={"order": order, "store": store, "every": every, "actor": actor},
         backend_config=Processes("cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=each),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=share),
         run_config=RunConfig(
             name=name,
             storage_path=runs[1],
@@ -188,58 +200,59 @@ def execute(
     )
     try:
         with listener:
-            answer = in_thread(trainer.fit, stop).return_value
-    except (TrainingFailedError, ControllerError) as error:
+            returned = in_thread(trainer.fit, stop, stop_seconds).return_value
+    except TrainingFailedError as error:
         raise RunFailed(f"run {name} broke: {cause(error)}; see {runs[1]}/{name}") from error
     finally:
         if ray.is_initialized():
-            ray.kill(line)
-    if isinstance(answer, dict) and "error" in answer:
-        raise pickle.loads(answer["error"])  # our own exception, from our own worker
-    if not isinstance(answer, dict):
+            ray.kill(actor)
+    if isinstance(returned, dict) and "error" in returned:
+        raise pickle.loads(returned["error"])  # written by `_work`
+    if not isinstance(returned, dict):
         raise RunFailed(f"run {name} ended without an outcome; see {runs[1]}/{name}")
-    found = answer["outcome"]
-    return Outcome(**{**found, "targets": tuple(TargetResult(**target) for target in found["targets"])})
+    outcome = returned["outcome"]
+    return Outcome(**{**outcome, "targets": tuple(TargetResult(**target) for target in outcome["targets"])})
 
 
 def checkpoints(folder: Path) -> list[str]:
-    """The folders of the checkpoints that a run in `folder` would go on from, oldest first. Ray reads none but those in
-    its list. Raises ValueError where that is torn."""
-    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    """The folder names of the checkpoints from which the run in `folder` would resume, oldest first.
 
-    kept = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-    return (
-        [each["checkpoint_dir_name"] for each in json.loads(kept.read_text())["checkpoint_results"]]
-        if kept.exists()
-        else []
-    )
+    Ray resumes only from checkpoints in its list. Raises ValueError if that list cannot be parsed.
+    """
+    file = internals.checkpoint_list(folder)
+    if not file.exists():
+        return []
+    return [entry["checkpoint_dir_name"] for entry in json.loads(file.read_text())["checkpoint_results"]]
 
 
-def _drop_torn(folder: Path) -> None:
-    """Have a run begin anew whose driver died while Ray wrote the list of its checkpoints: Ray would refuse the run for
-    ever. (In a bucket nothing is torn.)"""
+def _drop_unreadable(folder: Path) -> None:
+    """Delete the folder of a run if its list of checkpoints is cut short, so that the run starts anew.
+
+    That happens when the driver dies while Ray writes the list; Ray would never accept the run again. Objects in a
+    bucket are written whole.
+    """
     try:
         checkpoints(folder)
     except ValueError:
-        log.warning("the list of checkpoints in %s is torn: the run begins anew", folder)
+        log.warning("the list of checkpoints in %s is cut short: the run starts anew", folder)
         shutil.rmtree(folder)
 
 
-def _goes_round(order: WorkOrder, workers: int) -> None:
-    """Raise UserError where a batch of the recipe has fewer samples than there are workers."""
+def _check_batches(order: WorkOrder, workers: int) -> None:
+    """Raise UserError if a batch of the recipe has fewer samples than there are workers."""
     classes, recipe = order.spec.classes, order.recipe
     batches = {"relearn.batch": recipe.relearn.batch, "invert.batch": recipe.invert.each(classes) * classes}
     for key, batch in batches.items():
         if batch < workers:
             raise UserError(
-                f"{key} of {batch} does not go round {workers} workers: take a larger one, or fewer workers"
+                f"{key} of {batch} is too small for {workers} workers: take a larger batch or fewer workers"
             )
 
 
-def in_thread(fit: Callable[[], Any], stop: threading.Event, patience: float = STOP_SECONDS) -> Any:
-    """The result of `fit`, in a thread: in the main one, Ray would make the end of this process of an interrupt.
+def in_thread(fit: Callable[[], Any], stop: threading.Event, patience: float = 30.0) -> Any:
+    """The result of `fit`, which runs in a thread: in the main thread, Ray would end this process on an interrupt.
 
-    An interrupt tells the workers to stop instead, waits for that for `patience` seconds, and is raised then.
+    On an interrupt, sets `stop`, waits up to `patience` seconds for `fit` to return, and raises KeyboardInterrupt.
     """
     ended: Future[Any] = Future()
 
@@ -259,7 +272,7 @@ def in_thread(fit: Callable[[], Any], stop: threading.Event, patience: float = S
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
-    """The loop of one worker of a group; what the first one returns counts."""
+    """What each worker of a group runs; Ray returns the result of the first worker."""
     import ray
     import ray.train
     import ray.train.torch
@@ -267,7 +280,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 
     from fsu_ray.method.group import Group
     from fsu_ray.method.precision import repeatable
-    from fsu_ray.method.unlearn import RunState, unlearn
+    from fsu_ray.method.unlearn import unlearn
 
     group = Group.current()
     last = 0.0
@@ -277,16 +290,16 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         now = time.monotonic()
         if done in (0, total) or now - last > 0.5:
             last = now
-            if ray.get(config["line"].tell.remote((stage, done, total, metrics))):
+            if ray.get(config["actor"].tell.remote((stage, done, total, metrics))):
                 raise Stopped(f"the run was stopped in {stage} at {done} of {total}")
 
-    def keep(saved: RunState) -> None:
-        if group.rank:  # a report is one of the whole group
+    def save(state: RunState) -> None:
+        if group.rank:  # every worker must report, one of them with the checkpoint
             ray.train.report({})
             return
         with tempfile.TemporaryDirectory() as folder:
-            torch.save(asdict(saved), Path(folder) / "state.pt")
-            ray.train.report({"seconds": sum(saved.seconds.values())}, checkpoint=ray.train.Checkpoint(folder))
+            torch.save(asdict(state), Path(folder) / "state.pt")
+            ray.train.report({"seconds": sum(state.seconds.values())}, checkpoint=ray.train.Checkpoint(folder))
 
     repeatable()
     order, store, every = config["order"], config["store"], config["every"]
@@ -296,23 +309,23 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.set_device(device)
         processes = group.everyone(os.getpid())
 
-        def begin() -> None:
-            for rank, process in enumerate(processes, 1):
+        def report_workers() -> None:
+            for number, process in enumerate(processes, 1):
                 metrics: dict[str, float] = {"threads": torch.get_num_threads(), "pid": process}
                 metrics["cuda"] = int(device.type == "cuda")
-                progress("start", rank, group.size, metrics)
+                progress("start", number, group.size, metrics)
 
-        group.once(begin)
-        outcome = unlearn(order, store, device, progress, keep, _resume(), every, group)
+        group.once(report_workers)
+        outcome = unlearn(order, store, device, progress, save, _resume(), every, group)
     except FsuError as error:
-        if group.size > 1 and not error.agreed:  # the others go on: Ray is to end them
+        if group.size > 1 and not error.agreed:  # the other workers go on: Ray must end them
             raise
-        return {"error": pickle.dumps(error)}  # not for Ray to retry
+        return {"error": pickle.dumps(error)}  # raised, Ray would retry it
     return {"outcome": asdict(outcome)}
 
 
-def _resume() -> Any:
-    """The state of the last checkpoint of this run, if there is one."""
+def _resume() -> RunState | None:
+    """The state in the last checkpoint of this run, None without a checkpoint."""
     import ray.train
     import torch
 
@@ -322,18 +335,17 @@ def _resume() -> Any:
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu")
-    return RunState(**state)
+        return RunState(**torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu"))
 
 
 def cause(error: BaseException) -> str:
-    """What is at the bottom of an error of Ray's: the last line of the innermost message."""
+    """The original cause of one of Ray's nested errors: the last line of the innermost message."""
     failures = getattr(error, "worker_failures", None) or {0: error}
-    first: BaseException = next(iter(failures.values()))
+    innermost: BaseException = next(iter(failures.values()))
     while True:
-        inner = getattr(first, "cause", None) or first.__cause__
-        if not isinstance(inner, BaseException) or inner is first:
+        inner = getattr(innermost, "cause", None) or innermost.__cause__
+        if not isinstance(inner, BaseException) or inner is innermost:
             break
-        first = inner
-    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
-    return lines[-1] if lines else type(first).__name__
+        innermost = inner
+    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()]
+    return lines[-1] if lines else type(innermost).__name__

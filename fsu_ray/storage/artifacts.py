@@ -1,7 +1,7 @@
-"""Content-addressed bytes on any filesystem of pyarrow: a folder, s3://, gs://, or another URI.
+"""The artifact store: content-addressed bytes on any filesystem of pyarrow (a folder, s3://, gs://, or another URI).
 
-An artifact's name is the SHA-256 of its bytes, its place `<first two digits>/<digest>`. Under it there is either
-nothing or the whole of it: a file is written under another name and moved, an object of a bucket appears as it ends.
+An artifact's name is the SHA-256 of its bytes, its path `<first two digits>/<digest>`. An artifact is absent or whole:
+a file is written under a temporary name and moved, and an object in a bucket appears only when its upload is complete.
 """
 
 from __future__ import annotations
@@ -25,51 +25,57 @@ from fsu_ray.errors import StorageError
 from fsu_ray.records import Digest
 from fsu_ray.storage import places
 
-ATTEMPTS = 4
-"""How often a request to a bucket is made: what the service or the network is to blame for is tried again."""
-
-CONNECT_SECONDS, SILENCE_SECONDS = 5.0, 10.0
-"""How long an attempt waits for a connection, and for the next byte."""
-
-RETRY_SECONDS = 45.0
-"""How long Google's client tries again."""
-
-_ONE_PUT = 5 * 2**20  # what is longer is sent in parts
+_ONE_PUT = 5 * 2**20  # bytes; longer artifacts are uploaded in parts
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _WRITING = ".writing-"
-_BUCKETS = {"s3": "s3", "gcs": "gs"}  # pyarrow's word for the filesystem, and that of its URIs
+_BUCKETS = {"s3": "s3", "gcs": "gs"}  # pyarrow's type name of a filesystem, and the scheme of its URIs
 
 Filesystem = Any
-"""One of pyarrow's."""
+"""A filesystem of pyarrow."""
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How long the clients of buckets try, in seconds. Tests pass shorter times.
+
+    Amazon's client makes up to `attempts` attempts at a request after errors of the service or the network; each waits
+    `connect` for a connection and `silence` for the next byte. Google's client retries for `total` seconds.
+    """
+
+    attempts: int = 4
+    connect: float = 5.0
+    silence: float = 10.0
+    total: float = 45.0
 
 
 @dataclass(frozen=True)
 class Artifacts:
-    """A store of immutable bytes, found again by their SHA-256. Implements `records.BlobStore`.
+    """A store of immutable bytes, named by their SHA-256. Implements `work.BlobStore`.
 
-    It holds nothing but its `location`, so it pickles to other processes and machines that see the
-    same folder or URI. Use `Artifacts.open` for a location that has not been tested yet.
+    Its only state are its `location` and `retries`, so it pickles to other processes and machines that see the same
+    folder or URI. Use `Artifacts.open` for a location that has not been tested yet.
     """
 
     location: str
+    retries: Retries = Retries()
 
     @classmethod
-    def open(cls, location: str) -> Artifacts:
-        """The store at `location`, an absolute folder or a URI; makes the folder and tries to write in it.
+    def open(cls, location: str, retries: Retries = Retries()) -> Artifacts:
+        """The store at `location`, an absolute folder or a URI; creates the folder and writes a test file in it.
 
-        What the environment adds to a URI (region, endpoint) is in the store's location then. Raises StorageError
-        where the location cannot be understood, made or written to.
+        The store's own `location` includes what the environment adds to a URI (region, endpoint). Raises StorageError
+        where the location is not understood, or cannot be created or written to.
         """
         bucket = _bucket(location)
-        store = cls(bucket.uri if bucket else location)
-        _try_out(*store._place, f"artifacts {places.shown(location)}", "FSU_ARTIFACTS")
+        store = cls(bucket.uri if bucket else location, retries)
+        _check_writable(*store._place, f"artifacts {places.shown(location)}", "FSU_ARTIFACTS")
         return store
 
     def put(self, data: bytes) -> Digest:
-        """Write `data` once and return its SHA-256 in hex; what is there already is not written again.
+        """Write `data` and return its SHA-256 in hex; an artifact that exists is not written again.
 
-        Raises StorageError where it cannot be written. Whatever ends the writing, the artifact is
-        absent or whole afterwards, and nothing else is left behind.
+        Raises StorageError where it cannot be written. The artifact is absent or whole afterwards, also after an
+        exception, and no temporary file stays.
         """
         digest = Digest(hashlib.sha256(data).hexdigest())
         filesystem, _ = self._place
@@ -92,63 +98,64 @@ class Artifacts:
         return digest
 
     def get(self, digest: str) -> bytes:
-        """The bytes of `digest`; raises StorageError where they are missing or are not what it says."""
+        """The bytes of an artifact; raises StorageError where it is missing or does not match its digest."""
         data: bytes = self._read(digest, _contents)
         if hashlib.sha256(data).hexdigest() != digest:
             raise StorageError(f"artifact {self.path(digest)} is damaged; put a good copy in its place")
         return data
 
     def has(self, digest: str) -> bool:
-        """Whether `digest` is there; its bytes are not looked at."""
+        """Whether an artifact exists; its bytes are not checked."""
         return self._read(digest, _length) is not None
 
     def size(self, digest: str) -> int:
-        """The length of `digest` in bytes; raises StorageError where it is missing."""
+        """The size of an artifact in bytes; raises StorageError where it is missing."""
         length = self._read(digest, _length)
         if length is None:
             raise self._missing(digest)
         return int(length)
 
     def delete(self, digest: str) -> bool:
-        """Take `digest` out of the store; whether it was there. Raises StorageError where it cannot be."""
+        """Delete an artifact; whether it existed. Raises StorageError where it cannot be deleted."""
         return self._delete(self._file(digest), f"artifact {self.path(digest)}")
 
-    def digests(self) -> dict[str, tuple[int, datetime]]:
-        """Every artifact in the store: its size in bytes and when it was written. Raises StorageError."""
-        return {info.base_name: (info.size, info.mtime) for info in self._files()
+    def digests(self) -> dict[Digest, tuple[int, datetime]]:
+        """By digest, every artifact's size in bytes and the time it was written. Raises StorageError."""
+        return {Digest(info.base_name): (info.size, info.mtime) for info in self._files()
                 if _DIGEST.fullmatch(info.base_name) and info.path == self._file(info.base_name)}  # fmt: skip
 
     def unfinished(self, before: datetime) -> dict[str, int]:
-        """What writers that were killed have left before a moment: names, and their bytes. Raises StorageError."""
+        """By name, the sizes in bytes of temporary files older than `before`, left by killed writers. Raises
+        StorageError."""
         root = self._place[1]
         return {info.path.removeprefix(f"{root}/"): info.size for info in self._files()
                 if info.base_name.startswith(_WRITING) and info.mtime < before}  # fmt: skip
 
     def discard(self, name: str) -> bool:
-        """Delete one of `unfinished`; whether it was still there. Raises StorageError where it cannot be."""
+        """Delete a file of `unfinished`; whether it still existed. Raises StorageError where it cannot be deleted."""
         assert name.rpartition("/")[2].startswith(_WRITING), name
         return self._delete(f"{self._place[1]}/{name}", name)
 
     def path(self, digest: str) -> str:
-        """Where `digest` lies, for people to read: a file's path, or `type://path` off this machine."""
+        """The path of an artifact for messages: a local path, or `type://path` on another filesystem."""
         return _named(self._place[0], self._file(digest))
 
     @cached_property
     def _place(self) -> tuple[Filesystem, str]:
-        return connect(self.location, allow_delayed_open=True)
+        return connect(self.location, self.retries, allow_delayed_open=True)
 
     @cached_property
     def _in_parts(self) -> Filesystem:
-        """A filesystem for what is not sent at once. One that opens objects late, where the beginning fails, leaves an
-        empty object under the name."""
-        return connect(self.location, allow_delayed_open=False)[0]
+        """The filesystem for uploads in parts. With delayed open, an upload whose beginning fails would leave an empty
+        object under the name."""
+        return connect(self.location, self.retries, allow_delayed_open=False)[0]
 
-    def __reduce__(self) -> tuple[type[Artifacts], tuple[str]]:
-        return (Artifacts, (self.location,))
+    def __reduce__(self) -> tuple[type[Artifacts], tuple[str, Retries]]:
+        return (Artifacts, (self.location, self.retries))
 
     def _files(self) -> list[Any]:
-        """Every file below the location. One listing of all: of a bucket, it is a request for 1,000 objects, where
-        folder by folder would take 256, and Ray's checkpoints below it are about as many as the artifacts."""
+        """Every file below the location, in one listing: in a bucket that is one request for 1,000 objects, while
+        folder by folder would take 256 requests. Ray's checkpoints below it are about as many as the artifacts."""
         return listed(*self._place, f"artifacts {places.shown(self.location)}")
 
     def _delete(self, file: str, name: str) -> bool:
@@ -176,21 +183,21 @@ class Artifacts:
 
 
 def listed(filesystem: Filesystem, root: str, what: str) -> list[Any]:
-    """Every file below `root`, none where it was never made. Raises StorageError about `what`."""
+    """Every file below `root`, none where that does not exist. Raises StorageError about `what`."""
     try:
-        found = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
     except (OSError, pa.ArrowException) as error:
         raise StorageError(
             f"{what} cannot be listed ({places.cause(error)}); check that place and try again"
         ) from error
-    return [info for info in found if info.is_file]
+    return [info for info in infos if info.is_file]
 
 
 def deleted(filesystem: Filesystem, delete: Callable[[str], None], path: str, name: str) -> bool:
-    """`delete(path)`, for good; whether it was still there. Raises StorageError about `name`."""
+    """Call `delete(path)` and sync its folder; whether the path still existed. Raises StorageError about `name`."""
     try:
         delete(path)
-        _settle(filesystem, path.rpartition("/")[0])
+        _sync(filesystem, path.rpartition("/")[0])
     except FileNotFoundError:
         return False
     except (OSError, pa.ArrowException) as error:
@@ -201,22 +208,22 @@ def deleted(filesystem: Filesystem, delete: Callable[[str], None], path: str, na
 
 
 def locate(location: str) -> tuple[Filesystem | None, str]:
-    """Where Ray is to keep checkpoints: the pair of a filesystem (None: that of this machine) and a path on it.
+    """Where Ray keeps checkpoints: a filesystem (None: the local one) and a path on it.
 
-    `location` is an absolute folder or a URI; it is tried out as that of artifacts is. Raises StorageError.
+    `location` is an absolute folder or a URI; a test file is written in it. Raises StorageError.
     """
     filesystem, path = connect(location, allow_delayed_open=True, check_directory_existence_before_creation=True)
-    _try_out(filesystem, path, f"checkpoints {places.shown(location)}", "FSU_RUNS")
+    _check_writable(filesystem, path, f"checkpoints {places.shown(location)}", "FSU_RUNS")
     return (None if filesystem.type_name == "local" else filesystem), path
 
 
 def _bucket(location: str) -> places.Bucket | None:
-    """The bucket that `location` names, if it does, with its region."""
+    """The bucket that `location` names, with its region; None where it names no bucket."""
     bucket = places.read(location)
     if bucket is None or bucket.kind != "s3" or bucket.region:
         return bucket
     if bucket.endpoint:
-        return replace(bucket, region="us-east-1")  # what servers other than Amazon's go by
+        return replace(bucket, region="us-east-1")  # the default of S3 servers other than Amazon's
     try:
         return replace(bucket, region=fs.resolve_s3_region(bucket.path.partition("/")[0]))
     except (OSError, pa.ArrowException) as error:
@@ -226,8 +233,8 @@ def _bucket(location: str) -> places.Bucket | None:
         ) from error
 
 
-def connect(location: str, **options: bool) -> tuple[Filesystem, str]:
-    """The pair of a filesystem and a path on it; `options` are for S3 alone."""
+def connect(location: str, retries: Retries = Retries(), **options: bool) -> tuple[Filesystem, str]:
+    """A filesystem and a path on it; `options` are those of S3. Raises StorageError."""
     bucket = _bucket(location)
     try:
         if bucket is None:
@@ -237,9 +244,9 @@ def connect(location: str, **options: bool) -> tuple[Filesystem, str]:
                 region=bucket.region,
                 endpoint_override=bucket.endpoint,
                 scheme=bucket.scheme,
-                connect_timeout=CONNECT_SECONDS,
-                request_timeout=SILENCE_SECONDS,
-                retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+                connect_timeout=retries.connect,
+                request_timeout=retries.silence,
+                retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=retries.attempts),
                 tls_ca_file_path=os.environ.get("AWS_CA_BUNDLE"),
                 **options,
             ), bucket.path
@@ -247,7 +254,7 @@ def connect(location: str, **options: bool) -> tuple[Filesystem, str]:
             anonymous=bucket.anonymous,
             endpoint_override=bucket.endpoint,
             scheme=bucket.scheme,
-            retry_time_limit=timedelta(seconds=RETRY_SECONDS),
+            retry_time_limit=timedelta(seconds=retries.total),
         ), bucket.path
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StorageError(
@@ -256,11 +263,11 @@ def connect(location: str, **options: bool) -> tuple[Filesystem, str]:
         ) from error
 
 
-def _try_out(filesystem: Filesystem, root: str, what: str, setting: str) -> None:
-    """Make the folder `root` if it is one, and write in it."""
+def _check_writable(filesystem: Filesystem, root: str, what: str, setting: str) -> None:
+    """Create the folder `root` and write a test file in it. Raises StorageError about `what`."""
     try:
         if _is_bucket(filesystem):
-            _send(filesystem, f"{root}/.writable", b"")  # kept: a request less than to delete it again
+            _send(filesystem, f"{root}/.writable", b"")  # kept: deleting it would cost a request
             return
         filesystem.create_dir(root, recursive=True)
         _write(filesystem, f"{root}/{_temporary()}", b"", keep_as=None)
@@ -272,14 +279,14 @@ def _try_out(filesystem: Filesystem, root: str, what: str, setting: str) -> None
 
 
 def _write(filesystem: Filesystem, temporary: str, data: bytes, keep_as: str | None) -> None:
-    """Write `data` to `temporary` and move it to `keep_as`; whatever happens, `temporary` is gone then."""
+    """Write `data` to `temporary` and move it to `keep_as` (None: delete it). `temporary` never stays."""
     try:
         with filesystem.open_output_stream(temporary) as stream:
             stream.write(data)
         if keep_as is not None:
-            _settle(filesystem, temporary)
+            _sync(filesystem, temporary)
             filesystem.move(temporary, keep_as)
-            _settle(filesystem, keep_as.rpartition("/")[0])
+            _sync(filesystem, keep_as.rpartition("/")[0])
             return
         filesystem.delete_file(temporary)
     except BaseException:
@@ -289,10 +296,10 @@ def _write(filesystem: Filesystem, temporary: str, data: bytes, keep_as: str | N
 
 
 def _send(filesystem: Filesystem, target: str, data: bytes) -> None:
-    """Send `data` to the object `target`.
+    """Upload `data` as the object `target`.
 
-    In a thread of its own, where no interrupt comes between: a stream that is closed early, or forgotten, makes an
-    object of what it has got until then.
+    A separate thread uploads, since an interrupt never reaches it: a stream that is closed early or garbage-collected
+    would create an object with only a part of the data.
     """
 
     def send() -> None:
@@ -304,8 +311,8 @@ def _send(filesystem: Filesystem, target: str, data: bytes) -> None:
         thread.submit(send).result()
 
 
-def _settle(filesystem: Filesystem, path: str) -> None:
-    """Wait until a local file or folder is on the disk: the ledger's rows that name it are, too."""
+def _sync(filesystem: Filesystem, path: str) -> None:
+    """Wait until a local file or folder is on disk, before rows of the ledger name it. Buckets need no sync."""
     if filesystem.type_name == "local":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -315,27 +322,28 @@ def _settle(filesystem: Filesystem, path: str) -> None:
 
 
 def _temporary() -> str:
-    """A file name that no other process, thread or machine will think of."""
+    """A file name that no other process, thread or machine uses."""
     return f"{_WRITING}{uuid.uuid4().hex}"
 
 
 def _is_bucket(filesystem: Filesystem) -> bool:
-    """Whether there are no folders and no renaming, and an object is there once it has been sent to its end."""
+    """Whether objects are stored: without folders or renaming, and visible only when their upload is complete."""
     return filesystem.type_name in _BUCKETS
 
 
 def _named(filesystem: Filesystem, path: str) -> str:
+    """A path for messages."""
     kind = filesystem.type_name
     return path if kind == "local" else f"{_BUCKETS.get(kind, kind)}://{path}"
 
 
 def _length(filesystem: Filesystem, file: str) -> int | None:
-    """The bytes of a file, None where there is none."""
-    if filesystem.type_name != "s3":  # on Google's, opening it would begin to read it
+    """The size of a file in bytes, None where it does not exist."""
+    if filesystem.type_name != "s3":  # with Google's client, opening a file would begin to read it
         info = filesystem.get_file_info(file)
         return int(info.size) if info.is_file else None
     try:
-        with filesystem.open_input_file(file) as stream:  # one request, where the above looks for a folder too
+        with filesystem.open_input_file(file) as stream:  # one request; `get_file_info` would also look for a folder
             return int(stream.size())
     except FileNotFoundError:
         return None

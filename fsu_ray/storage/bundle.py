@@ -1,14 +1,16 @@
-"""The audit chain as a file that is checked by itself, far from the ledger.
+"""The audit chain as a file that can be checked without the ledger, and the keys that sign it.
 
-A bundle has the whole chain, since a part of it proves nothing, and a manifest that says what the bundle is and
-what it proves. As `jsonl` its first line is the manifest and its last one says how many events there are and how
-they end; each line between is an event: canonical JSON, and at its end its `hash`, the SHA-256 of the line without
-that member. As `parquet` it is a table of the events with the manifest in its metadata. The manifest, and with it
-the head of the chain, may be signed (Ed25519).
+A bundle has the whole chain, since a part of a chain proves nothing, and a manifest that says what the bundle proves
+and what it does not. In the form `jsonl` the first line is the manifest and the last line gives the number of events
+and the head; each line between is an event: canonical JSON, at its end `hash`, the SHA-256 of the line without that
+member. In the form `parquet` it is a table of the events with the manifest in its metadata. The manifest, and with it
+the head of the chain, may be signed with an Ed25519 key in PEM; keys and signatures need cryptography, the extra
+`audit`.
 """
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import json
 import os
@@ -25,8 +27,8 @@ import pyarrow as pa
 import sqlalchemy as sa
 from pyarrow import parquet
 
-from fsu_ray.errors import AlreadyExists, AuditFailed, InvalidData, UserError
-from fsu_ray.storage import chain, signing
+from fsu_ray.errors import AlreadyExists, AuditFailed, InvalidConfig, InvalidData, UserError
+from fsu_ray.storage import chain
 from fsu_ray.storage.audit import Findings, Verdict, count_of
 from fsu_ray.storage.chain import ChainHead, Event
 from fsu_ray.storage.columns import moment_text
@@ -36,7 +38,7 @@ from fsu_ray.storage.rows import now
 Form = Literal["jsonl", "parquet"]
 
 FORMAT = 1
-"""The version of what is in a bundle."""
+"""The version of the file format of bundles."""
 
 PROVES = ("These are all events of the ledger up to the head, in their order, as they were written.",)
 PROVES_NOT = (
@@ -55,13 +57,13 @@ _EVENT = re.compile(
     rf'\{{"actor":({_TEXT}),"at":({_TEXT}),"detail":(.*),"event":({_TEXT}),"model":(null|{_TEXT}),"previous":({_TEXT}),'
     rf'"request":(null|{_TEXT}),"seq":([0-9]{{1,18}}),"hash":"([0-9a-f]{{64}})"\}}'
 )
-_FIRST_LINE = 1_000_000  # bytes that a manifest has at most
-_BATCH = 5000
+_MAX_MANIFEST = 1_000_000  # bytes
+_BATCH = 5000  # events read at once
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A bundle that was verified: its manifest, what was found, and in words what its signature is worth."""
+    """A bundle that was verified: its manifest, the verdict, and in words whether and by which key it is signed."""
 
     manifest: dict[str, Any]
     verdict: Verdict
@@ -77,37 +79,39 @@ def write(
     key: Path | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write the whole chain into `file` and return the manifest, which says whether it is about one `model`.
+    """Write the whole chain into `file`, whole or not at all; the manifest, which names `model` if the bundle is about
+    one.
 
-    `key` is the file of a private key that signs the manifest. The file is there whole or not at all. Raises
-    AlreadyExists without `force`, UserError where it cannot be written or the key is none, NotFound for a model that
-    is not there, AuditFailed where the chain is broken.
+    `key` is the file of the private key that signs the manifest. Raises AlreadyExists where the file exists, without
+    `force`; UserError where it cannot be written or the key is no private key; NotFound for an unknown model;
+    AuditFailed where the chain is broken.
     """
-    private = None if key is None else signing.read_private(key)
+    private = None if key is None else read_private_key(key)
     if not force and file.exists():
         raise AlreadyExists(f"{file} exists already; give another --out, or --force")
-    with ledger.audit.chain() as connection:
+    with ledger.audit.snapshot() as connection:
         head = chain.head(connection)
         about = None if model is None else {"name": model, "events": count_of(connection, model)}
         manifest = _manifest(head, about)
         if private is not None:
-            manifest["signature"] = signing.sign(private, _signed(manifest))
-        with _whole(file, force) as sink:
-            {"jsonl": _write_jsonl, "parquet": _write_parquet}[form](sink, manifest, _sound(connection))
+            manifest["signature"] = sign(private, _signed_text(manifest))
+        with _atomic(file, force) as sink:
+            {"jsonl": _write_jsonl, "parquet": _write_parquet}[form](sink, manifest, _checked_events(connection))
     return manifest
 
 
 def verify(file: Path, public_key: Path | None = None, noted: ChainHead | None = None) -> Checked:
-    """Check a bundle from its file alone; with `public_key`, that it is signed with that key.
+    """Check a bundle by its file alone; with `public_key`, also that it is signed with that key.
 
-    `noted` is a head that must be in its chain. Raises InvalidData where the file is no bundle.
+    `noted` is a head that must be in its chain. Raises InvalidData where the file is no bundle, AuditFailed where it is
+    damaged.
     """
     started, findings = time.perf_counter(), Findings()
     try:
         with file.open("rb") as source:
-            binary = source.read(4) == b"PAR1"
+            is_parquet = source.read(4) == b"PAR1"
             source.seek(0)
-            manifest, batches = _read_parquet(source, file) if binary else _read_jsonl(source, file, findings)
+            manifest, batches = _read_parquet(source, file) if is_parquet else _read_jsonl(source, file, findings)
             count, head = 0, ChainHead(0, chain.GENESIS)
             for batch in chain.unbroken(batches, findings.chain, noted):
                 count, head = count + len(batch), ChainHead(batch[-1][0], batch[-1][8])
@@ -141,8 +145,8 @@ def _manifest(head: ChainHead, about: dict[str, Any] | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _whole(file: Path, force: bool) -> Iterator[IO[bytes]]:
-    """A new file under another name, which becomes `file` at the end of the block and is gone on any exception."""
+def _atomic(file: Path, force: bool) -> Iterator[IO[bytes]]:
+    """A temporary file that becomes `file` at the end of the block and is deleted on any exception."""
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as sink:
@@ -152,7 +156,7 @@ def _whole(file: Path, force: bool) -> Iterator[IO[bytes]]:
         if force:
             temporary.replace(file)
         else:
-            os.link(temporary, file)  # which, unlike a move, never overwrites
+            os.link(temporary, file)  # unlike a move, this never overwrites
     except FileExistsError:
         raise AlreadyExists(f"{file} exists already; give another --out, or --force") from None
     except OSError as error:
@@ -163,8 +167,8 @@ def _whole(file: Path, force: bool) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
 
 
-def _sound(connection: sa.Connection) -> Iterator[Sequence[Event]]:
-    """The events on record; raises AuditFailed at their end where they are no chain."""
+def _checked_events(connection: sa.Connection) -> Iterator[Sequence[Event]]:
+    """The stored events; raises AuditFailed at their end where their chain is broken."""
     findings = Findings()
     yield from chain.unbroken(chain.stored(connection), findings.chain)
     if findings.count:
@@ -192,12 +196,12 @@ def _end(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_jsonl(source: IO[bytes], file: Path, findings: Findings) -> tuple[dict[str, Any], Iterator[Sequence[Event]]]:
-    manifest = _understood(source.readline(_FIRST_LINE), file)
+    manifest = _parse_manifest(source.readline(_MAX_MANIFEST), file)
     return manifest, _batches(_events(source, manifest, findings))
 
 
 def _events(source: IO[bytes], manifest: dict[str, Any], findings: Findings) -> Iterator[Event]:
-    """The events of a bundle in lines; what ends it too early is for its reader to see."""
+    """The events of a `jsonl` bundle. The caller checks whether it ends too early."""
     last = f"{chain.canonical(_end(manifest))}\n".encode()
     seq = 0
     for number, line in enumerate(source, 2):
@@ -207,7 +211,7 @@ def _events(source: IO[bytes], manifest: dict[str, Any], findings: Findings) -> 
             return
         if not line.endswith(b"\n"):
             break
-        event = _event(line)
+        event = _parse_event(line)
         if event is None:
             findings.add(0, seq + 1, f"line {number} of the bundle is no event")
             continue
@@ -217,15 +221,15 @@ def _events(source: IO[bytes], manifest: dict[str, Any], findings: Findings) -> 
         findings.add(0, seq + 1, f"the bundle ends after event {seq} of {seq}, without its last line")
 
 
-def _event(line: bytes) -> Event | None:
+def _parse_event(line: bytes) -> Event | None:
     try:
-        found = _EVENT.fullmatch(line[:-1].decode("ascii"))
-        if found is None:
+        match = _EVENT.fullmatch(line[:-1].decode("ascii"))
+        if match is None:
             return None
-        actor, at, detail, event, model, previous, request, seq, link = found.groups()
-        who, when, what, of, before, asked = map(json.loads, (actor, at, event, model, previous, request))
-        return Event(int(seq), when, what, of, asked, who, detail, before, link)
-    except ValueError:  # not ASCII, or no JSON
+        actor, at, detail, event, model, previous, request, seq, own_hash = match.groups()
+        actor, at, event, model, previous, request = map(json.loads, (actor, at, event, model, previous, request))
+        return Event(int(seq), at, event, model, request, actor, detail, previous, own_hash)
+    except ValueError:  # not ASCII, or invalid JSON
         return None
 
 
@@ -242,7 +246,7 @@ def _batches(events: Iterable[Event]) -> Iterator[Sequence[Event]]:
 
 def _read_parquet(source: IO[bytes], file: Path) -> tuple[dict[str, Any], Iterator[Sequence[Event]]]:
     opened = parquet.ParquetFile(source)
-    manifest = _understood((opened.schema_arrow.metadata or {}).get(_METADATA, b""), file)
+    manifest = _parse_manifest((opened.schema_arrow.metadata or {}).get(_METADATA, b""), file)
     if opened.schema_arrow.remove_metadata() != _SCHEMA:
         raise AuditFailed(f"bundle {file} has other columns than {', '.join(Event._fields)}")
     return manifest, _rows(opened, file)
@@ -255,8 +259,8 @@ def _rows(opened: Any, file: Path) -> Iterator[Sequence[Event]]:
         yield list(zip(*(column.to_pylist() for column in batch.columns), strict=True))  # type: ignore[arg-type]
 
 
-def _understood(text: bytes, file: Path) -> dict[str, Any]:
-    """The manifest in `text`; raises InvalidData where it is none, or of a newer format."""
+def _parse_manifest(text: bytes, file: Path) -> dict[str, Any]:
+    """The manifest in `text`; raises InvalidData where it is no manifest, or of a newer format."""
     try:
         manifest = json.loads(text)
         if manifest["bundle"] != _KIND:
@@ -271,24 +275,110 @@ def _understood(text: bytes, file: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _signed(manifest: dict[str, Any]) -> bytes:
-    """What a signature is of: the manifest without it."""
+def _signed_text(manifest: dict[str, Any]) -> bytes:
+    """The bytes that are signed: the manifest without its signature."""
     return chain.canonical({name: value for name, value in manifest.items() if name != "signature"}).encode()
 
 
 def _check_signature(manifest: dict[str, Any], public_key: Path | None, findings: Findings) -> str:
-    """Check the signature of a manifest; in words what it is worth."""
-    trusted = None if public_key is None else signing.read_public(public_key)
+    """Check the signature of a manifest; in words whether and by which key it is signed."""
+    trusted = None if public_key is None else read_public_key(public_key)
     if "signature" not in manifest:
         if trusted is not None:
             findings.add(0, 0, "the manifest of the bundle is not signed")
         return "not signed"
-    wrong = signing.check(manifest["signature"], _signed(manifest), trusted)
-    if wrong is not None:
-        findings.add(0, 0, f"the manifest of the bundle is {wrong}")
-        return wrong
+    fault = _signature_fault(manifest["signature"], _signed_text(manifest), trusted)
+    if fault is not None:
+        findings.add(0, 0, f"the manifest of the bundle is {fault}")
+        return fault
     return "signed with a key that only the bundle names" if trusted is None else "signed with the key given"
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# Keys and signatures.
+
+
+def keygen(file: Path) -> str:
+    """Write a new private key into `file`, readable by its owner only; the public key, in PEM. Never overwrites."""
+    serialization, ed25519 = _cryptography()
+    private = ed25519.Ed25519PrivateKey.generate()
+    text = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise AlreadyExists(f"{file} exists already; a key is never overwritten") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}); give another --out") from error
+    with os.fdopen(descriptor, "wb") as sink:
+        sink.write(text)
+    return _pem(private.public_key())
+
+
+def read_private_key(file: Path) -> Any:
+    """The private key in a file; raises UserError."""
+    serialization, ed25519 = _cryptography()
+    key = _load_key(file, lambda text: serialization.load_pem_private_key(text, None))
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise UserError(f"{file} is no Ed25519 private key in PEM; `fsu audit keygen` makes one")
+    return key
+
+
+def read_public_key(file: Path) -> Any:
+    """The public key in a file; raises UserError."""
+    serialization, ed25519 = _cryptography()
+    key = _load_key(file, serialization.load_pem_public_key)
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise UserError(f"{file} is no Ed25519 public key in PEM; `fsu audit keygen` prints one")
+    return key
+
+
+def sign(private: Any, text: bytes) -> dict[str, str]:
+    """The signature of `text`, with the public key that checks it."""
+    signature = base64.b64encode(private.sign(text)).decode()
+    return {"algorithm": "Ed25519", "public_key": _pem(private.public_key()), "signature": signature}
+
+
+def _signature_fault(signature: Any, text: bytes, trusted: Any = None) -> str | None:
+    """What is wrong with a signature of `text`, in words; None where it is valid, and made by the key `trusted` if
+    given."""
+    serialization, _ = _cryptography()
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+
+    try:
+        key = serialization.load_pem_public_key(signature["public_key"].encode())
+        key.verify(base64.b64decode(signature["signature"], validate=True), text)
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError, KeyError, TypeError, AttributeError):
+        return "not what was signed"
+    return None if trusted is None or _pem(key) == _pem(trusted) else "signed with another key than the one given"
+
+
+def _load_key(file: Path, load: Any) -> Any:
+    """The key that `load` reads from a file, None where it cannot."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        return load(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"key {file} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+
+
+def _pem(public: Any) -> str:
+    serialization, _ = _cryptography()
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return str(public.public_bytes(serialization.Encoding.PEM, form).decode())
+
+
+def _cryptography() -> tuple[Any, Any]:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise InvalidConfig("keys and signatures need cryptography: pip install 'fsu_ray[audit]'") from None
+    return serialization, ed25519

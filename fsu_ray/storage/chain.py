@@ -1,12 +1,12 @@
-"""The audit chain: every row that enters the ledger's history, as one event whose hash covers the one before.
+"""The audit chain: every row that enters the ledger's history, as one event whose hash covers the event before.
 
-The hash of an event is the SHA-256 of its canonical JSON, which holds the previous hash: sorted keys, no
-spaces, moments in UTC to the microsecond. So an event that is changed, taken out or moved leaves a hash that is
-not that of its content, a number that is missing, or a link to something else (`unbroken`).
+The hash of an event is the SHA-256 of its canonical JSON (sorted keys, no spaces, moments in UTC to the microsecond),
+which contains the previous event's hash. So a changed event has a hash that does not match its content; a removed or
+moved event leaves a missing number or a wrong previous hash (`unbroken`).
 
-Events are appended at the end of the transaction that they are about, by the only writer that there is at that
-moment (`engines`), so the chain cannot fork. Steps of requests are written by a trigger, into `request_events` and
-`audit_pending`, and wait there for the next such writer: a second at most while anybody works on the ledger.
+Events are appended at the end of the transaction that they describe. Writing transactions run one at a time
+(`database`), so the chain cannot fork. Single-statement steps of requests are recorded by a trigger in `request_events`
+and `audit_pending`; the next writing transaction appends them, at most about a second later while a process works.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from fsu_ray.errors import UserError
-from fsu_ray.storage.columns import Instant, moment_text
-from fsu_ray.storage.engines import finite
-from fsu_ray.storage.rows import now
+from fsu_ray.records import Digest
+from fsu_ray.storage import rows
+from fsu_ray.storage.columns import Instant, finite, moment_text
 from fsu_ray.storage.schema import TERMINAL, audit_events, audit_pending, models, request_events, requests
 
 GENESIS = "0" * 64
-"""What the first event has for a previous hash."""
+"""The previous hash of the first event."""
 
-_NOTED = "fsu_noted"  # the events of a transaction, in `connection.info` until its end
+_NOTED = "fsu_noted"  # key in `connection.info`: the events noted in this transaction
 
-
-_BATCH = 5000  # events that are read at once
+_BATCH = 5000  # events read at once
 
 
 class Event(NamedTuple):
-    """One link: `at` is the text of its moment, `detail` canonical JSON, `previous` and `hash` are in hex."""
+    """One event of the chain: `at` is the text of its moment, `detail` canonical JSON, `previous` and `hash` hex."""
 
     seq: int
     at: str
@@ -52,17 +51,18 @@ class Event(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The event as canonical JSON, without its own hash: what that hash is of."""
+        """The event as canonical JSON without its own hash: the text that is hashed."""
         return _line(self.actor, self.at, self.detail, self.event, self.model, self.previous, self.request, self.seq)
 
 
 def hash_of(event: Event) -> str:
-    """The hash that an event with this content has."""
-    return hashlib.sha256(event.line.encode()).hexdigest()
+    """The hash that an event with this content must have."""
+    return _sha256(event.line)
 
 
 class ChainHead(NamedTuple):
-    """The last event of a chain. Who notes it can tell later whether the chain still has all that it had then."""
+    """Number and hash of a chain's last event. A head noted elsewhere shows later whether the chain was cut or
+    replaced."""
 
     seq: int
     hash: str
@@ -72,15 +72,15 @@ class ChainHead(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> ChainHead:
-        """What `str` makes of a head; raises UserError."""
-        found = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
-        if found is None:
+        """The head that `str` wrote as `text`; raises UserError."""
+        match = re.fullmatch(r"([0-9]{1,18}):([0-9a-f]{64})", text)
+        if match is None:
             raise UserError(f"{text!r} is no head of a chain: give SEQ:HASH as `fsu audit head` prints it")
-        return cls(int(found[1]), found[2])
+        return cls(int(match[1]), match[2])
 
 
 def canonical(value: Any) -> str:
-    """Canonical JSON: sorted keys, no spaces, null for what is not finite."""
+    """Canonical JSON: sorted keys, no spaces, null for NaN and infinities."""
     try:
         return _ENCODER.encode(value)
     except ValueError:
@@ -90,20 +90,25 @@ def canonical(value: Any) -> str:
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def digest_of(value: Any) -> str:
+def digest_of(value: Any) -> Digest:
     """The SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return Digest(_sha256(canonical(value)))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def row_of(table: sa.Table, values: Mapping[Any, Any], columns: Iterable[str] | None = None) -> dict[str, Any]:
-    """A row of `table` as the chain keeps it: every column (or those of `columns`) as JSON has it."""
+    """A row of `table` as an event records it: every column (or those of `columns`) in JSON types."""
     chosen = kinds(table) if columns is None else {name: kinds(table)[name] for name in columns}
     return {name: _plain(kind, values.get(name)) for name, kind in chosen.items()}
 
 
 @cache
 def kinds(table: sa.Table) -> dict[str, type | None]:
-    """The columns of a table, with a type for those whose values JSON has another form for: `dict` is JSON itself."""
+    """By column of a table, the type of its values where JSON needs a conversion, else None; `dict` is a JSON
+    column."""
     special = {Instant: datetime, sa.Boolean: bool, sa.Float: float, sa.JSON: dict}
     return {column.name: special.get(type(column.type)) for column in table.columns}
 
@@ -119,7 +124,7 @@ def note(
     request: str | None = None,
     **more: Any,
 ) -> None:
-    """Have an event appended when this transaction ends: `row` has come into `table`."""
+    """Note an event, to be appended at the end of this transaction: `row` was inserted into `table`."""
     detail = canonical({"table": table.name, "row": row, **more})
     connection.info[_NOTED][1].append((event, model, request, actor, detail))
 
@@ -134,56 +139,62 @@ def insert(
     model: str | None = None,
     request: str | None = None,
 ) -> None:
-    """Insert `values` into an insert-only table and note the event that says so."""
-    connection.execute(sa.insert(table).values(**values))
-    note(connection, event, table, row_of(table, values), actor=actor, model=model, request=request)
+    """Insert `values` into an insert-only table and note the event that records the row.
+
+    Where the table has a column `actor`, `actor` is written there; `created_at` is the present moment if it is missing.
+    """
+    filled = dict(values)
+    if "actor" in table.c:
+        filled["actor"] = actor
+        filled.setdefault("created_at", rows.now())
+    connection.execute(sa.insert(table).values(**filled))
+    note(connection, event, table, row_of(table, filled), actor=actor, model=model, request=request)
 
 
 def begin(connection: sa.Connection) -> None:
-    """A transaction that is alone begins: nothing is noted yet."""
-    connection.info[_NOTED] = (moment_text(now()), [])
+    """Prepare a writing transaction that has just begun: no event is noted yet."""
+    connection.info[_NOTED] = (moment_text(rows.now()), [])
 
 
 def append_noted(connection: sa.Connection) -> None:
-    """Append what waits of the time before this transaction, what it has noted, and then its own steps of requests."""
-    began, own = connection.info.pop(_NOTED)
-    waiting = _pending(connection)
-    earlier = [each for at, each in waiting if at < began]
-    noted = earlier + own + [each for _, each in waiting[len(earlier) :]]
-    if not noted:
+    """Append the waiting steps from before this transaction, the events noted in it, then its own steps of requests."""
+    began, noted = connection.info.pop(_NOTED)
+    waiting = _take_pending(connection)
+    earlier = [content for at, content in waiting if at < began]
+    contents = earlier + noted + [content for _, content in waiting[len(earlier) :]]
+    if not contents:
         return
     seq, previous = head(connection)
-    moment = now()
+    moment = rows.now()
     at = moment_text(moment)
-    links = []
-    for event, model, request, actor, detail in noted:
+    events = []
+    for event, model, request, actor, detail in contents:
         seq += 1
-        line = _line(actor, at, detail, event, model, previous, request, seq)
-        link = hashlib.sha256(line.encode()).hexdigest()
-        links.append(
+        own_hash = _sha256(_line(actor, at, detail, event, model, previous, request, seq))
+        events.append(
             {"seq": seq, "at": moment, "event": event, "model": model, "request": request, "actor": actor,
-             "detail": detail, "previous": previous, "hash": link}
+             "detail": detail, "previous": previous, "hash": own_hash}
         )  # fmt: skip
-        previous = link
-    connection.execute(_APPEND, links)
+        previous = own_hash
+    connection.execute(_APPEND, events)
 
 
-def _pending(connection: sa.Connection) -> list[tuple[str, tuple[str, str | None, str | None, str, str]]]:
-    """The steps of requests that wait for the chain, each behind its moment, oldest first; they wait no more."""
-    if connection.dialect.name == "sqlite":  # nobody else writes between the two
-        found = list(connection.execute(_STEPS).mappings())
-        if found:
+def _take_pending(connection: sa.Connection) -> list[tuple[str, tuple[str, str | None, str | None, str, str]]]:
+    """Take the waiting steps of requests out of `audit_pending`: the moment and the content of each, oldest first."""
+    if connection.dialect.name == "sqlite":  # no other writer comes between the two statements
+        steps = list(connection.execute(_STEPS).mappings())
+        if steps:
             connection.execute(sa.delete(audit_pending))
     else:
-        found = list(connection.execute(_TAKE).mappings())
-    found.sort(key=lambda row: (row["at"], row["request_id"], row["number"]))
-    noted = []
-    for row in found:
+        steps = list(connection.execute(_TAKE).mappings())
+    steps.sort(key=lambda row: (row["at"], row["request_id"], row["number"]))
+    contents = []
+    for row in steps:
         more = {} if row["report"] is None else {"report": digest_of(row["report"])}
         step = row_of(request_events, row)
         detail = canonical({"table": request_events.name, "row": step, **more})
-        noted.append((step["at"], (f"request_{row['new']}", row["model"], row["request_id"], row["actor"], detail)))
-    return noted
+        contents.append((step["at"], (f"request_{row['new']}", row["model"], row["request_id"], row["actor"], detail)))
+    return contents
 
 
 _COLUMNS = (
@@ -204,20 +215,20 @@ _APPEND = sa.insert(audit_events)
 
 
 def head(connection: sa.Connection) -> ChainHead:
-    """The last event, number 0 before the first."""
-    found = connection.execute(_HEAD).one_or_none()
-    return ChainHead(0, GENESIS) if found is None else ChainHead(*found)
+    """The head of the stored chain; number 0 before the first event."""
+    row = connection.execute(_HEAD).one_or_none()
+    return ChainHead(0, GENESIS) if row is None else ChainHead(*row)
 
 
 def stored(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> Iterator[Sequence[Event]]:
-    """The events of which `where` holds, in their order and in batches: rows with the columns of `Event`."""
+    """The stored events for which `where` holds, in order and in batches: rows with the columns of `Event`."""
     columns = [as_text(connection, column) if column is audit_events.c.at else column for column in _IN_ORDER]
     query = sa.select(*columns).where(*where).order_by(audit_events.c.seq)
     return connection.execute(query, execution_options={"yield_per": _BATCH}).partitions()  # type: ignore[return-value]
 
 
 def as_text(connection: sa.Connection, column: sa.Column[Any]) -> sa.ColumnElement[Any]:
-    """A column as the chain has it: moments as their text, JSON as some text of it, the others as they are."""
+    """A column as SQL that gives moments and JSON as text, and SQLite's booleans as integers."""
     kind, sqlite = type(column.type), connection.dialect.name == "sqlite"
     if kind is Instant and not sqlite:
         utc = sa.func.timezone("UTC", column)
@@ -230,31 +241,30 @@ def as_text(connection: sa.Connection, column: sa.Column[Any]) -> sa.ColumnEleme
 
 
 def unbroken(
-    batches: Iterable[Sequence[Event]], tell: Callable[[int, str], None], noted: ChainHead | None = None
+    batches: Iterable[Sequence[Event]], report: Callable[[int, str], None], noted: ChainHead | None = None
 ) -> Iterator[Sequence[Event]]:
-    """Pass on events from the first one on, and `tell` the number of each that breaks the chain, and how.
+    """Pass on events that begin with the first one; `report` each event number that breaks the chain, and how.
 
-    `noted` is a head that somebody noted earlier: it must still be in the chain.
+    `noted` is a head from earlier that the chain must still contain.
     """
-    due, before = 1, GENESIS
-    kept = noted in (None, (0, GENESIS))
+    next_seq, last_hash = 1, GENESIS
+    has_noted = noted in (None, (0, GENESIS))
     for batch in batches:
-        for seq, at, event, model, request, actor, detail, previous, link in batch:
-            if seq != due:
-                tell(due, f"missing, {seq} comes after {due - 1}")
-            elif previous != before:
-                tell(seq, f"what it has for the hash before is not that of event {seq - 1}")
+        for seq, at, event, model, request, actor, detail, previous, own_hash in batch:
+            if seq != next_seq:
+                report(next_seq, f"missing, {seq} comes after {next_seq - 1}")
+            elif previous != last_hash:
+                report(seq, f"its previous hash is not that of event {seq - 1}")
             try:
-                line = _line(actor, at, detail, event, model, previous, request, seq)
-                if hashlib.sha256(line.encode()).hexdigest() != link:
-                    tell(seq, "its hash is not that of its content")
-            except TypeError:  # bytes in the place of text, as SQLite allows it
-                tell(seq, "it is no event")
-            due, before = seq + 1, link
-        kept = kept or any((event[0], event[8]) == noted for event in batch)
+                if _sha256(_line(actor, at, detail, event, model, previous, request, seq)) != own_hash:
+                    report(seq, "its hash is not that of its content")
+            except TypeError:  # bytes in the place of text, which SQLite allows
+                report(seq, "it is no event")
+            next_seq, last_hash = seq + 1, own_hash
+        has_noted = has_noted or any((event[0], event[8]) == noted for event in batch)
         yield batch
-    if noted is not None and not kept:
-        tell(noted.seq, "the chain does not have the hash that was noted of it")
+    if noted is not None and not has_noted:
+        report(noted.seq, "the chain does not have the hash that was noted of it")
 
 
 _IN_ORDER = [audit_events.c[name] for name in Event._fields]
@@ -263,10 +273,11 @@ _IN_ORDER = [audit_events.c[name] for name in Event._fields]
 def _line(
     actor: str, at: str, detail: str, event: str, model: str | None, previous: str, request: str | None, seq: int
 ) -> str:
-    of, asked = "null" if model is None else quoted(model), "null" if request is None else quoted(request)
+    """Canonical JSON of an event without its hash, as `canonical` would write it, but faster."""
+    model_json, request_json = ("null" if name is None else quoted(name) for name in (model, request))
     return (
-        f'{{"actor":{quoted(actor)},"at":{quoted(at)},"detail":{detail},"event":{quoted(event)},"model":{of},'
-        f'"previous":{quoted(previous)},"request":{asked},"seq":{seq}}}'
+        f'{{"actor":{quoted(actor)},"at":{quoted(at)},"detail":{detail},"event":{quoted(event)},"model":{model_json},'
+        f'"previous":{quoted(previous)},"request":{request_json},"seq":{seq}}}'
     )
 
 
@@ -274,5 +285,5 @@ def _plain(kind: type | None, value: Any) -> Any:
     if kind is None or value is None:
         return value
     if kind is dict:
-        return json.loads(canonical(value))  # as the ledger will give it back: text for keys, lists for tuples
+        return json.loads(canonical(value))  # as the ledger returns it: text for keys, lists for tuples
     return moment_text(value) if kind is datetime else kind(value)

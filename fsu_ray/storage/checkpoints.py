@@ -1,7 +1,8 @@
-"""What Ray has kept of runs and searches below `FSU_RUNS`: it is found by name, and deleted by folder.
+"""The folders of runs and searches that Ray keeps below `FSU_RUNS`: listing and deleting them.
 
-A run of a request lies in `<request>-<mark of its order>` (`pipeline.run_name`), a search in `search-<mark>`
-(`search.search_name`). One that ended early holds a generator in the making. What else lies there is nobody's here.
+The run of a request has the folder `<request>-<digest of its order>` (`pipeline.run_name`), a search has
+`search-<digest>` (`search.search_name`). The folder of a run that ended early holds a half-trained generator. Folders
+with other names are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SEARCH = re.compile(r"search-[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder of Ray's: its bytes, when it was last written to, and the request whose run it is (None: a search)."""
+    """A folder of Ray: its size in bytes, when it was last written to, and its run's request (None: a search)."""
 
     size: int
     at: datetime
@@ -34,19 +35,19 @@ class Checkpoints:
     location: str
 
     def folders(self) -> dict[str, RunFolder]:
-        """All of them, by name. Raises StorageError where the place cannot be read."""
+        """All folders of runs and searches, by name. Raises StorageError where `location` cannot be read."""
         filesystem, root = self._place
         folders: dict[str, RunFolder] = {}
         for info in listed(filesystem, root, f"checkpoints {places.shown(self.location)}"):
             name = info.path.removeprefix(f"{root}/").partition("/")[0]
             run = _RUN.fullmatch(name)
             if run or _SEARCH.fullmatch(name):
-                before = folders.get(name, RunFolder(0, info.mtime, run and run[1]))
-                folders[name] = RunFolder(before.size + info.size, max(before.at, info.mtime), before.request)
+                folder = folders.get(name, RunFolder(0, info.mtime, run and run[1]))
+                folders[name] = RunFolder(folder.size + info.size, max(folder.at, info.mtime), folder.request)
         return folders
 
     def delete(self, name: str) -> bool:
-        """Delete one of `folders`; whether it was still there. Raises StorageError where it cannot be."""
+        """Delete a folder of `folders`; whether it still existed. Raises StorageError where it cannot be deleted."""
         assert _RUN.fullmatch(name) or _SEARCH.fullmatch(name), name
         filesystem, root = self._place
         return deleted(filesystem, filesystem.delete_dir, f"{root}/{name}", name)

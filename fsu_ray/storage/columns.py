@@ -1,7 +1,9 @@
-"""What the tables of `schema` are made of: the naming of constraints, moments, JSON, partial indexes."""
+"""Building blocks of the tables in `schema`: constraint names, column types, partial indexes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +13,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 
 class Instant(TypeDecorator[datetime]):
-    """A moment, always an aware `datetime` in UTC. SQLite has no such type: there it is ISO text that sorts by time."""
+    """A moment as an aware `datetime` in UTC. SQLite has no such type: it stores ISO text that sorts by time."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -34,8 +36,17 @@ class Instant(TypeDecorator[datetime]):
 
 
 def moment_text(moment: datetime) -> str:
-    """A moment as the ledger writes it where it writes text: UTC, to the microsecond, sorted by time."""
+    """A moment as the ledger's text form of it: UTC, to the microsecond, sorted by time."""
     return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for NaN and infinities, which JSON cannot express."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 metadata = sa.MetaData(
@@ -60,7 +71,7 @@ def unique_where(name: str, columns: tuple[str, ...], where: str) -> sa.Index:
 
 
 def table(name: str, *parts: sa.schema.SchemaItem) -> sa.Table:
-    """A table without a rowid: a hidden second key would let INSERT OR REPLACE reach a row past the triggers."""
+    """A table without SQLite's rowid: through that second key INSERT OR REPLACE could reach a row past the triggers."""
     return sa.Table(name, metadata, *parts, sqlite_with_rowid=False)
 
 
@@ -75,7 +86,7 @@ def foreign_key(name: str, target: str, *, nullable: bool = False, unique: bool 
 
 
 def version_foreign_key(column: str) -> sa.ForeignKeyConstraint:
-    """`model_id` and `column` name a version."""
+    """The foreign key of `model_id` and `column` to a version."""
     return sa.ForeignKeyConstraint(["model_id", column], ["model_versions.model_id", "model_versions.number"])
 
 

@@ -1,4 +1,4 @@
-"""A model's history as one list of events, derived from the rows of the ledger: nothing is stored twice."""
+"""A model's history as one list of events. It is derived from the rows of the ledger and stored nowhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fsu_ray.storage.schema import (
     searches,
 )
 
-# What happens at one moment, in the order in which one leads to the other.
+# The order of events with the same moment: causes before effects.
 _ORDER = (
     "registered",
     "policy_set",
@@ -56,7 +56,7 @@ Event = dict[str, Any]
 
 
 def history(connection: sa.Connection, model: Model) -> list[Event]:
-    """The events of a model, oldest first; see `Ledger.models.history` for their form."""
+    """The events of a model, oldest first; `Models.history` documents their form."""
     sources = (
         _of_versions,
         _of_policies,
@@ -79,7 +79,7 @@ def _event(at: datetime, event: str, version: int | None, request: str | None, *
     return {"at": at, "event": event, "version": version, "request": request, "detail": detail}
 
 
-def _asked(row: Mapping[Any, Any]) -> dict[str, Any]:
+def _behaviour(row: Mapping[Any, Any]) -> dict[str, Any]:
     name, kind, targets = (row[column] for column in rows.BEHAVIOUR)
     return {"behaviour": name, "kind": kind, "targets": targets}
 
@@ -96,58 +96,61 @@ def _of_versions(connection: sa.Connection, model: Model) -> list[Event]:
 
 
 def _of_policies(connection: sa.Connection, model: Model) -> list[Event]:
-    found = connection.execute(sa.select(model_policies).where(model_policies.c.model_id == model.id))
-    return [_event(row.created_at, "policy_set", None, None, **row.policy, by=row.actor) for row in found]
+    query = sa.select(model_policies).where(model_policies.c.model_id == model.id)
+    return [
+        _event(row.created_at, "policy_set", None, None, **row.policy, by=row.actor)
+        for row in connection.execute(query)
+    ]
 
 
 def _of_searches(connection: sa.Connection, model: Model) -> list[Event]:
-    found = connection.execute(sa.select(searches).where(searches.c.model_id == model.id))
+    query = sa.select(searches).where(searches.c.model_id == model.id)
     return [
         _event(row.created_at, "recipe_reset", None, None, kind=row.kind, by=row.actor)
         if row.recipe is None
         else _event(
             row.created_at, "recipe_found", None, None, search=row.id, kind=row.kind, score=row.score, by=row.actor
         )
-        for row in found
+        for row in connection.execute(query)
     ]
 
 
 def _of_requests(connection: sa.Connection, model: Model) -> list[Event]:
     of_model = requests.c.model_id == model.id
-    terms = sa.select(requests.c.id, requests.c.submitted_at, requests.c.sample_count, *_columns(requests))
+    terms = sa.select(requests.c.id, requests.c.submitted_at, requests.c.sample_count, *_behaviour_columns(requests))
     events = [
-        _event(row["submitted_at"], "submitted", None, row["id"], **_asked(row), sample_count=row["sample_count"])
+        _event(row["submitted_at"], "submitted", None, row["id"], **_behaviour(row), sample_count=row["sample_count"])
         for row in connection.execute(terms.where(of_model).order_by(requests.c.id)).mappings()
     ]
-    ends = (Status.REJECTED, Status.FAILED, Status.CANCELLED)
-    of_end = sa.select(requests).where(of_model, requests.c.status.in_(ends), ~_denied())
-    for row in connection.execute(of_end.order_by(requests.c.id)).mappings():
-        ending = {"behaviour": row["behaviour_name"], "reason": row["reason"]}
-        events.append(_event(row["finished_at"], row["status"], None, row["id"], **ending))
+    without_version = (Status.REJECTED, Status.FAILED, Status.CANCELLED)
+    ended = sa.select(requests).where(of_model, requests.c.status.in_(without_version), ~_denied())
+    for row in connection.execute(ended.order_by(requests.c.id)).mappings():
+        detail = {"behaviour": row["behaviour_name"], "reason": row["reason"]}
+        events.append(_event(row["finished_at"], row["status"], None, row["id"], **detail))
         generator = _reused(row["report"])
         if generator is not None:
             events.append(_event(row["finished_at"], "generator_reused", None, row["id"], generator=generator))
     return events
 
 
-def _columns(table: sa.Table) -> list[sa.Column[Any]]:
+def _behaviour_columns(table: sa.Table) -> list[sa.Column[Any]]:
     return [table.c[name] for name in rows.BEHAVIOUR]
 
 
 def _denied() -> sa.ColumnElement[bool]:
-    """The condition that a request was rejected by a person, before any run."""
+    """The condition that a person rejected a request, before any run."""
     step = (request_events.c.old == Status.AWAITING_APPROVAL, request_events.c.new == Status.REJECTED)
     return sa.exists().where(request_events.c.request_id == requests.c.id, *step)
 
 
 def _reused(report: Mapping[str, Any] | None) -> str | None:
-    """The generator that a request without an erasure reused, from its report."""
+    """The generator that a request reused, from its report, where it made no erasure."""
     generator = (report or {}).get("generator", {})
     return str(generator["id"]) if generator.get("use") == "reused" else None
 
 
 def _of_decisions(connection: sa.Connection, model: Model) -> list[Event]:
-    """Requests that waited for an approval, and who gave or refused it."""
+    """Approvals and denials of requests, and by whom."""
     query = (
         sa.select(request_events, requests.c.behaviour_name)
         .join(requests, requests.c.id == request_events.c.request_id)
@@ -167,32 +170,32 @@ def _of_generators(connection: sa.Connection, model: Model) -> list[Event]:
     events = []
     for row in connection.execute(query):
         detail = {"generator": row.id}
-        first = row.warm_started_from or row.transferred_from
-        if first is not None:
-            detail["from"] = first
+        source = row.warm_started_from or row.transferred_from
+        if source is not None:
+            detail["from"] = source
         events.append(_event(row.created_at, f"generator_{row.origin}", None, row.request_id, **detail))
     return events
 
 
 def _of_erasures(connection: sa.Connection, model: Model) -> list[Event]:
-    of_run = (erasures.c.version, erasures.c.request_id, erasures.c.created_at)
-    used = (erasures.c.generator_id, erasures.c.generator_use, rows.ORIGIN)
-    query = sa.select(*of_run, *used, *_columns(erasures))
+    run = (erasures.c.version, erasures.c.request_id, erasures.c.created_at)
+    generator = (erasures.c.generator_id, erasures.c.generator_use)
+    query = sa.select(*run, *generator, rows.ORIGIN, *_behaviour_columns(erasures))
     events = []
-    ordered = query.where(erasures.c.model_id == model.id).order_by(erasures.c.version, erasures.c.request_id)
+    ordered = query.where(erasures.c.model_id == model.id).order_by(*rows.ERASURE_ORDER)
     for row in connection.execute(ordered).mappings():
-        when, of = row["created_at"], (row["version"], row["request_id"])
+        at, subject = row["created_at"], (row["version"], row["request_id"])
         if row["generator_use"] == "reused":
-            events.append(_event(when, "generator_reused", *of, generator=row["generator_id"]))
-        detail = _asked(row)
+            events.append(_event(at, "generator_reused", *subject, generator=row["generator_id"]))
+        detail = _behaviour(row)
         if row["recipe_origin"] is not None:
             detail["recipe_origin"] = row["recipe_origin"]
-        events.append(_event(when, "erased", *of, **detail))
+        events.append(_event(at, "erased", *subject, **detail))
     return events
 
 
 def _of_rechecks(connection: sa.Connection, model: Model) -> list[Event]:
-    """One event for all that was measured at once, and one for each erasure that has come back."""
+    """One event for all re-checks of one moment, and one for each erasure whose behaviour has come back."""
     of_model = (erasures.c.id == rechecks.c.erasure_id, erasures.c.model_id == model.id)
     at_once = (rechecks.c.created_at, rechecks.c.version, rechecks.c.actor)
     failed = sa.func.sum(sa.case((rechecks.c.passed, 0), else_=1))
@@ -204,10 +207,10 @@ def _of_rechecks(connection: sa.Connection, model: Model) -> list[Event]:
         for row in connection.execute(counts.group_by(*at_once))
     ]
     returned = sa.select(rechecks, erasures.c.behaviour_name, erasures.c.request_id).where(*of_model)
-    query = returned.where(rechecks.c.passed.is_(False)).order_by(erasures.c.version, erasures.c.request_id)
+    query = returned.where(rechecks.c.passed.is_(False)).order_by(*rows.ERASURE_ORDER)
     for row in connection.execute(query):
-        found = {"behaviour": row.behaviour_name, "share": row.share, "probes": row.probes}
-        events.append(_event(row.created_at, "recheck_failed", row.version, row.request_id, **found))
+        detail = {"behaviour": row.behaviour_name, "share": row.share, "probes": row.probes}
+        events.append(_event(row.created_at, "recheck_failed", row.version, row.request_id, **detail))
     return events
 
 
@@ -240,7 +243,7 @@ def _of_seals(connection: sa.Connection, model: Model) -> list[Event]:
 
 
 def _of_purges(connection: sa.Connection, model: Model) -> list[Event]:
-    """Requests whose target samples are gone. What else is removed follows from a retirement or a seal."""
+    """Requests whose target samples were purged. All other removals follow from a retirement or a seal."""
     pairs = removals.join(requests, requests.c.id == removals.c.request_id)
     query = sa.select(removals, requests.c.behaviour_name).select_from(pairs).where(requests.c.model_id == model.id)
     return [

@@ -1,9 +1,9 @@
-"""The ledger: models, their versions, the requests to erase a behaviour, and what came of them.
+"""The ledger: models, their versions, the requests to erase a behaviour, and their results.
 
-Every method is one transaction, and what it writes into history enters the audit chain with it. Models are
-named by their name, requests, generators and schedules by their id or a prefix of it that fits only one.
-Digests point into the artifacts; the ledger itself holds no images and no words of a requester. Reports and
-figures come back as JSON gives them: tuples as lists, numbers as keys as text, NaN as None.
+Every method is one transaction, and the rows of history that it writes enter the audit chain in it. A model is named by
+its name; a request, generator or schedule by its id or an unambiguous prefix of it. The ledger holds no images and no
+free text of a requester, only digests of artifacts. Reports and metrics come back as JSON gives them: lists for tuples,
+text for keys that were numbers, None for NaN.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from fsu_ray.config import Timings
 from fsu_ray.errors import TransitionRefused
-from fsu_ray.records import Model, ModelVersion, Request, Status
+from fsu_ray.records import OPERATOR, Digest, Model, ModelVersion, Request, Status
 from fsu_ray.storage import chain, claims, planning, recipes, removals, rows
 from fsu_ray.storage.audit import Audit
 from fsu_ray.storage.database import Database
 from fsu_ray.storage.generators import Generators
 from fsu_ray.storage.models import Models, insert_version
-from fsu_ray.storage.policies import OPERATOR, check_actor
 from fsu_ray.storage.recipes import Recipes
 from fsu_ray.storage.requests import Requests
 from fsu_ray.storage.schedules import Schedules
@@ -31,21 +31,23 @@ from fsu_ray.storage.schema import erasures, generators
 from fsu_ray.work import Outcome, TargetResult
 
 
-def open_ledger(url: str) -> Ledger:
-    """The ledger at a SQLAlchemy `url` such as `sqlite:///folder/ledger.db`, made where it is missing.
+def open_ledger(url: str, timings: Timings | None = None) -> Ledger:
+    """The ledger at a SQLAlchemy `url` such as `sqlite:///folder/ledger.db`, created if it is missing.
 
-    Raises InvalidConfig where the folder or file is unusable, or was written by a newer fsu_ray.
+    Raises InvalidConfig where the folder, the file or the server is unusable, or where a newer fsu_ray wrote the
+    ledger.
     """
-    return Ledger(Database.open(url))
+    timings = timings or Timings()
+    return Ledger(Database.open(url, timings), timings)
 
 
 class Ledger:
-    """The system of record. `open_ledger` makes it; it may be shared by threads, not by processes."""
+    """The system of record. `open_ledger` opens it. Threads may share it, processes may not."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, timings: Timings) -> None:
         self.database = database
         self.models = Models(database)
-        self.requests = Requests(database)
+        self.requests = Requests(database, timings)
         self.generators = Generators(database)
         self.schedules = Schedules(database)
         self.recipes = Recipes(database)
@@ -159,13 +161,12 @@ class Ledger:
             run.insert_generator(connection, rows.fetch_model(connection, request.model), root or base.root, moment)
             return rejected
 
-    def discard(self, digests: Iterable[str], actor: str = OPERATOR) -> list[str]:
-        """Record that artifacts which nothing refers to are deleted; the digests to be deleted now."""
-        check_actor(actor)
-        with self.database.writing("the artifacts") as connection:
+    def discard(self, digests: Iterable[Digest], actor: str = OPERATOR) -> list[Digest]:
+        """Record that unreferenced artifacts are removed; the digests to be deleted now."""
+        with self.database.writing("the artifacts", actor) as connection:
             return removals.record(connection, digests, "unreferenced", actor, None)
 
-    def references(self) -> tuple[set[str], set[str]]:
+    def references(self) -> tuple[set[Digest], set[Digest]]:
         """The digests that the ledger needs, and those that it refers to but has recorded as removed."""
         with self.database.reading() as connection:
             return removals.references(connection)

@@ -1,10 +1,10 @@
-"""Where things lie: what people write, read into a bucket of S3 or of Google Cloud Storage. Nothing is opened here.
+"""Locations as people write them: reading a URI of S3 or Google Cloud Storage into a `Bucket`. Nothing is opened here.
 
     s3://BUCKET/PREFIX[?region=R&endpoint_override=HOST:PORT&scheme=http]
     gs://[anonymous@]BUCKET/PREFIX[?endpoint_override=HOST:PORT&scheme=http]
 
-What an s3:// URI leaves out comes from where Amazon's own tools take it: the environment, then the profile. A URI
-that holds credentials is refused, and no message repeats them: they come from the usual chain alone.
+Options that an s3:// URI leaves out come from the environment, then from the profile, as with Amazon's own tools. A URI
+that holds credentials is refused, and no message repeats them: credentials come from the service's usual sources only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fsu_ray.errors import StorageError
 
 _OPTIONS = {"s3": ("region", "endpoint_override", "scheme"), "gs": ("endpoint_override", "scheme")}
 _SECRET = re.compile("key|secret|token|password|credential|signature|^sig$", re.IGNORECASE)
-_SERVICES = (  # what matters in the words of Amazon's and of Google's client
+_SERVICES = (  # error messages of Amazon's and of Google's client: the code and its explanation
     re.compile(r"AWS Error (\w+) during \w+ operation: (.*?)(?: \(Request ID: .*)?$"),
     re.compile(r"google::cloud::Status\((\w+): (.*?)(?: error_info=.*|\))$"),
 )
@@ -30,7 +30,7 @@ _CURL = re.compile(r"curlCode: \d+, [^;]*; Details: ")
 
 @dataclass(frozen=True)
 class Bucket:
-    """A place in a bucket. `path` is `bucket/prefix`; what is None is left to the service's own default."""
+    """A location in a bucket. `path` is `bucket/prefix`; for None the service's own default applies."""
 
     kind: str
     path: str
@@ -41,9 +41,9 @@ class Bucket:
 
     @property
     def uri(self) -> str:
-        """What `read` reads as this very bucket, in any environment."""
-        given = {"region": self.region, "endpoint_override": self.endpoint, "scheme": self.scheme}
-        query = urlencode({name: value for name, value in given.items() if value}, safe=":")
+        """The URI that `read` reads as this bucket in any environment."""
+        options = {"region": self.region, "endpoint_override": self.endpoint, "scheme": self.scheme}
+        query = urlencode({name: value for name, value in options.items() if value}, safe=":")
         user = "anonymous@" if self.anonymous else ""
         return f"{self.kind}://{user}{quote(self.path)}{'?' if query else ''}{query}"
 
@@ -51,7 +51,7 @@ class Bucket:
 def read(location: str, environment: Mapping[str, str] = os.environ) -> Bucket | None:
     """The bucket that `location` names; None where it is a folder or a URI of another kind.
 
-    Raises StorageError for a URI that holds credentials, an option that there is not, or no bucket.
+    Raises StorageError for a URI that holds credentials, has an unknown option, or names no bucket.
     """
     if "://" not in location:
         return None
@@ -78,15 +78,15 @@ def read(location: str, environment: Mapping[str, str] = os.environ) -> Bucket |
         return Bucket(kind, path, None, endpoint, scheme, anonymous)
     profile = _profile(environment)
     if endpoint is None:
-        found = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
-        from_url, endpoint = _endpoint(found or profile.get("endpoint_url"))
+        url = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+        from_url, endpoint = _endpoint(url or profile.get("endpoint_url"))
         scheme = scheme or from_url
     region = options.get("region") or environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
     return Bucket(kind, path, region or profile.get("region"), endpoint, scheme)
 
 
 def shown(location: str) -> str:
-    """A location as messages name it: without a user, a password or options."""
+    """A location for messages: without a user, a password or options."""
     if "://" not in location:
         return repr(location)
     parts = _split(location)
@@ -94,11 +94,11 @@ def shown(location: str) -> str:
 
 
 def cause(error: Exception) -> str:
-    """What went wrong, in the words of the system or of the service, on one line."""
+    """The reason of an error on one line, as the system or the service gives it."""
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
     for service in _SERVICES:
-        if found := service.search(line):
-            return f"{found[1]}: {_CURL.sub('', found[2])}"
+        if match := service.search(line):
+            return f"{match[1]}: {_CURL.sub('', match[2])}"
     number = getattr(error, "errno", None)
     return os.strerror(number) if number else line
 
@@ -111,7 +111,7 @@ def _split(location: str) -> SplitResult:
 
 
 def _endpoint(text: str | None) -> tuple[str | None, str | None]:
-    """The protocol and the host of an endpoint, which may be given as a URL or as a host alone."""
+    """The scheme and the host of an endpoint, which may be given as a URL or as a host alone."""
     if not text:
         return None, None
     parts = _split(text if "://" in text else f"//{text}")
@@ -121,7 +121,7 @@ def _endpoint(text: str | None) -> tuple[str | None, str | None]:
 
 
 def _profile(environment: Mapping[str, str]) -> dict[str, str]:
-    """What Amazon's configuration file says of the chosen profile."""
+    """The options of the chosen profile in Amazon's configuration file."""
     name = environment.get("AWS_PROFILE") or environment.get("AWS_DEFAULT_PROFILE") or "default"
     file = configparser.RawConfigParser()
     try:

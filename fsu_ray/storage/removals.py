@@ -1,4 +1,4 @@
-"""Artifacts that the ledger refers to, and those that it has recorded as removed."""
+"""Which artifacts the ledger needs, and which it has recorded as removed."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from fsu_ray.records import Digest
 from fsu_ray.storage import chain, rows
 from fsu_ray.storage.schema import erasures, generators, model_versions, removals, requests, seals
 
+IS_PURGED = sa.exists().where(removals.c.request_id == requests.c.id)
+"""The condition that a request's target samples are recorded as removed."""
 
-def references(connection: sa.Connection) -> tuple[set[str], set[str]]:
+
+def references(connection: sa.Connection) -> tuple[set[Digest], set[Digest]]:
     """The digests that the ledger needs, and those that it refers to but has recorded as removed.
 
-    A digest that was recorded again after its removal is needed again.
+    A digest that a row names after its removal is needed again.
     """
-    last_named: dict[str, datetime] = {}
+    last_named: dict[Digest, datetime] = {}
     for columns, at in (
         ((model_versions.c.weights,), model_versions.c.created_at),
         ((generators.c.weights, generators.c.dataset), generators.c.created_at),
@@ -36,18 +40,18 @@ def references(connection: sa.Connection) -> tuple[set[str], set[str]]:
 
 def record(
     connection: sa.Connection,
-    digests: Iterable[str],
+    digests: Iterable[Digest],
     reason: str,
     actor: str,
     model: str | None,
     *,
     request: str | None = None,
     generator: str | None = None,
-) -> list[str]:
-    """Record that artifacts are removed; their digests, sorted, which the caller deletes from the store afterwards."""
+) -> list[Digest]:
+    """Record that artifacts are removed; their digests, sorted, for the caller to delete from the store afterwards."""
     removed = sorted(set(digests))
     for digest in removed:
-        values: dict[str, Any] = {"id": rows.new_id("x"), "digest": digest, "reason": reason, "request_id": request}
-        values |= {"generator_id": generator, "created_at": rows.now(), "actor": actor}
+        values: dict[str, Any] = {"id": rows.new_id("x"), "digest": digest, "reason": reason}
+        values |= {"request_id": request, "generator_id": generator}
         chain.insert(connection, "removed", removals, values, actor=actor, model=model, request=request)
     return removed

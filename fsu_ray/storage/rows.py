@@ -17,11 +17,13 @@ from fsu_ray.errors import NotFound
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import (
     Behaviour,
+    Digest,
     Erasure,
     Generator,
     Model,
     ModelSpec,
     ModelVersion,
+    Policy,
     Recheck,
     Request,
     Status,
@@ -30,6 +32,7 @@ from fsu_ray.storage.schema import (
     erasures,
     generator_retirements,
     generators,
+    model_policies,
     model_versions,
     models,
     rechecks,
@@ -38,18 +41,35 @@ from fsu_ray.storage.schema import (
 )
 
 
-def _with_model(table: sa.Table) -> sa.Select[Any]:
+def with_model(table: sa.Table) -> sa.Select[Any]:
+    """The rows of a table that has a `model_id`, each with the name of its model as `model`."""
     return sa.select(table, models.c.name.label("model")).join(models, models.c.id == table.c.model_id)
 
 
-VERSIONS = _with_model(model_versions)
-REQUESTS = _with_model(requests)
-ERASURES = _with_model(erasures)
+def newest_first(table: sa.FromClause) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
+    """The order of a history table's rows from the newest to the oldest; the id decides within one moment."""
+    return table.c.created_at.desc(), table.c.id.desc()
+
+
+def oldest_first(table: sa.Table) -> tuple[sa.ColumnElement[Any], sa.ColumnElement[Any]]:
+    """The reverse of `newest_first`."""
+    return table.c.created_at, table.c.id
+
+
+VERSIONS = with_model(model_versions)
+REQUESTS = with_model(requests)
+ERASURES = with_model(erasures)
+
+ERASURE_ORDER = (erasures.c.version, erasures.c.request_id)
+"""The order of erasures from the oldest to the newest."""
+
+REQUEST_ORDER = (requests.c.submitted_at, requests.c.id)
+"""The order of requests from the oldest to the newest."""
 
 
 def _generators() -> sa.Select[Any]:
-    """Generators with what has become of them: why they were retired, the seal of their D', the erasures since."""
-    since = (
+    """Generators, each with the reason of its retirement, its seal, and the number of erasures since."""
+    taints = (
         sa.select(sa.func.count())
         .where(
             erasures.c.model_id == generators.c.model_id,
@@ -60,45 +80,49 @@ def _generators() -> sa.Select[Any]:
         .scalar_subquery()
     )
     return (
-        _with_model(generators)
+        with_model(generators)
         .outerjoin(generator_retirements, generator_retirements.c.generator_id == generators.c.id)
         .outerjoin(seals, seals.c.generator_id == generators.c.id)
         .add_columns(
             generator_retirements.c.reason.label("retired"),
             seals.c.version.label("sealed"),
             seals.c.dataset.label("sealed_dataset"),
-            since.label("taints"),
+            taints.label("taints"),
         )
     )
 
 
 GENERATORS = _generators()
+NOT_RETIRED = generator_retirements.c.id.is_(None)
+"""The condition, in `GENERATORS`, that a generator is not retired: it may serve requests."""
+NOT_SEALED = seals.c.id.is_(None)
+"""The condition, in `GENERATORS`, that a generator is not sealed: it still has its weights."""
 
 _LARGEST = 2**31 - 1
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody else will make, such as `r-19a1b2c3d4e5f6a7b8c`: 11 digits of milliseconds, 8 of chance."""
+    """A unique id such as `r-19a1b2c3d4e5f6a7b8c`: milliseconds as 11 hex digits, then 8 random hex digits."""
     return f"{prefix}-{time.time_ns() // 1_000_000:011x}{secrets.token_hex(4)}"
 
 
 def now() -> datetime:
-    """This moment, in UTC."""
+    """The present moment, in UTC."""
     return datetime.now(UTC)
 
 
 def now_after(before: datetime | None) -> datetime:
-    """This moment, or the next one after `before` where the clocks of two machines disagree: what comes last stays
-    the last by its time."""
+    """The present moment, but after `before` also where the clocks of two machines disagree: the row that is written
+    last stays the last by its time."""
     return now() if before is None else max(now(), before + timedelta(microseconds=1))
 
 
 BEHAVIOUR = ("behaviour_name", "behaviour_kind", "behaviour_targets")
-"""The columns that requests and erasures keep of a behaviour."""
+"""The columns of requests and erasures that hold a behaviour."""
 
 
 def behaviour_columns(behaviour: Behaviour) -> dict[str, Any]:
-    """A behaviour as the three columns that requests and erasures keep of it."""
+    """A behaviour as the values of the columns `BEHAVIOUR`."""
     return {
         "behaviour_name": behaviour.name,
         "behaviour_kind": behaviour.kind,
@@ -107,7 +131,7 @@ def behaviour_columns(behaviour: Behaviour) -> dict[str, Any]:
 
 
 def to_behaviour(row: Mapping[Any, Any]) -> Behaviour:
-    """The behaviour whose columns `behaviour_columns` gives."""
+    """The behaviour in the columns `BEHAVIOUR` of a row."""
     return Behaviour(name=row["behaviour_name"], kind=row["behaviour_kind"], targets=tuple(row["behaviour_targets"]))
 
 
@@ -128,7 +152,7 @@ def to_version(row: sa.RowMapping) -> ModelVersion:
         number=row["number"],
         parent=row["parent"],
         root=row["root"],
-        weights=row["weights"],
+        weights=Digest(row["weights"]),
         request=row["request_id"],
         created_at=row["created_at"],
     )
@@ -139,7 +163,7 @@ def to_request(row: Mapping[Any, Any]) -> Request:
         id=row["id"],
         model=row["model"],
         behaviour=to_behaviour(row),
-        samples=row["samples"],
+        samples=Digest(row["samples"]),
         sample_count=row["sample_count"],
         recipe=Recipe.model_validate(row["recipe"]),
         status=Status(row["status"]),
@@ -185,9 +209,9 @@ def to_generator(row: sa.RowMapping) -> Generator:
         model=row["model"],
         root=row["root"],
         spec=ModelSpec.model_validate(row["spec"]),
-        recipe_digest=row["recipe_digest"],
-        weights=row["weights"],
-        dataset=row["sealed_dataset"] or row["dataset"],
+        recipe_digest=Digest(row["recipe_digest"]),
+        weights=Digest(row["weights"]),
+        dataset=Digest(row["sealed_dataset"] or row["dataset"]),
         origin=row["origin"],
         warm_started_from=row["warm_started_from"],
         transferred_from=row["transferred_from"],
@@ -207,9 +231,9 @@ def to_erasure(row: sa.RowMapping) -> Erasure:
         version=row["version"],
         request=row["request_id"],
         behaviour=to_behaviour(row),
-        samples=row["samples"],
-        mask=row["mask"],
-        probes=row["probes"],
+        samples=Digest(row["samples"]),
+        mask=Digest(row["mask"]),
+        probes=Digest(row["probes"]),
         generator=row["generator_id"],
         generator_use=row["generator_use"],
         report=row["report"],
@@ -225,15 +249,27 @@ def fetch_model(connection: sa.Connection, name: str) -> Model:
     return to_model(row)
 
 
+def of_model(connection: sa.Connection, query: sa.Select[Any], table: sa.Table, name: str | None) -> sa.Select[Any]:
+    """`query` on `table` for the model of that name, unchanged for None; raises NotFound."""
+    return query if name is None else query.where(table.c.model_id == fetch_model(connection, name).id)
+
+
+def fetch_policy(connection: sa.Connection, model: Model) -> Policy:
+    """The policy of a model in force: the last that was set, else the default."""
+    policies = sa.select(model_policies.c.policy).where(model_policies.c.model_id == model.id)
+    newest = connection.execute(policies.order_by(*newest_first(model_policies)).limit(1)).scalar_one_or_none()
+    return Policy() if newest is None else Policy.model_validate(newest)
+
+
 def fetch_version(connection: sa.Connection, model: Model, number: int | None = None) -> ModelVersion:
     """Version `number` of a model, None for the latest; raises NotFound."""
-    of_model = VERSIONS.where(model_versions.c.model_id == model.id)
-    newest_first = of_model.order_by(model_versions.c.number.desc()).limit(1)
-    query = newest_first if number is None else newest_first.where(model_versions.c.number == number)
-    known = number is None or number <= _LARGEST  # neither database compares with more
-    row = connection.execute(query).mappings().one_or_none() if known else None
+    versions = VERSIONS.where(model_versions.c.model_id == model.id)
+    newest = versions.order_by(model_versions.c.number.desc()).limit(1)
+    query = newest if number is None else newest.where(model_versions.c.number == number)
+    in_range = number is None or number <= _LARGEST  # neither database compares a column with a larger number
+    row = connection.execute(query).mappings().one_or_none() if in_range else None
     if row is None:
-        latest = connection.execute(newest_first).mappings().one()["number"]
+        latest = connection.execute(newest).mappings().one()["number"]
         raise NotFound(f"model {model.name!r} has no version {number}; its latest is {latest}")
     return to_version(row)
 
@@ -241,103 +277,123 @@ def fetch_version(connection: sa.Connection, model: Model, number: int | None = 
 def fetch_sealed_root(connection: sa.Connection, model: Model, base: ModelVersion) -> ModelVersion:
     """The version that labels D' for requests on top of `base`: that of its root's latest seal, else its root."""
     of_root = (seals.c.model_id == model.id, seals.c.version >= base.root, seals.c.version <= base.number)
-    number = connection.scalar(sa.select(sa.func.max(seals.c.version)).where(*of_root))
-    return fetch_version(connection, model, base.root if number is None else number)
+    sealed = connection.scalar(sa.select(sa.func.max(seals.c.version)).where(*of_root))
+    return fetch_version(connection, model, base.root if sealed is None else sealed)
 
 
 def fetch_by_id(connection: sa.Connection, query: sa.Select[Any], table: sa.Table, id_or_prefix: str) -> sa.RowMapping:
-    """The one row of `query` on `table` whose id is, or begins with, `id_or_prefix`; raises NotFound."""
-    what = table.name.removesuffix("s")
+    """The one row of `query` on `table` whose id is, or begins with, `id_or_prefix`.
+
+    Raises NotFound where no row or several rows fit.
+    """
+    noun = table.name.removesuffix("s")
     fitting = query.where(table.c.id.startswith(id_or_prefix, autoescape=True)).order_by(table.c.id).limit(2)
     rows = connection.execute(fitting).mappings().all() if id_or_prefix else []
     if len(rows) == 1 or (rows and rows[0]["id"] == id_or_prefix):
         return rows[0]
     if rows:
-        raise NotFound(f"more than one {what} begins with {id_or_prefix!r}; give more of the id")
-    raise NotFound(f"no {what} {id_or_prefix!r}; `fsu {what} list` shows the ids")
+        raise NotFound(f"more than one {noun} begins with {id_or_prefix!r}; give more of the id")
+    raise NotFound(f"no {noun} {id_or_prefix!r}; `fsu {noun} list` shows the ids")
 
 
-def line_of(model: Model, number: int) -> sa.CTE:
+def fetch_request(connection: sa.Connection, id_or_prefix: str) -> Request:
+    """One request, by its id or a prefix of it; raises NotFound."""
+    return to_request(fetch_by_id(connection, REQUESTS, requests, id_or_prefix))
+
+
+def fetch_generator(connection: sa.Connection, id_or_prefix: str) -> Generator:
+    """One generator, by its id or a prefix of it; raises NotFound."""
+    return to_generator(fetch_by_id(connection, GENERATORS, generators, id_or_prefix))
+
+
+def ancestry(model: Model, number: int) -> sa.CTE:
     """The numbers of a version and of its parents up to the first, as a recursive query.
 
-    Each parent's own parent is looked up in a subquery: of a join PostgreSQL may make, before it has seen the table
-    filled, one that reads the whole model once a version.
+    A subquery looks up each parent's own parent. PostgreSQL may plan a join, before it has statistics of the table,
+    that reads the whole model once for each version.
     """
-    line = (
+    versions = (
         sa.select(model_versions.c.number, model_versions.c.parent)
         .where(model_versions.c.model_id == model.id, model_versions.c.number == number)
-        .cte("line", recursive=True)
+        .cte("ancestry", recursive=True)
     )
     above = model_versions.alias("above")
-    parent = sa.select(above.c.parent).where(above.c.model_id == model.id, above.c.number == line.c.parent)
-    step = sa.select(line.c.parent, parent.correlate(line).scalar_subquery()).where(line.c.parent.is_not(None))
-    return line.union_all(step)
+    parent = sa.select(above.c.parent).where(above.c.model_id == model.id, above.c.number == versions.c.parent)
+    step = sa.select(versions.c.parent, parent.correlate(versions).scalar_subquery())
+    return versions.union_all(step.where(versions.c.parent.is_not(None)))
 
 
 def in_force(model: Model, number: int) -> sa.ColumnElement[bool]:
-    """The condition that an erasure is of a version or of one of its parents.
+    """The condition that an erasure belongs to a version or to one of its parents.
 
-    `IS TRUE` has the line computed once and looked up in by hash, whatever PostgreSQL thinks of its length.
+    With `IS TRUE` PostgreSQL computes the ancestry once and looks versions up by hash, however long it estimates it to
+    be.
     """
-    line = sa.select(line_of(model, number).c.number)
-    return sa.and_(erasures.c.model_id == model.id, erasures.c.version.in_(line).is_(True))
+    numbers = sa.select(ancestry(model, number).c.number)
+    return sa.and_(erasures.c.model_id == model.id, erasures.c.version.in_(numbers).is_(True))
 
 
 def inherited(model: Model, number: int) -> sa.Select[Any]:
-    """What is gone as of a version, oldest first."""
-    return ERASURES.where(in_force(model, number)).order_by(erasures.c.version, erasures.c.request_id)
+    """The erasures in force at a version, oldest first."""
+    return ERASURES.where(in_force(model, number)).order_by(*ERASURE_ORDER)
 
 
 def fetch_erasures(connection: sa.Connection, model: Model, number: int) -> list[Erasure]:
-    """What is gone as of a version: the erasures of it and of its parents up to the first, oldest first."""
+    """The erasures in force at a version: its own and those of its parents up to the first, oldest first."""
     return [to_erasure(row) for row in connection.execute(inherited(model, number)).mappings()]
 
 
-def fetch_gone(connection: sa.Connection, model: Model) -> list[tuple[Behaviour, int]]:
-    """The behaviours that are gone as of a model's latest version, each with the version as of which, oldest first:
-    `fetch_erasures` without their reports."""
+def fetch_erased(connection: sa.Connection, model: Model) -> list[tuple[Behaviour, int]]:
+    """The behaviours erased as of a model's latest version, each with the version that erased it, oldest first.
+
+    Unlike `fetch_erasures`, this reads no reports.
+    """
     number = fetch_version(connection, model).number
     query = sa.select(erasures.c.version, *(erasures.c[name] for name in BEHAVIOUR)).where(in_force(model, number))
-    found = connection.execute(query.order_by(erasures.c.version, erasures.c.request_id)).mappings()
-    return [(to_behaviour(row), row["version"]) for row in found]
+    erased = connection.execute(query.order_by(*ERASURE_ORDER)).mappings()
+    return [(to_behaviour(row), row["version"]) for row in erased]
 
 
-def still_there(model: Model, number: int, most: int) -> sa.Select[Any]:
-    """Name and version of the first `most` erasures of a model whose behaviour a version still has, oldest first."""
-    gone = sa.select(erasures.c.behaviour_name).where(in_force(model, number))
+def still_there(model: Model, number: int, limit: int) -> sa.Select[Any]:
+    """Name and version of the first `limit` erasures of a model whose behaviour a version still has, oldest first."""
+    erased = sa.select(erasures.c.behaviour_name).where(in_force(model, number))
     others = sa.select(erasures.c.behaviour_name, erasures.c.version).where(
-        erasures.c.model_id == model.id, erasures.c.behaviour_name.not_in(gone)
+        erasures.c.model_id == model.id, erasures.c.behaviour_name.not_in(erased)
     )
-    return others.order_by(erasures.c.version, erasures.c.request_id).limit(most)
+    return others.order_by(*ERASURE_ORDER).limit(limit)
 
 
 def newest_recheck(version: int | None = None) -> sa.ScalarSelect[Any]:
-    """The id of an erasure's latest re-check, with `version` on that one alone."""
+    """The id of an erasure's latest re-check; with `version`, of its latest on that version."""
     newest = rechecks.alias("newest")
     query = sa.select(newest.c.id).where(newest.c.erasure_id == erasures.c.id)
     if version is not None:
         query = query.where(newest.c.version == version)
-    return query.order_by(newest.c.created_at.desc(), newest.c.id.desc()).limit(1).correlate(erasures).scalar_subquery()
+    return query.order_by(*newest_first(newest)).limit(1).correlate(erasures).scalar_subquery()
 
 
 def latest_rechecks(model: Model, version: int | None = None) -> sa.Select[Any]:
-    """The latest re-check of each erasure of a model that has one, with `version` on that one alone."""
+    """The latest re-check of each erasure of a model that has one; with `version`, the latest on that version."""
     pairs = erasures.join(rechecks, rechecks.c.id == newest_recheck(version))
     return sa.select(rechecks).select_from(pairs).where(erasures.c.model_id == model.id)
 
 
-ORIGIN = erasures.c.report[("recipe", "origin")].as_string().label("recipe_origin")  # a search, see `results`
+ORIGIN = erasures.c.report[("recipe", "origin")].as_string().label("recipe_origin")
+"""The search that an erasure's recipe comes from, from its report; NULL without one."""
 
 
 def measured(model: Model, number: int) -> sa.Select[Any]:
-    """What is gone as of a version, oldest first: of each erasure's report two figures and the recipe's origin only,
-    and its latest re-check, whose columns are named `recheck_...`."""
+    """The erasures in force at a version, oldest first, each with its latest re-check in columns `recheck_...`.
+
+    Of each report the query reads two metrics and the recipe's origin only.
+    """
     metrics = [
         erasures.c.report[("forgetting", name)].as_float().label(name)
         for name in ("samples_in_target", "probes_in_target")
     ]
-    small = [column for column in erasures.c if column.name not in ("report", "samples", "mask", "probes", "model_id")]
-    again = [column.label(f"recheck_{column.name}") for column in rechecks.c]
+    left_out = ("report", "samples", "mask", "probes", "model_id")
+    columns = [column for column in erasures.c if column.name not in left_out]
+    recheck = [column.label(f"recheck_{column.name}") for column in rechecks.c]
     pairs = erasures.outerjoin(rechecks, rechecks.c.id == newest_recheck())
-    query = sa.select(*small, *metrics, ORIGIN, *again).select_from(pairs).where(in_force(model, number))
-    return query.order_by(erasures.c.version, erasures.c.request_id)
+    query = sa.select(*columns, *metrics, ORIGIN, *recheck).select_from(pairs).where(in_force(model, number))
+    return query.order_by(*ERASURE_ORDER)

@@ -1,8 +1,8 @@
-"""The ledger's tables as they are now; `migrations` says how a database gets there, `triggers` what guards them.
+"""The ledger's tables in their present form. `migrations` brings a database there, `triggers` guards the tables.
 
-The rules of the ledger stand in the database: one running request a model, one live request an idempotency
-key (partial unique indexes), one erasure a request, one firing a window, no cascade into history. All but
-`requests`, `schedule_windows` and `audit_pending` are insert-only.
+Invariants are constraints: one running request a model and one live request an idempotency key (partial unique
+indexes), one erasure a request, one firing a window, no cascade into history. All tables except `requests`,
+`schedule_windows` and `audit_pending` are insert-only.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fsu_ray.storage.columns import (
 )
 
 REVISION = "0005"
-"""The revision in `migrations` that `metadata` describes."""
+"""The revision in `migrations` that these tables describe."""
 
 VERSION_TABLE = "fsu_revision"
-"""Where Alembic notes the revision: a name of our own, so that no other program's is mistaken for it."""
+"""Alembic's table of the revision. With a name of our own, no other program's table is mistaken for it."""
 
 TERMINAL = tuple(status.value for status in Status if status.is_terminal)
 LIVE = tuple(status.value for status in Status if not status.is_terminal)
@@ -78,15 +78,17 @@ requests = table(
     moment("not_before", nullable=True),
     moment("due_at", nullable=True),
     sa.Column("requested_by", sa.String(100)),
-    sa.Column("lead", sa.String(40)),  # the request whose run this one is part of (coalescing)
-    sa.Column("alone", sa.Boolean, nullable=False, server_default=sa.false()),  # a coalesced run of it was refused
+    sa.Column("lead", sa.String(40)),  # the leader of its batch, NULL for the leader itself
+    sa.Column(
+        "alone", sa.Boolean, nullable=False, server_default=sa.false()
+    ),  # never in a batch: the gate refused one with it
     sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
     moment("retry_at", nullable=True),
     sa.Column("cancel_by", sa.String(100)),
     sa.Column("changes", sa.Integer, nullable=False, server_default="0"),
     moment("changed_at", nullable=True),
     sa.Column("changed_by", sa.String(200)),
-    # The generator that is asked for (revision 0005). No foreign key: generators refer to requests.
+    # The generator that the request names (revision 0005). No foreign key, since generators refer to requests.
     sa.Column("generator_id", sa.String(40)),
     sa.CheckConstraint(in_list("status", tuple(status.value for status in Status)), name="status"),
     sa.CheckConstraint(in_list("behaviour_kind", ("class", "subset")), name="kind"),
@@ -111,7 +113,7 @@ requests = table(
         sqlite_where=sa.text("lead IS NOT NULL"),
         postgresql_where=sa.text("lead IS NOT NULL"),
     ),
-    # The requests of a coalesced run are all running; the one that leads it stands for them.
+    # The requests of a batch are all running; the leader stands for them.
     unique_where("uq_requests_running", ("model_id",), "status = 'running' AND lead IS NULL"),
     unique_where("uq_requests_live_key", ("model_id", "idempotency_key"), in_list("status", LIVE)),
     unique_where("uq_requests_given_key", ("model_id", "idempotency_key"), "key_given"),
@@ -124,8 +126,7 @@ TERMS = (
 """The columns of a request that never change."""
 
 LATER = {"requests": ("generator_id",), "generators": ("transferred_from",)}
-"""The columns that tables got when the audit chain had recorded rows of them: in a row that was recorded without one
-it is NULL."""
+"""Columns that were added to a table after the audit chain had recorded rows of it. Such a row must have NULL there."""
 
 request_events = table(
     "request_events",
@@ -308,7 +309,7 @@ schedule_windows = table(
     sa.CheckConstraint("(lease_until IS NULL) = (finished_at IS NOT NULL)", name="lease"),
 )
 
-searches = table(  # a row without a recipe says that presets serve again
+searches = table(  # a row without a recipe is a reset: presets are in force again
     "searches",
     key(),
     foreign_key("model_id", "models.id"),

@@ -1,4 +1,7 @@
-"""What the database refuses by itself, and what it writes by itself: the same rules on SQLite and PostgreSQL."""
+"""The triggers of the database: which statements they refuse, and how they record the steps of requests.
+
+The rules are the same on SQLite and PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from fsu_ray.storage.schema import TERMINAL, TERMS
 
 @dataclass(frozen=True)
 class Trigger:
-    """A refusal: `moment` on `table` ends with `message` (where `when` holds), on one engine or on both."""
+    """A trigger that refuses a statement: `moment` (e.g. UPDATE) on `table` fails with `message`, where `when` holds,
+    on one engine or on both."""
 
     name: str
     moment: str
@@ -24,47 +28,48 @@ class Trigger:
     engine: str | None = None
 
     def sql(self, engine: str) -> str:
-        """The statement that makes it on `sqlite` or `postgresql`."""
+        """The CREATE TRIGGER statement for `sqlite` or `postgresql`."""
         begin = f"CREATE TRIGGER {self.name} BEFORE {self.moment} ON {self.table}"
         if engine == "sqlite":
             condition = f" WHEN {self.when}" if self.when else ""
             return f"{begin}{condition} BEGIN SELECT RAISE(ABORT, '{self.message}'); END"
-        each = "STATEMENT" if self.moment == "TRUNCATE" else "ROW"
+        scope = "STATEMENT" if self.moment == "TRUNCATE" else "ROW"
         condition = f" WHEN ({self.when})" if self.when else ""
-        return f"{begin} FOR EACH {each}{condition} EXECUTE FUNCTION fsu_refuse('{self.message}')"
+        return f"{begin} FOR EACH {scope}{condition} EXECUTE FUNCTION fsu_refuse('{self.message}')"
 
 
 REFUSE = """
 CREATE FUNCTION fsu_refuse() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN RAISE EXCEPTION '%', TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation'; END $$
 """
-"""The function behind PostgreSQL's refusals."""
+"""The function that PostgreSQL's refusing triggers call."""
 
 _EVENT = (
     "INSERT INTO request_events (request_id, number, attempt, old, new, at, actor, reason) "
     "VALUES (NEW.id, NEW.changes, NEW.attempt, {old}, NEW.status, NEW.changed_at, NEW.changed_by, NEW.reason); "
     "INSERT INTO audit_pending (request_id, number) VALUES (NEW.id, NEW.changes)"
 )
-_BORN, _STEPPED = _EVENT.format(old="NULL"), _EVENT.format(old="OLD.status")
-_FUNCTION = "CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$\nBEGIN {does}; RETURN NULL; END $$"
+_SUBMITTED, _STEPPED = _EVENT.format(old="NULL"), _EVENT.format(old="OLD.status")
+_FUNCTION = "CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$\nBEGIN {body}; RETURN NULL; END $$"
 RECORD = {
     "sqlite": (
-        f"CREATE TRIGGER requests_born AFTER INSERT ON requests BEGIN {_BORN}; END",
+        f"CREATE TRIGGER requests_born AFTER INSERT ON requests BEGIN {_SUBMITTED}; END",
         f"CREATE TRIGGER requests_stepped AFTER UPDATE OF status ON requests BEGIN {_STEPPED}; END",
     ),
     "postgresql": (
-        _FUNCTION.format(name="fsu_request_born", does=_BORN),
-        _FUNCTION.format(name="fsu_request_stepped", does=_STEPPED),
+        _FUNCTION.format(name="fsu_request_born", body=_SUBMITTED),
+        _FUNCTION.format(name="fsu_request_stepped", body=_STEPPED),
         "CREATE TRIGGER requests_born AFTER INSERT ON requests FOR EACH ROW EXECUTE FUNCTION fsu_request_born()",
         "CREATE TRIGGER requests_stepped AFTER UPDATE OF status ON requests "
         "FOR EACH ROW EXECUTE FUNCTION fsu_request_stepped()",
     ),
 }
-"""What writes `request_events`, on each engine."""
+"""The triggers that write `request_events` and `audit_pending`, by engine."""
 
 
 def _insert_only(table: sa.Table, keys: str) -> list[Trigger]:
-    """What refuses UPDATE, DELETE, TRUNCATE and, in whatever connection, SQLite's INSERT OR REPLACE over `keys`."""
+    """The triggers that refuse UPDATE, DELETE, TRUNCATE, and SQLite's INSERT OR REPLACE over `keys` on any
+    connection."""
     name = table.name
     message = f"{name} is insert-only"
     taken = f"EXISTS (SELECT 1 FROM {name} WHERE {keys})"
@@ -84,7 +89,8 @@ def _never_deleted(table: str, message: str) -> list[Trigger]:
 
 
 def _requests() -> list[Trigger]:
-    """What keeps a request on the paths of `records.TRANSITIONS`, its terms as submitted, and each step on record."""
+    """The triggers that keep a request on the paths of `records.TRANSITIONS`, its terms unchanged, and each step
+    counted."""
     steps = tuple(f"{old}>{new}" for old in Status for new in Status if new in TRANSITIONS[old])
     start, once = f"NEW.status <> '{Status.SUBMITTED}' OR NEW.changes <> 1", "a request begins as submitted, once"
     again = f"{start} OR EXISTS (SELECT 1 FROM requests WHERE id = NEW.id)"
@@ -125,8 +131,8 @@ _KEYS = {
     schema.searches: "id = NEW.id",
     schema.audit_events: "seq = NEW.seq OR previous = NEW.previous OR hash = NEW.hash",
 }
-HISTORY = tuple(table.name for table in _KEYS)
-"""The tables that are insert-only."""
+HISTORY = tuple(_KEYS)
+"""The insert-only tables."""
 
 _WINDOW = "EXISTS (SELECT 1 FROM schedule_windows WHERE schedule_id = NEW.schedule_id AND starts_at = NEW.starts_at)"
 TRIGGERS = (
@@ -142,9 +148,9 @@ TRIGGERS = (
 
 
 def triggers(engine: str) -> list[str]:
-    """The statements that make the triggers on `sqlite` or `postgresql`, in order."""
-    made = [trigger.sql(engine) for trigger in TRIGGERS if trigger.engine in (None, engine)]
-    return [*([] if engine == "sqlite" else [REFUSE]), *made, *RECORD[engine]]
+    """The statements that create the triggers on `sqlite` or `postgresql`, in order."""
+    refusals = [trigger.sql(engine) for trigger in TRIGGERS if trigger.engine in (None, engine)]
+    return [*([] if engine == "sqlite" else [REFUSE]), *refusals, *RECORD[engine]]
 
 
 for _engine in ("sqlite", "postgresql"):

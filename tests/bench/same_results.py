@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True, help="a folder that is not there yet")
     parser.add_argument("--ledger", help="a SQLAlchemy URL; default: SQLite below the home folder")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
     home = options.home.resolve()
     home.mkdir(parents=True)
     checkout = Checkout(options.tree.resolve(), home, options.ledger)

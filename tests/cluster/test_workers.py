@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fsu_ray.cluster import workers
+from fsu_ray.cluster import internals, workers
 from fsu_ray.errors import ClusterUnavailable, Stopped, StorageError, UserError
-from fsu_ray.experiments.heads import free_port
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.fit import predict
 from fsu_ray.method.inputs import save_samples
@@ -27,6 +26,7 @@ from fsu_ray.records import Behaviour
 from fsu_ray.search_space import apply
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.work import ErasureTarget, GeneratorCandidates, GeneratorRef, WorkOrder
+from tests.bench.local_head import free_port
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +186,11 @@ def test_a_batch_that_does_not_go_round_is_refused_before_the_run(
 ) -> None:
     """One line with the key, where the workers would each find out for themselves, after the inversion."""
     order = make_order(trained, artifacts, apply(quick, {"relearn.batch": 16}), 10)
-    workers._goes_round(order, 16)
-    with pytest.raises(UserError, match=r"relearn\.batch of 16 does not go round 17 workers"):
-        workers._goes_round(order, 17)
-    with pytest.raises(UserError, match=r"invert\.batch of 30 does not go round 31 workers"):
-        workers._goes_round(make_order(trained, artifacts, apply(quick, {"relearn.batch": 99}), 10), 31)
+    workers._check_batches(order, 16)
+    with pytest.raises(UserError, match=r"relearn\.batch of 16 is too small for 17 workers"):
+        workers._check_batches(order, 17)
+    with pytest.raises(UserError, match=r"invert\.batch of 30 is too small for 31 workers"):
+        workers._check_batches(make_order(trained, artifacts, apply(quick, {"relearn.batch": 99}), 10), 31)
 
 
 def test_a_cluster_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,13 +245,12 @@ def test_what_a_worker_takes(
     """GPUs where there are any or may come to be; else as many CPUs as all workers can have at once; more than there
     will ever be is refused."""
     import ray
-    from ray._private.state import state
 
     alive = [each["Resources"] for each in nodes if each["Alive"]]
     total = {kind: sum(each.get(kind, 0) for each in alive) for kind in ("CPU", "GPU")}
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "cluster_resources", lambda: total)
-    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: growth)
+    monkeypatch.setattr(internals, "autoscaler_limits", lambda: growth)
     if expected is None:
         with pytest.raises(UserError, match="ask for fewer"):
             workers.resources(*workers_of)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fsu_ray.experiments import images
-from fsu_ray.experiments.catalogue import Cell, Place, Row, Work, piece
+from fsu_ray.experiments.catalogue import Cell, CellContext, Row, Work, find_cell_type
 from fsu_ray.experiments.mnist import Bench, read_bench
 from fsu_ray.experiments.reproduce import _key
 
@@ -42,8 +42,8 @@ class Maker:
         """All rows of a cell."""
         work: Work = (kind, cell)
         if _key(work) not in self.made:
-            given = [self.rows(*need) for need in piece(kind).needs(cell)]
-            self.made[_key(work)] = piece(kind).run(cell, Place(torch.device("cpu"), self.store, given))
+            needs = [self.rows(*need) for need in find_cell_type(kind).needs(cell)]
+            self.made[_key(work)] = find_cell_type(kind).run(cell, CellContext(torch.device("cpu"), self.store, needs))
         return self.made[_key(work)]
 
 

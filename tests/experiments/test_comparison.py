@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fsu_ray.experiments import comparison
-from fsu_ray.experiments.catalogue import Row, Work, piece
+from fsu_ray.experiments.catalogue import Row, Work, find_cell_type
 from fsu_ray.experiments.images import teacher
 from fsu_ray.experiments.reproduce import _key
 
@@ -21,7 +21,7 @@ def kinds(works: list[Work]) -> dict[tuple[str, str], int]:
         text = repr(cell)
         arch = next((arch for arch in ("lenet5", "preactresnet18", "resnet50") if arch in text), "none")
         seen[_key((kind, cell))] = (arch, kind)
-        waiting += piece(kind).needs(cell)
+        waiting += find_cell_type(kind).needs(cell)
     return {each: list(seen.values()).count(each) for each in set(seen.values())}
 
 
@@ -73,7 +73,7 @@ def test_fishers_strengths(
 ) -> None:
     """The smallest that moves D_e and holds D_r, else the largest that holds it; the smallest that erases."""
     rows = [{"alpha": alpha, "D_r": r + d, "D_e": e} for alpha, (r, e) in metrics.items() for d in (-0.5, 0.5)]
-    assert comparison.chosen(rows, scenario, 99.0, 98.0 if scenario == "class9" else 40.0) == expected
+    assert comparison.fisher_strengths(rows, scenario, 99.0, 98.0 if scenario == "class9" else 40.0) == expected
 
 
 def test_each_network_has_a_table_of_its_own(tmp_path: Path) -> None:

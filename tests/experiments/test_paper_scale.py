@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from fsu_ray.experiments import images
-from fsu_ray.experiments.catalogue import NAMES, Cell, find, piece
+from fsu_ray.experiments.catalogue import NAMES, Cell, find, find_cell_type
 from fsu_ray.experiments.mnist import Bench
 from fsu_ray.experiments.reproduce import _key
 from fsu_ray.method.datasets import Images
@@ -28,7 +28,7 @@ def inverters() -> dict[tuple[str, str], Cell]:
             work = waiting.pop()
             if _key(work) not in seen:
                 seen.add(_key(work))
-                waiting += piece(work[0]).needs(work[1])
+                waiting += find_cell_type(work[0]).needs(work[1])
                 if work[0] == "generator":
                     original = work[1]["classifier"]
                     found.setdefault((original["arch"], images.SCENARIOS[original["scenario"]][0]), work[1])

@@ -21,8 +21,8 @@ import pytest
 
 from fsu_ray.cluster import tasks
 from fsu_ray.errors import NotFound, RunFailed, StorageError, UserError
-from fsu_ray.experiments import catalogue, moons, reproduce, sheets
-from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Table, Work
+from fsu_ray.experiments import catalogue, markdown, moons, reproduce
+from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Table, Work
 from fsu_ray.experiments.reproduce import Reproduced, _file, _write
 
 FSU = str(Path(sys.executable).parent / "fsu")
@@ -48,26 +48,26 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
 
 @pytest.fixture
 def squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of a number and its square, in place of Table 1; the square is a cell of its own, which leaves a blob."""
+    """Sums of a number and its square, in context of Table 1; the square is a cell of its own, which leaves a blob."""
 
-    def square(cell: Cell, place: Place) -> list[Row]:
-        return [{"square": cell["seed"] ** 2, "weights": place.store.put(str(cell["seed"] ** 2).encode())}]
+    def square(cell: Cell, context: CellContext) -> list[Row]:
+        return [{"square": cell["seed"] ** 2, "weights": context.store.put(str(cell["seed"] ** 2).encode())}]
 
-    def add(cell: Cell, place: Place) -> list[Row]:
-        ((row,),) = place.given
-        assert place.store.get(row["weights"]) == str(row["square"]).encode()
+    def add(cell: Cell, context: CellContext) -> list[Row]:
+        ((row,),) = context.needs
+        assert context.store.get(row["weights"]) == str(row["square"]).encode()
         return [{"n": cell["seed"], "sum": cell["seed"] + row["square"]}]
 
     def report(rows: list[Row], folder: Path) -> str:
         (folder / "table1.png").write_bytes(b"a picture")
-        return sheets.table(["n", "sum"], [[str(row["n"]), str(row["sum"])] for row in rows])
+        return markdown.table(["n", "sum"], [[str(row["n"]), str(row["sum"])] for row in rows])
 
     made = Table(lambda scale, seeds: [("sum", {"seed": seed, "scale": scale}) for seed in range(seeds)], report)
     monkeypatch.setitem(moons.TABLES, "table1", made)
-    monkeypatch.setitem(moons.PIECES, "square", Piece(square))
-    monkeypatch.setitem(moons.PIECES, "sum", Piece(add, lambda cell: [("square", {"seed": cell["seed"]})]))
+    monkeypatch.setitem(moons.CELL_TYPES, "square", CellType(square))
+    monkeypatch.setitem(moons.CELL_TYPES, "sum", CellType(add, lambda cell: [("square", {"seed": cell["seed"]})]))
     for kind in ("square", "sum"):
-        monkeypatch.setitem(catalogue.PIECES, kind, "moons")
+        monkeypatch.setitem(catalogue.CELL_TYPES, kind, "moons")
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_cells_that_gain_by_a_gpu_share_it(
     table1(seeds=1)
     assert {most["CPU"] for *_, most in taken} == {1}, "none of these does"
     del taken[:]
-    monkeypatch.setitem(moons.PIECES, "sum", dataclasses.replace(moons.PIECES["sum"], gpu=True))
+    monkeypatch.setitem(moons.CELL_TYPES, "sum", dataclasses.replace(moons.CELL_TYPES["sum"], gpu=True))
     monkeypatch.setattr("ray.get_gpu_ids", list)
     table1("paper", seeds=2, per_gpu=4)
     shared = {"GPU": 0.25, "CPU": 2}
@@ -139,17 +139,17 @@ def test_what_others_wait_for_goes_first(squares: None, tmp_path: Path, store: A
     """Whichever of the cells is named first."""
     alone, sums = ("square", {"seed": 1}), ("sum", {"seed": 2})
     for wanted in ([alone, sums], [sums, alone]):
-        assert reproduce._look(tmp_path, wanted, store).ready() == [("square", {"seed": 2}), alone]
+        assert reproduce._find_missing(tmp_path, wanted, store).ready() == [("square", {"seed": 2}), alone]
 
 
 def test_a_cell_that_breaks_costs_no_other(here: list[Work], table1: Go, tmp_path: Path) -> None:
     """The ninth square is made after the eighth broke, and its sum too; there is no report that hides it."""
-    with pytest.raises(RunFailed, match=r"1 of 18 pieces of table1 broke, what has ended is kept: square: seed 7: it"):
+    with pytest.raises(RunFailed, match=r"1 of 18 cells of table1 broke: square: seed 7: it"):
         table1(seeds=9)
     assert len(list((tmp_path / "cells").glob("sum-*.parquet"))) == 8
     assert not (tmp_path / "small" / "table1.md").exists()
     here.clear()
-    with pytest.raises(RunFailed, match="goes on with those that are missing"):
+    with pytest.raises(RunFailed, match="the same command computes the missing cells"):
         table1(seeds=9)
     assert here == [("square", {"seed": 7})]
 
@@ -204,16 +204,16 @@ def test_every_name_leads_to_cells_that_can_be_told_apart(name: str) -> None:
         while waiting:
             work = waiting.pop()
             assert json.loads(json.dumps(work)) == list(work)
-            waiting += catalogue.piece(work[0]).needs(work[1])
+            waiting += catalogue.find_cell_type(work[0]).needs(work[1])
         assert len({reproduce._key(work) for work in cells}) == len(cells)
 
 
 def test_means_and_deviations() -> None:
     """As the paper prints them: of the sample, and without one where there is one value."""
-    assert sheets.spread([1, 2, 3]) == "2.00 ± 1.00"
-    assert sheets.spread([98.414], 1) == "98.4"
-    assert sheets.spread([]) == "-"
-    assert sheets.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    assert markdown.spread([1, 2, 3]) == "2.00 ± 1.00"
+    assert markdown.spread([98.414], 1) == "98.4"
+    assert markdown.spread([]) == "-"
+    assert markdown.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
 
 
 def test_the_command_refuses_in_one_line() -> None:

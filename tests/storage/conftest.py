@@ -1,4 +1,4 @@
-"""A real ledger on SQLite and on PostgreSQL, and what it takes to fill it."""
+"""Fixtures: a real ledger on SQLite and on PostgreSQL, and a driver that fills it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ import pytest
 import sqlalchemy as sa
 
 import fsu_ray.storage
+from fsu_ray.config import Timings
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, ModelSpec, ModelVersion, Request
+from fsu_ray.records import Behaviour, Digest, ModelSpec, ModelVersion, Request
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.work import Outcome, TargetResult
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 
 
-def digest(text: str) -> str:
-    """A digest that stands for an artifact."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def digest(text: str) -> Digest:
+    """The digest of an artifact that no test stores."""
+    return Digest(hashlib.sha256(text.encode()).hexdigest())
 
 
 @dataclass(frozen=True)
-class Line:
-    """A ledger with one model in it, and short words for what tests do to it."""
+class ModelDriver:
+    """A ledger with one model, and short methods for the steps of tests."""
 
     ledger: Ledger
     name: str = "digits"
@@ -50,7 +51,7 @@ class Line:
     def outcome(self, request: Request, **changes: Any) -> Outcome:
         """What a run of one request brings back; `mask`, `probes` and `report` are those of its target."""
         own = {name: changes.pop(name) for name in ("mask", "probes", "report") if name in changes}
-        known = {
+        values = {
             "reason": None,
             "generator_use": "trained",
             "generator_weights": digest(f"generator of {request.id}"),
@@ -61,7 +62,7 @@ class Line:
             "targets": (self.result(request, **own),),
             "seconds": {"invert": 60.0},
         }
-        return Outcome(**{**known, **changes})
+        return Outcome(**{**values, **changes})
 
     def result(self, request: Request, **changes: Any) -> TargetResult:
         """What a run brings back for one request."""
@@ -88,7 +89,7 @@ class Line:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Where SQLite's ledger of this test lies."""
+    """The file of this test's ledger on SQLite."""
     return tmp_path / "ledger.db"
 
 
@@ -97,7 +98,7 @@ SERVER = os.environ.get("FSU_POSTGRES", "postgresql+psycopg://postgres@127.0.0.1
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[sa.Engine]:
-    """A PostgreSQL to make schemas in; skips without one, fails where FSU_REQUIRE says that it must be there."""
+    """A PostgreSQL server for schemas; without one, skips, or fails where FSU_REQUIRE names postgres."""
     try:
         engine = sa.create_engine(SERVER, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 5})
         engine.connect().close()
@@ -111,7 +112,7 @@ def server() -> Iterator[sa.Engine]:
 
 @contextmanager
 def _schema(server: sa.Engine) -> Iterator[str]:
-    """The URL of a schema of its own, dropped at the end."""
+    """The URL of a new schema, dropped at the end."""
     name = f"fsu_test_{secrets.token_hex(6)}"
     with server.connect() as connection:
         connection.exec_driver_sql(f"CREATE SCHEMA {name}")
@@ -121,68 +122,73 @@ def _schema(server: sa.Engine) -> Iterator[str]:
 
 @pytest.fixture
 def postgresql(server: sa.Engine) -> Iterator[str]:
-    """The URL of an empty schema of this test's own."""
+    """The URL of an empty schema for this test."""
     with _schema(server) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def migrating(server: sa.Engine) -> str:
-    """The SQL that makes a new ledger on PostgreSQL: to run it again takes a quarter of the migrations' time."""
-    said: list[str] = []
-    hook: Any = ("before_cursor_execute", lambda connection, cursor, statement, *_: said.append(statement))
+    """The SQL that creates a ledger on PostgreSQL: replaying it takes a quarter of the migrations' time."""
+    statements: list[str] = []
+    hook: Any = ("before_cursor_execute", lambda connection, cursor, statement, *_: statements.append(statement))
     with _schema(server) as url:
         sa.event.listen(sa.Engine, *hook)
         open_ledger(url).close()
         sa.event.remove(sa.Engine, *hook)
-    writes = [each for each in said if each.split()[0] in ("CREATE", "ALTER", "DROP", "INSERT", "UPDATE")]
+    writes = [each for each in statements if each.split()[0] in ("CREATE", "ALTER", "DROP", "INSERT", "UPDATE")]
     return ";\n".join(writes)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def url(request: pytest.FixtureRequest, file: Path, new_ledger: Path) -> str:
-    """Where the ledger of this test lies, made already if the test asks for `ledger`: every test that asks runs on
-    both engines."""
-    made = "ledger" in request.fixturenames
+    """The URL of this test's ledger, on each engine in turn; the ledger exists already if the test uses `ledger`."""
+    exists = "ledger" in request.fixturenames
     if request.param == "postgresql":
-        found: str = request.getfixturevalue("postgresql")
-        if made:
+        schema_url: str = request.getfixturevalue("postgresql")
+        if exists:
             script = request.getfixturevalue("migrating")
-            engine = sa.create_engine(found)
+            engine = sa.create_engine(schema_url)
             with engine.begin() as connection:
                 connection.exec_driver_sql(script)
             engine.dispose()
-        return found
-    if made:
+        return schema_url
+    if exists:
         shutil.copy(new_ledger, file)
     return f"sqlite:///{file}"
 
 
 @pytest.fixture
-def ledger(url: str) -> Iterator[Ledger]:
-    with open_ledger(url) as opened:
+def timings() -> Timings:
+    """The timings of `ledger`; a test parametrizes or overrides this fixture for others."""
+    return Timings()
+
+
+@pytest.fixture
+def ledger(url: str, timings: Timings) -> Iterator[Ledger]:
+    with open_ledger(url, timings) as opened:
         yield opened
 
 
 @pytest.fixture
-def new_line(ledger: Ledger) -> Callable[..., Line]:
-    """Registers a model, its spec with some changes, and gives its line."""
+def new_driver(ledger: Ledger) -> Callable[..., ModelDriver]:
+    """Registers a model, its spec with some changes, and returns its driver."""
 
-    def make(name: str, **changes: Any) -> Line:
+    def make(name: str, **changes: Any) -> ModelDriver:
         ledger.models.register(name, SPEC.model_copy(update=changes), digest("weights"), "digits")
-        return Line(ledger, name)
+        return ModelDriver(ledger, name)
 
     return make
 
 
 @pytest.fixture
-def line(new_line: Callable[..., Line]) -> Line:
-    return new_line("digits")
+def driver(new_driver: Callable[..., ModelDriver]) -> ModelDriver:
+    return new_driver("digits")
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A plain connection to the ledger, as any program may open it: no setting of ours, each statement by itself."""
+    """A plain connection to the ledger, as another program would open it: none of our settings, autocommit."""
 
     connection: sa.Connection
 
@@ -209,11 +215,11 @@ def raw(url: str) -> Iterator[Raw]:
 
 @pytest.fixture
 def in_processes() -> Callable[..., list[str]]:
-    """Run a script in several real processes at once; gives what each printed."""
+    """Runs a script in several processes at once; returns the output of each."""
 
     def run(script: str, *arguments: str, processes: int) -> list[str]:
         root = Path(fsu_ray.storage.__file__).parents[2]
-        # Each says that it is ready and waits, so that they all begin at one moment.
+        # Each prints that it is ready and waits, so that all begin at one moment.
         gate = "import sys; print('ready', flush=True); sys.stdin.readline()\n"
         started = [
             subprocess.Popen(

@@ -147,9 +147,9 @@ def test_what_killed_writers_have_left_is_found_when_it_is_old(kept: Kept) -> No
     written = datetime.now(UTC)
 
     assert kept.store.unfinished(written - timedelta(minutes=1)) == {}
-    found = kept.store.unfinished(written + timedelta(minutes=1))
-    assert found == {"ab/.writing-0123": 3, ".writing-4567": 3}
-    assert all(kept.store.discard(name) for name in found)
+    unfinished = kept.store.unfinished(written + timedelta(minutes=1))
+    assert unfinished == {"ab/.writing-0123": 3, ".writing-4567": 3}
+    assert all(kept.store.discard(name) for name in unfinished)
     assert not kept.store.discard(".writing-4567")
     assert kept.names() == [f"{digest[:2]}/{digest}"]
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from fsu_ray.config import Timings
 from fsu_ray.errors import AuditFailed
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec, Policy, Request, Status, Terms
@@ -84,13 +85,13 @@ def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with open_ledger(url) as ledger, engine.connect() as connection:
         fill(ledger)
-        found = Filled(ledger, connection)
+        filled = Filled(ledger, connection)
         if request.param == "sqlite":
-            for (name,) in found.raw("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
-                found.raw(f"DROP TRIGGER {name}")
+            for (name,) in filled.raw("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+                filled.raw(f"DROP TRIGGER {name}")
         else:
-            found.raw("SET session_replication_role = replica")  # no triggers, and no foreign keys either
-        yield found
+            filled.raw("SET session_replication_role = replica")  # no triggers, and no foreign keys either
+        yield filled
     engine.dispose()
     if request.param == "postgresql":
         with server.connect() as connection:
@@ -124,9 +125,9 @@ def submit(ledger: Ledger, what: str, *targets: int, kind: Any = "class", **term
 
 
 def claim(ledger: Ledger, worker: str = "host-1:77", lease: float = 60.0) -> Request:
-    found = ledger.requests.claim(worker, lease, "digits")
-    assert found is not None
-    return found
+    request = ledger.requests.claim(worker, lease, "digits")
+    assert request is not None
+    return request
 
 
 def fill(ledger: Ledger) -> None:
@@ -183,20 +184,20 @@ def fill(ledger: Ledger) -> None:
     ledger.database.flush()
 
 
-def findings(line: Any, *arguments: Any) -> tuple[str, ...]:
-    found = line.ledger.audit.verify(*arguments)
-    assert found.found == len(found.findings)
-    return found.findings
+def findings(driver: Any, *arguments: Any) -> tuple[str, ...]:
+    verdict = driver.ledger.audit.verify(*arguments)
+    assert verdict.found == len(verdict.findings)
+    return verdict.findings
 
 
 def test_a_ledger_as_it_was_written_is_good(filled: Filled) -> None:
     """Whatever it was told, with rows in every table that is audited."""
-    found = filled.ledger.audit.verify()
+    verdict = filled.ledger.audit.verify()
 
-    found.check()
-    assert found.findings == ()
-    assert found.events == filled.one("SELECT count(*) FROM audit_events") > 50
-    assert found.head == filled.ledger.audit.head()
+    verdict.check()
+    assert verdict.findings == ()
+    assert verdict.events == filled.one("SELECT count(*) FROM audit_events") > 50
+    assert verdict.head == filled.ledger.audit.head()
     for table in audit.AUDITED:
         assert filled.one(f"SELECT count(*) FROM {table}"), table
 
@@ -255,7 +256,7 @@ def test_a_change_between_equal_values_of_json_is_one(filled: Filled) -> None:
         if metrics == "[1" and filled.engine != "sqlite":
             continue  # PostgreSQL takes nothing but JSON
         with filled.undone("generators"):
-            filled.execute("UPDATE generators SET figures = :figures", metrics=metrics)
+            filled.execute("UPDATE generators SET figures = :figures", figures=metrics)
             assert ": column figures is not what event" in findings(filled)[0]
     with filled.undone("schedule_events"):
         filled.execute("UPDATE schedule_events SET actor = ' u-23'")
@@ -319,7 +320,7 @@ def test_an_event_that_was_changed_is_named(filled: Filled) -> None:
             said = [words for words in findings(filled) if words.startswith("audit_events")]
         first = "its hash is not that of its content"
         if column == "previous":
-            first = "what it has for the hash before is not that of event 16"
+            first = "its previous hash is not that of event 16"
         assert said[0] == f"audit_events 17: {first}"
         assert len(said) == (2 if column in ("hash", "previous") else 1)
     with filled.undone("audit_events"):
@@ -341,7 +342,7 @@ def test_an_event_with_a_hash_of_its_own_breaks_the_next_one(filled: Filled) -> 
     link = chain.hash_of(event)
     with filled.undone("audit_events"):
         filled.execute("UPDATE audit_events SET actor = 'somebody', hash = :link WHERE seq = 17", link=link)
-        assert findings(filled) == ("audit_events 18: what it has for the hash before is not that of event 17",)
+        assert findings(filled) == ("audit_events 18: its previous hash is not that of event 17",)
 
 
 def test_an_event_that_says_again_what_another_one_said_is_named(filled: Filled) -> None:
@@ -411,28 +412,28 @@ def test_the_first_finding_is_told_with_the_number_of_the_others(filled: Filled)
     assert str(caught.value) == "audit_events 17: its hash is not that of its content (and 3 more)"
 
 
-def test_steps_that_wait_for_the_chain_are_no_finding(line: Any, raw: Any) -> None:
+@pytest.mark.parametrize("timings", [Timings(flush=3600.0)])
+def test_steps_that_wait_for_the_chain_are_no_finding(driver: Any, raw: Any) -> None:
     """The queue's steps enter it within a second; an audit in between changes nothing and counts them."""
-    line.submit()
-    line.ledger.database._sealed_at += 3600
-    line.claim()
+    driver.submit()
+    driver.claim()
 
-    found = line.ledger.audit.verify()
-    assert (found.found, found.waiting) == (0, 1)
-    assert line.ledger.audit.verify().waiting == 1
-    assert line.ledger.audit.head().seq == found.events + 1
-    assert line.ledger.audit.verify().waiting == 0
+    verdict = driver.ledger.audit.verify()
+    assert (verdict.found, verdict.waiting) == (0, 1)
+    assert driver.ledger.audit.verify().waiting == 1
+    assert driver.ledger.audit.head().seq == verdict.events + 1
+    assert driver.ledger.audit.verify().waiting == 0
     raw.execute("INSERT INTO audit_pending SELECT request_id, number FROM request_events WHERE number = 3")
-    assert findings(line)[0].endswith(f" 3: waits for the chain, and is in event {found.events + 1}")
+    assert findings(driver)[0].endswith(f" 3: waits for the chain, and is in event {verdict.events + 1}")
 
 
 def test_many_findings_are_counted_and_the_first_kept(filled: Filled, monkeypatch: Any) -> None:
-    monkeypatch.setattr(audit, "MOST", 2)
+    monkeypatch.setattr(audit, "MAX_FINDINGS", 2)
     with filled.undone("audit_events"):
         filled.execute("UPDATE audit_events SET actor = 'somebody'")
-        found = filled.ledger.audit.verify()
-    assert found.found == found.events
-    assert found.findings == tuple(f"audit_events {n}: its hash is not that of its content" for n in (1, 2))
+        verdict = filled.ledger.audit.verify()
+    assert verdict.found == verdict.events
+    assert verdict.findings == tuple(f"audit_events {n}: its hash is not that of its content" for n in (1, 2))
 
 
 @pytest.fixture
@@ -450,8 +451,8 @@ def stored(filled: Filled, tmp_path: Path) -> Artifacts:
 
 
 def test_artifacts_are_what_their_names_say(filled: Filled, stored: Artifacts) -> None:
-    found = filled.ledger.audit.verify(stored)
-    assert (found.found, found.artifacts) == (0, len(stored.digests()))
+    verdict = filled.ledger.audit.verify(stored)
+    assert (verdict.found, verdict.artifacts) == (0, len(stored.digests()))
     needed, removed = filled.ledger.references()
     changed, missing = sorted(needed)[:2]
 
@@ -486,10 +487,10 @@ def test_an_artifact_that_is_purged_during_the_audit_is_no_finding(
         assert not has(stored, request.samples)
 
 
-def test_the_log_is_of_a_model_a_request_or_the_latest(line: Any, new_line: Any) -> None:
-    line.erase()
-    other = new_line("other").submit()
-    ledger = line.ledger
+def test_the_log_is_of_a_model_a_request_or_the_latest(driver: Any, new_driver: Any) -> None:
+    driver.erase()
+    other = new_driver("other").submit()
+    ledger = driver.ledger
 
     assert {event.model for event in ledger.audit.log("other")} == {"other"}
     assert next(event.event for event in ledger.audit.log(request=other.id[:15])) == "submitted"

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from fsu_ray.config import Timings
 from fsu_ray.errors import AlreadyExists, AuditFailed, InvalidData, NotFound, UserError
-from fsu_ray.storage import bundle, signing
+from fsu_ray.storage import bundle
 from fsu_ray.storage.chain import ChainHead
 from fsu_ray.storage.ledger import Ledger, open_ledger
 
@@ -26,7 +27,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles")
     with open_ledger(f"sqlite:///{folder}/ledger.db") as ledger:
         fill(ledger)
-        (folder / "public.pem").write_text(signing.keygen(folder / "key.pem"))
+        (folder / "public.pem").write_text(bundle.keygen(folder / "key.pem"))
         for form in FORMS:
             bundle.write(ledger, folder / f"a.{form}", form)
             bundle.write(ledger, folder / f"signed.{form}", form, key=folder / "key.pem", model="digits")
@@ -55,32 +56,32 @@ def lines_of(written: Path) -> list[str]:
 def test_a_bundle_is_checked_without_the_ledger(written: Path, tmp_path: Path, form: str) -> None:
     file = tmp_path / "elsewhere"
     file.write_bytes((written / f"a.{form}").read_bytes())
-    found = bundle.verify(file)
+    checked = bundle.verify(file)
 
-    found.verdict.check()
-    assert (found.verdict.events, found.signature) == (14, "not signed")
-    assert found.manifest["events"] == 14
-    assert found.manifest["model"] is None
-    said = " ".join(found.manifest["proves"] + found.manifest["proves_not"])
+    checked.verdict.check()
+    assert (checked.verdict.events, checked.signature) == (14, "not signed")
+    assert checked.manifest["events"] == 14
+    assert checked.manifest["model"] is None
+    said = " ".join(checked.manifest["proves"] + checked.manifest["proves_not"])
     for words in ("in their order", "approximate", "not a guarantee", "not altered", "what was written was true",
                   "cut off", "not the artifacts"):  # fmt: skip
         assert words in said
-    assert findings(file, None, found.verdict.head) == ()
+    assert findings(file, None, checked.verdict.head) == ()
     assert "hash that was noted" in findings(file, None, ChainHead(14, "0" * 64))[0]
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_both_forms_have_the_same_chain(line: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("timings", [Timings(flush=3600.0)])
+def test_both_forms_have_the_same_chain(driver: Any, tmp_path: Path) -> None:
     """On both engines, and all of it, also steps that were waiting."""
-    line.erase()
-    line.submit("four", 4)
-    line.ledger.database._sealed_at += 3600
-    line.claim()
+    driver.erase()
+    driver.submit("four", 4)
+    driver.claim()
     for form in FORMS:
-        bundle.write(line.ledger, tmp_path / form, form)
+        bundle.write(driver.ledger, tmp_path / form, form)
     verdicts = [bundle.verify(tmp_path / form).verdict for form in FORMS]
     assert {(verdict.events, verdict.head, verdict.found) for verdict in verdicts} == {
-        (line.ledger.audit.verify().events, line.ledger.audit.head(), 0)
+        (driver.ledger.audit.verify().events, driver.ledger.audit.head(), 0)
     }
 
 
@@ -161,12 +162,12 @@ def test_a_table_that_was_changed_is_named(written: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("form", FORMS)
 def test_a_signature_is_worth_what_the_key_is(written: Path, tmp_path: Path, form: str) -> None:
     file, public = written / f"signed.{form}", written / "public.pem"
-    found = bundle.verify(file)
-    assert (found.verdict.found, found.signature) == (0, "signed with a key that only the bundle names")
-    assert found.manifest["model"] == {"name": "digits", "events": 12}
+    checked = bundle.verify(file)
+    assert (checked.verdict.found, checked.signature) == (0, "signed with a key that only the bundle names")
+    assert checked.manifest["model"] == {"name": "digits", "events": 12}
     assert bundle.verify(file, public).signature == "signed with the key given"
     assert findings(written / f"a.{form}", public) == ("the manifest of the bundle is not signed",)
-    (tmp_path / "other.pem").write_text(signing.keygen(tmp_path / "k.pem"))
+    (tmp_path / "other.pem").write_text(bundle.keygen(tmp_path / "k.pem"))
     assert findings(file, tmp_path / "other.pem") == (
         "the manifest of the bundle is signed with another key than the one given",
     )
@@ -226,10 +227,10 @@ def test_files_that_cannot_be_read(written: Path, tmp_path: Path) -> None:
             bundle.verify(written / "signed.jsonl", written / wrong)
 
 
-def test_a_bundle_is_whole_or_not_there(line: Any, raw: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_bundle_is_whole_or_not_there(driver: Any, raw: Any, tmp_path: Path, monkeypatch: Any) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("mine")
-    ledger = line.ledger
+    ledger = driver.ledger
     with pytest.raises(AlreadyExists, match="--force"):
         bundle.write(ledger, file, "jsonl")
     with pytest.raises(NotFound, match="no model 'x'"):
@@ -261,15 +262,15 @@ def test_a_bundle_is_whole_or_not_there(line: Any, raw: Any, tmp_path: Path, mon
 
 def test_a_private_key_is_its_owners_alone(tmp_path: Path) -> None:
     file = tmp_path / "key.pem"
-    public = signing.keygen(file)
+    public = bundle.keygen(file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert public.startswith("-----BEGIN PUBLIC KEY-----\n")
     before = file.read_bytes()
     with pytest.raises(AlreadyExists, match="never overwritten"):
-        signing.keygen(file)
+        bundle.keygen(file)
     assert file.read_bytes() == before
     with pytest.raises(UserError, match="cannot be written"):
-        signing.keygen(tmp_path / "no folder" / "key.pem")
+        bundle.keygen(tmp_path / "no folder" / "key.pem")
 
 
 def test_an_empty_ledger_has_a_bundle(ledger: Ledger, tmp_path: Path) -> None:

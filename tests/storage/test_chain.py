@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from fsu_ray.config import Timings
 from fsu_ray.errors import LedgerUnavailable, UserError
 from fsu_ray.storage import chain
 from fsu_ray.storage.chain import GENESIS, ChainHead, Event
@@ -33,17 +34,17 @@ def made(count: int) -> list[Event]:
 
 
 def told(events: list[Event], noted: ChainHead | None = None) -> list[tuple[int, str]]:
-    found: list[tuple[int, str]] = []
+    broken: list[tuple[int, str]] = []
     batches = [events[first : first + 3] for first in range(0, len(events), 3)]
-    assert [e for batch in chain.unbroken(batches, lambda *what: found.append(what), noted) for e in batch] == events
-    return found
+    assert [e for batch in chain.unbroken(batches, lambda *what: broken.append(what), noted) for e in batch] == events
+    return broken
 
 
-def test_a_hash_is_that_of_plain_json(line: Any) -> None:
+def test_a_hash_is_that_of_plain_json(driver: Any) -> None:
     """Anybody can recompute it: sorted keys, no spaces, the SHA-256 of the text."""
-    line.erase()
+    driver.erase()
     previous = GENESIS
-    for event in events_of(line.ledger):
+    for event in events_of(driver.ledger):
         content = event._asdict()
         assert content.pop("previous") == previous
         previous = content.pop("hash")
@@ -52,12 +53,12 @@ def test_a_hash_is_that_of_plain_json(line: Any) -> None:
         assert hashlib.sha256(text.encode()).hexdigest() == previous
 
 
-def test_what_json_has_no_words_for_is_recorded_as_it_is_kept(line: Any) -> None:
+def test_what_json_has_no_words_for_is_recorded_as_it_is_kept(driver: Any) -> None:
     """NaN, numbers for keys, tuples, whole numbers in a column of floats: the row comes back as the event has it."""
-    line.erase(report={"kl": float("nan"), "by": {10: (1, 2), 9: float("-inf")}}, metrics={2: 0.5, 10: None})
+    driver.erase(report={"kl": float("nan"), "by": {10: (1, 2), 9: float("-inf")}}, metrics={2: 0.5, 10: None})
 
-    assert line.ledger.audit.verify().findings == ()
-    (event,) = [event for event in events_of(line.ledger) if event.event == "erased"]
+    assert driver.ledger.audit.verify().findings == ()
+    (event,) = [event for event in events_of(driver.ledger) if event.event == "erased"]
     assert json.loads(event.detail)["row"]["report"]["by"] == {"10": [1, 2], "9": None}
     assert event.detail == json.dumps(json.loads(event.detail), sort_keys=True, separators=(",", ":"))
     assert chain.row_of(rechecks, {"share": 1, "passed": 1}, ("share", "passed")) == {"share": 1.0, "passed": True}
@@ -77,9 +78,9 @@ def test_a_change_of_any_field_is_told(field: str) -> None:
     changed = {"seq": 40, "request": "r-1", "previous": GENESIS, "hash": "1" * 64}.get(field, "other")
     events[4] = events[4]._replace(**{field: changed})
 
-    found = told(events)
-    assert found[0][0] == 5
-    assert len(found) == (3 if field == "seq" else 2 if field in ("previous", "hash") else 1)
+    broken = told(events)
+    assert broken[0][0] == 5
+    assert len(broken) == (3 if field == "seq" else 2 if field in ("previous", "hash") else 1)
 
 
 def test_the_borders_between_fields_are_part_of_the_hash() -> None:
@@ -109,7 +110,7 @@ def test_a_head_is_written_as_it_is_read() -> None:
             ChainHead.parse(wrong)
 
 
-def test_events_take_no_update_delete_or_replace(line: Any, raw: Any) -> None:
+def test_events_take_no_update_delete_or_replace(driver: Any, raw: Any) -> None:
     """In whatever connection: the database itself refuses."""
     before = raw.execute("SELECT * FROM audit_events").fetchall()
     attempts = ["UPDATE audit_events SET actor = 'x' WHERE seq = 1", "UPDATE audit_events SET seq = 99 WHERE seq = 1"]
@@ -136,27 +137,26 @@ def test_events_take_no_update_delete_or_replace(line: Any, raw: Any) -> None:
     assert raw.execute("SELECT * FROM audit_events").fetchall() == before
 
 
-def test_what_is_rolled_back_leaves_no_event(line: Any) -> None:
-    before = events_of(line.ledger)
-    with pytest.raises(ZeroDivisionError), line.ledger.database.writing("nothing") as connection:  # noqa: PT012
+def test_what_is_rolled_back_leaves_no_event(driver: Any) -> None:
+    before = events_of(driver.ledger)
+    with pytest.raises(ZeroDivisionError), driver.ledger.database.writing("nothing") as connection:  # noqa: PT012
         chain.note(connection, "erased", erasures, {"id": "e-0"}, actor="operator")
         raise ZeroDivisionError
-    assert events_of(line.ledger) == before
-    line.submit()
-    assert line.ledger.audit.verify().findings == ()
+    assert events_of(driver.ledger) == before
+    driver.submit()
+    assert driver.ledger.audit.verify().findings == ()
 
 
-def test_the_last_events_enter_the_chain_when_the_ledger_is_closed(url: str, line: Any) -> None:
+def test_the_last_events_enter_the_chain_when_the_ledger_is_closed(url: str, driver: Any) -> None:
     """Steps of the queue wait for the next writer; closing is one."""
     from fsu_ray.storage.ledger import open_ledger
 
-    with open_ledger(url) as other:
-        line.submit()
-        other.database._sealed_at += 3600
+    with open_ledger(url, Timings(flush=3600.0)) as other:
+        driver.submit()
         assert other.requests.claim("w9", 60.0) is not None
-        assert line.ledger.audit.verify().waiting == 1
-    assert line.ledger.audit.verify().waiting == 0
-    assert events_of(line.ledger)[-1].event == "request_running"
+        assert driver.ledger.audit.verify().waiting == 1
+    assert driver.ledger.audit.verify().waiting == 0
+    assert events_of(driver.ledger)[-1].event == "request_running"
 
 
 WRITER = """
@@ -181,21 +181,25 @@ with open_ledger(url) as ledger:
 def test_eight_processes_that_write_make_one_chain(url: str, ledger: Any, in_processes: Any) -> None:
     in_processes(WRITER, url, processes=8)
 
-    found = ledger.audit.verify()
-    assert (found.findings, found.waiting) == ((), 0)
+    verdict = ledger.audit.verify()
+    assert (verdict.findings, verdict.waiting) == ((), 0)
     events = events_of(ledger)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert len(events) >= 8 * (2 + 5 * 4)
     assert {event.model for event in events} == {f"line-{number}" for number in range(8)}
 
 
-def test_a_step_is_made_whether_or_not_the_chain_can_be_reached(line: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim that is in the ledger is not lost to its worker because the chain's turn after it failed."""
-    line.submit()
+@pytest.mark.parametrize("timings", [Timings(flush=0.0)])
+def test_a_claim_survives_a_failed_flush(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker gets its claim, which is in the ledger, although appending it to the chain failed."""
+    driver.submit()
 
-    def away() -> None:
+    flushed = []
+
+    def unavailable() -> None:
+        flushed.append(True)
         raise LedgerUnavailable("the server closed the connection")
 
-    monkeypatch.setattr("fsu_ray.storage.database.SEAL_SECONDS", 0.0)
-    monkeypatch.setattr(line.ledger.database, "seal", away)
-    assert line.claim().attempt == 1
+    monkeypatch.setattr(driver.ledger.database, "flush", unavailable)
+    assert driver.claim().attempt == 1
+    assert flushed

@@ -55,8 +55,8 @@ class TestModels:
             ledger.models.register(name, SPEC, "w")
         assert [model.name for model in ledger.models.all()] == ["a", "b", "c"]
 
-    def test_what_is_not_there_says_how_to_find_it(self, line: Any) -> None:
-        ledger = line.ledger
+    def test_what_is_not_there_says_how_to_find_it(self, driver: Any) -> None:
+        ledger = driver.ledger
         behaviour = Behaviour(name="x", kind="class", targets=(1,))
         for missing in (
             lambda: ledger.models.get("x"),
@@ -78,31 +78,31 @@ class TestModels:
             with pytest.raises(NotFound, match="'digits' has no version 7; its latest is 1"):
                 missing()
 
-    def test_a_version_trained_outside_is_a_child_and_a_root(self, line: Any) -> None:
-        line.erase()
-        added = line.ledger.models.add_version("digits", "from outside")
+    def test_a_version_trained_outside_is_a_child_and_a_root(self, driver: Any) -> None:
+        driver.erase()
+        added = driver.ledger.models.add_version("digits", "from outside")
 
         assert (added.number, added.parent, added.root, added.request) == (3, 2, 3, None)
-        assert line.ledger.models.version("digits") == added
-        assert line.erase("four", 4).root == 3
+        assert driver.ledger.models.version("digits") == added
+        assert driver.erase("four", 4).root == 3
 
-    def test_no_version_is_added_under_a_running_request(self, line: Any) -> None:
-        request = line.submit()
-        line.claim()
+    def test_no_version_is_added_under_a_running_request(self, driver: Any) -> None:
+        request = driver.submit()
+        driver.claim()
 
         with pytest.raises(TransitionRefused, match=f"request {request.id} of 'digits' is running"):
-            line.ledger.models.add_version("digits", "w")
-        assert len(line.ledger.models.versions("digits")) == 1
+            driver.ledger.models.add_version("digits", "w")
+        assert len(driver.ledger.models.versions("digits")) == 1
 
 
 class TestSubmitting:
-    def test_a_new_request_is_queued(self, line: Any) -> None:
+    def test_a_new_request_is_queued(self, driver: Any) -> None:
         behaviour = Behaviour(name="nine", kind="class", targets=(9,))
         recipe = Recipe(relearn=RelearnRecipe(epochs=3))
-        request, new = line.ledger.requests.submit("digits", behaviour, "s" * 64, 7, recipe)
+        request, new = driver.ledger.requests.submit("digits", behaviour, "s" * 64, 7, recipe)
 
         assert new
-        assert line.ledger.requests.get(request.id) == request
+        assert driver.ledger.requests.get(request.id) == request
         assert (request.model, request.behaviour, request.samples, request.sample_count, request.recipe) == (
             "digits",
             behaviour,
@@ -114,25 +114,27 @@ class TestSubmitting:
         assert (request.reason, request.version, request.report) == (None, None, None)
         assert (request.started_at, request.finished_at) == (None, None)
 
-    def test_the_same_again_is_the_same_request_until_it_has_ended(self, line: Any) -> None:
+    def test_the_same_again_is_the_same_request_until_it_has_ended(self, driver: Any) -> None:
         behaviour = Behaviour(name="nine", kind="class", targets=(9,))
-        submit = lambda samples: line.ledger.requests.submit("digits", behaviour, samples, 7, Recipe())  # noqa: E731
+        submit = lambda samples: driver.ledger.requests.submit("digits", behaviour, samples, 7, Recipe())  # noqa: E731
         first, _ = submit("a")
 
         assert submit("a") == (first, False)
         assert submit("b")[1], "other samples make another request"
-        line.claim()
+        driver.claim()
         assert submit("a")[1] is False
-        line.ledger.requests.fail(line.ledger.requests.get(first.id), "broke")
+        driver.ledger.requests.fail(driver.ledger.requests.get(first.id), "broke")
         again, new = submit("a")
         assert new
         assert again.id != first.id
 
-    def test_the_same_for_another_model_is_another_request(self, line: Any) -> None:
-        line.ledger.models.register("other", SPEC, "w")
+    def test_the_same_for_another_model_is_another_request(self, driver: Any) -> None:
+        driver.ledger.models.register("other", SPEC, "w")
         behaviour = Behaviour(name="nine", kind="class", targets=(9,))
 
-        assert all(line.ledger.requests.submit(model, behaviour, "a", 7, Recipe())[1] for model in ("digits", "other"))
+        assert all(
+            driver.ledger.requests.submit(model, behaviour, "a", 7, Recipe())[1] for model in ("digits", "other")
+        )
 
     @pytest.mark.parametrize(
         ("targets", "message"),
@@ -143,79 +145,79 @@ class TestSubmitting:
             (tuple(range(9)), r"leaves 1 of the 10 classes of 'digits', and 2 must stay"),
         ],
     )
-    def test_targets_must_be_classes_and_leave_some(self, line: Any, targets: tuple[int, ...], message: str) -> None:
+    def test_targets_must_be_classes_and_leave_some(self, driver: Any, targets: tuple[int, ...], message: str) -> None:
         behaviour = Behaviour(name="x", kind="class", targets=targets)
         for refused in (
-            lambda: line.ledger.requests.check_behaviour("digits", behaviour),
-            lambda: line.ledger.requests.submit("digits", behaviour, "s", 1, Recipe()),
+            lambda: driver.ledger.requests.check_behaviour("digits", behaviour),
+            lambda: driver.ledger.requests.submit("digits", behaviour, "s", 1, Recipe()),
         ):
             with pytest.raises(InvalidBehaviour, match=message):
                 refused()
-        assert line.ledger.requests.all() == []
+        assert driver.ledger.requests.all() == []
 
-    def test_earlier_erasures_count_among_what_must_be_left(self, line: Any) -> None:
-        line.erase("seven of them", *range(7))
+    def test_earlier_erasures_count_among_what_must_be_left(self, driver: Any) -> None:
+        driver.erase("seven of them", *range(7))
 
         with pytest.raises(InvalidBehaviour, match="classes 7, 8: with what is erased already this leaves 1 of"):
-            line.submit("two more", 7, 8)
-        line.submit("one more", 7)
-        line.submit("samples", 7, 8, kind="subset")
+            driver.submit("two more", 7, 8)
+        driver.submit("one more", 7)
+        driver.submit("samples", 7, 8, kind="subset")
         with pytest.raises(InvalidBehaviour, match="leaves 0 of the 10 classes of 'digits', and 1 must stay"):
-            line.submit("all samples", 7, 8, 9, kind="subset")
+            driver.submit("all samples", 7, 8, 9, kind="subset")
 
-    def test_a_subset_takes_no_class_away(self, line: Any) -> None:
-        line.erase("crossed", *range(9), kind="subset")
-        line.submit("others", *range(8))
+    def test_a_subset_takes_no_class_away(self, driver: Any) -> None:
+        driver.erase("crossed", *range(9), kind="subset")
+        driver.submit("others", *range(8))
 
-    def test_a_class_is_erased_once(self, line: Any) -> None:
-        line.erase("four", 4)
-        line.erase("nine", 9)
-        line.erase("crossed seven", 7, kind="subset")
+    def test_a_class_is_erased_once(self, driver: Any) -> None:
+        driver.erase("four", 4)
+        driver.erase("nine", 9)
+        driver.erase("crossed seven", 7, kind="subset")
 
         for targets, gone in (((9,), "class 9"), ((4, 9), "classes 4, 9")):
             with pytest.raises(AlreadyErased, match=f"^{gone} of 'digits' is already erased in version 3$"):
-                line.submit("again", *targets)
-        line.submit("nine and more", 9, 1)
-        line.submit("all sevens", 7)
-        line.submit("nines here and there", 9, kind="subset")
+                driver.submit("again", *targets)
+        driver.submit("nine and more", 9, 1)
+        driver.submit("all sevens", 7)
+        driver.submit("nines here and there", 9, kind="subset")
 
-    def test_a_name_is_erased_once(self, line: Any) -> None:
-        line.erase("nine", 9)
+    def test_a_name_is_erased_once(self, driver: Any) -> None:
+        driver.erase("nine", 9)
         behaviour = Behaviour(name="nine", kind="subset", targets=(1,))
         with pytest.raises(AlreadyErased, match="'nine' of 'digits' is already erased in version 2; give another name"):
-            line.ledger.requests.check_behaviour("digits", behaviour)
+            driver.ledger.requests.check_behaviour("digits", behaviour)
 
 
 class TestLookingUp:
-    def test_a_beginning_that_fits_one_id_is_enough(self, line: Any) -> None:
-        first, second = line.submit("nine", 9), line.submit("four", 4)
+    def test_a_beginning_that_fits_one_id_is_enough(self, driver: Any) -> None:
+        first, second = driver.submit("nine", 9), driver.submit("four", 4)
         same = len(
             [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first.id, second.id, strict=True))]
         )
 
-        assert line.ledger.requests.get(second.id) == second
-        assert line.ledger.requests.get(second.id[: same + 1]) == second
+        assert driver.ledger.requests.get(second.id) == second
+        assert driver.ledger.requests.get(second.id[: same + 1]) == second
         with pytest.raises(NotFound, match="more than one request begins with"):
-            line.ledger.requests.get(second.id[:same])
+            driver.ledger.requests.get(second.id[:same])
         for nobody in ("r-zzz", "", "%", "_" * len(first.id)):
             with pytest.raises(NotFound, match=r"no request .*; `fsu request list`"):
-                line.ledger.requests.get(nobody)
+                driver.ledger.requests.get(nobody)
 
-    def test_requests_come_in_the_order_of_their_submission(self, line: Any) -> None:
-        line.ledger.models.register("other", SPEC, "w")
-        made = [line.submit(f"b{number}", number) for number in range(5)]
-        elsewhere, _ = line.ledger.requests.submit("other", made[0].behaviour, "s", 1, Recipe())
-        claimed = line.claim()
+    def test_requests_come_in_the_order_of_their_submission(self, driver: Any) -> None:
+        driver.ledger.models.register("other", SPEC, "w")
+        made = [driver.submit(f"b{number}", number) for number in range(5)]
+        elsewhere, _ = driver.ledger.requests.submit("other", made[0].behaviour, "s", 1, Recipe())
+        claimed = driver.claim()
 
-        assert [request.id for request in line.ledger.requests.all()] == [
+        assert [request.id for request in driver.ledger.requests.all()] == [
             *(request.id for request in made),
             elsewhere.id,
         ]
-        assert line.ledger.requests.all("other") == [elsewhere]
-        assert line.ledger.requests.all(status=Status.RUNNING) == [claimed]
-        assert line.ledger.requests.all("digits", Status.QUEUED) == made[1:]
+        assert driver.ledger.requests.all("other") == [elsewhere]
+        assert driver.ledger.requests.all(status=Status.RUNNING) == [claimed]
+        assert driver.ledger.requests.all("digits", Status.QUEUED) == made[1:]
 
-    def test_ids_are_made_in_the_order_of_time(self, line: Any) -> None:
-        ids = [line.submit(f"b{number}", number).id for number in range(9)]
+    def test_ids_are_made_in_the_order_of_time(self, driver: Any) -> None:
+        ids = [driver.submit(f"b{number}", number).id for number in range(9)]
         assert len(set(ids)) == 9
         assert [id[:13] for id in ids] == sorted(id[:13] for id in ids)

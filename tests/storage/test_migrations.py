@@ -10,10 +10,11 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 
+from fsu_ray.config import Timings
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec, Policy, Status
-from fsu_ray.storage import audit, engines
-from fsu_ray.storage.database import Database, migrations
+from fsu_ray.storage.chain import ChainHead
+from fsu_ray.storage.database import Database, connect, migrations
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.schema import LATER
 from fsu_ray.work import Outcome, TargetResult
@@ -69,7 +70,7 @@ def ended(status: str, **values: Any) -> dict[str, Any]:
 @pytest.fixture
 def first(url: str) -> str:
     """The URL of a ledger of the first revision: a model, two versions, requests in every state but approval."""
-    connected = engines.connect(url)
+    connected = connect(url, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
         config.attributes["connection"] = connection
@@ -90,7 +91,7 @@ def first(url: str) -> str:
         )
         made.insert(
             "generators", id="g-1", model_id="m-1", root=1, spec=spec, recipe_digest=Recipe().generator_digest,
-            weights=digest("g"), dataset=digest("d"), origin="trained", metrics={"agreement": 0.99, "starved": []},
+            weights=digest("g"), dataset=digest("d"), origin="trained", figures={"agreement": 0.99, "starved": []},
             request_id=succeeded, created_at=AT.format(9),
         )  # fmt: skip
         made.insert(
@@ -111,13 +112,13 @@ def test_everything_is_there_and_adopted(first: str, raw: Any) -> None:
         assert ledger.generators.all("digits")[0].metrics == {"agreement": 0.99, "starved": []}
         assert all(len(ledger.requests.events(request.id)) == 1 for request in ledger.requests.all())
 
-        found = ledger.audit.verify()
-        assert found.findings == ()
+        verdict = ledger.audit.verify()
+        assert verdict.findings == ()
         events = ledger.audit.log()
         rows = sum(raw.execute(f"SELECT count(*) FROM {table}").scalar() for table in audit.AUDITED)
         assert {event.event for event in events} == {"adopted"}
-        assert len(events) == found.events == rows == 17
-        assert found.waiting == 0
+        assert len(events) == verdict.events == rows == 17
+        assert verdict.waiting == 0
 
 
 def test_it_goes_on_working(first: str) -> None:
@@ -141,9 +142,9 @@ def test_it_goes_on_working(first: str) -> None:
         assert ledger.requests.get(claimed.id).status is Status.SUCCEEDED
         assert [erasure.version for erasure in ledger.models.erasures("digits")] == [2, 3]
     with open_ledger(first) as ledger:
-        found = ledger.audit.verify()
-        assert (found.findings, found.waiting) == ((), 0)
-        assert found.events > 17
+        verdict = ledger.audit.verify()
+        assert (verdict.findings, verdict.waiting) == ((), 0)
+        assert verdict.events > 17
 
 
 def test_what_was_adopted_cannot_change_unnoticed(first: str, raw: Any) -> None:
@@ -163,7 +164,7 @@ THEN = (
 @pytest.fixture
 def third(first: str) -> str:
     """That ledger as revision 0003 had it: what was adopted, and steps that its own chain recorded."""
-    connected = engines.connect(first)
+    connected = connect(first, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
         config.attributes["connection"] = connection
@@ -171,7 +172,7 @@ def third(first: str) -> str:
         connection.exec_driver_sql(
             "ALTER TABLE requests ADD COLUMN generator_id VARCHAR(40)"
         )  # today's code asks for it
-    with Ledger(Database(connected)) as ledger:  # which nothing has brought up to date
+    with Ledger(Database(connected, Timings()), Timings()) as ledger:  # which nothing has brought up to date
         ledger.models.set_policy("digits", Policy(samples_days=30.0))
         taken = ledger.requests.claim("w1", 60.0)
         assert taken is not None
@@ -186,15 +187,15 @@ def third(first: str) -> str:
 
 def every_row(url: str, tables: tuple[str, ...] = THEN) -> dict[str, Any]:
     """The rows of every table that revision 0003 had, without the columns that have come since."""
-    engine, found = sa.create_engine(url), {}
+    engine, contents = sa.create_engine(url), {}
     with engine.connect() as connection:
         for name in tables:
             columns = (column["name"] for column in sa.inspect(connection).get_columns(name))
             kept = ", ".join(sorted(column for column in columns if column not in LATER.get(name, ())))
             rows = connection.exec_driver_sql(f"SELECT {kept} FROM {name}").fetchall()
-            found[name] = sorted(rows, key=str)
+            contents[name] = sorted(rows, key=str)
     engine.dispose()
-    return found
+    return contents
 
 
 def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str) -> None:
@@ -204,8 +205,8 @@ def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str)
     with open_ledger(third) as ledger:
         assert every_row(third) == before
         events = ledger.audit.log()
-        found = ledger.audit.verify(None, audit.ChainHead(events[-1].seq, events[-1].hash))
-        assert (found.findings, found.waiting, found.events) == ((), 0, len(before["audit_events"]))
+        verdict = ledger.audit.verify(None, ChainHead(events[-1].seq, events[-1].hash))
+        assert (verdict.findings, verdict.waiting, verdict.events) == ((), 0, len(before["audit_events"]))
         assert ledger.recipes.all("digits") == []
         assert [each.recipe_origin for each in ledger.models.erased("digits")] == [None]
         assert (
@@ -230,14 +231,14 @@ def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) 
             ledger.commit(claimed, outcome, ledger.models.version("digits"), generator_id="g-1")
         gone = [(each.behaviour.name, each.recipe_origin) for each in ledger.models.erased("digits")]
         assert gone == [("class 1", None), ("class 5", None), ("seven", kept.id)]
-        found = ledger.audit.verify()
-        assert (found.findings, found.waiting) == ((), 0)
+        verdict = ledger.audit.verify()
+        assert (verdict.findings, verdict.waiting) == ((), 0)
 
 
 @pytest.fixture
 def fourth(first: str) -> str:
     """That ledger as revision 0004 had it, with rows that refer to its generators and its erasure."""
-    connected = engines.connect(first)
+    connected = connect(first, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
         config.attributes["connection"] = connection
@@ -247,7 +248,7 @@ def fourth(first: str) -> str:
         made.insert(
             "generators", id="g-2", model_id="m-1", root=1, spec=SPEC.model_dump(mode="json"),
             recipe_digest=Recipe().generator_digest, weights=digest("g2"), dataset=digest("d2"), origin="warm_started",
-            warm_started_from="g-1", metrics={"starved": []}, request_id=rejected, created_at=AT.format(9),
+            warm_started_from="g-1", figures={"starved": []}, request_id=rejected, created_at=AT.format(9),
         )  # fmt: skip
         made.insert("generator_retirements", id="t-1", generator_id="g-2", reason="operator", **old)
         made.insert(
@@ -304,7 +305,7 @@ def test_what_the_chain_has_not_recorded_stays_empty(fourth: str, raw: Any, tabl
 
 
 def test_an_empty_ledger_of_the_first_revision_has_an_empty_chain(url: str) -> None:
-    connected = engines.connect(url)
+    connected = connect(url, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
         config.attributes["connection"] = connection

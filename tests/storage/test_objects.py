@@ -28,7 +28,7 @@ import pytest
 
 from fsu_ray.errors import StorageError
 from fsu_ray.storage import artifacts
-from fsu_ray.storage.artifacts import Artifacts, locate
+from fsu_ray.storage.artifacts import Artifacts, Retries, locate
 
 IN_PARTS = bytes(range(256)) * 48_000  # 12 MB: sent in two parts
 CODES = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied"}
@@ -162,17 +162,18 @@ def store(proxy: Proxy, s3_bucket: Any) -> Artifacts:
 
 
 @pytest.fixture
-def twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two attempts, and a second of silence, so that tests are short."""
-    monkeypatch.setattr(artifacts, "ATTEMPTS", 2)
-    monkeypatch.setattr(artifacts, "SILENCE_SECONDS", 1.0)
+def impatient(proxy: Proxy, s3_bucket: Any) -> Artifacts:
+    """`store`, but with two attempts that wait a second, so that tests are short."""
+    store = Artifacts.open(s3_bucket.uri(address=proxy.address), Retries(attempts=2, silence=1.0))
+    proxy.seen.clear()
+    return store
 
 
 def methods(proxy: Proxy) -> list[str]:
     """The methods since the last look."""
-    found = [seen.partition(" ")[0] for seen in proxy.seen]
+    methods = [seen.partition(" ")[0] for seen in proxy.seen]
     proxy.seen.clear()
-    return found
+    return methods
 
 
 def test_few_requests(proxy: Proxy, store: Artifacts) -> None:
@@ -199,15 +200,13 @@ def test_few_requests(proxy: Proxy, store: Artifacts) -> None:
     [("PUT", 500), ("HEAD", 500), ("GET", 503), ("PUT", "cut"), ("GET", "cut"), ("GET", "silence"),
      pytest.param("PUT", "silence", marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_what_is_not_our_fault_is_tried_again(
-    proxy: Proxy, twice: None, store: Artifacts, where: str, what: int | str
-) -> None:
+def test_what_is_not_our_fault_is_tried_again(proxy: Proxy, impatient: Artifacts, where: str, what: int | str) -> None:
     """The caller does not hear of it."""
     proxy.faults = [Fault(where, what)]
 
-    digest = store.put(b"weights" * 100)
+    digest = impatient.put(b"weights" * 100)
 
-    assert store.get(digest) == b"weights" * 100
+    assert impatient.get(digest) == b"weights" * 100
     assert proxy.faults[0].times == 0
     assert sum(seen.startswith(where) for seen in proxy.seen) - (where == "HEAD") == 2
 
@@ -224,23 +223,23 @@ def test_what_is_not_our_fault_is_tried_again(
     ],
 )
 def test_an_upload_that_fails_leaves_nothing(
-    proxy: Proxy, twice: None, store: Artifacts, s3_bucket: Any, data: bytes, where: str, what: int | str
+    proxy: Proxy, impatient: Artifacts, s3_bucket: Any, data: bytes, where: str, what: int | str
 ) -> None:
     """Wherever it ends; the next one is a new one."""
     digest = hashlib.sha256(data).hexdigest()
     proxy.faults = [Fault(where, what, times=100)]
 
     with pytest.raises(StorageError, match=r"cannot be written to s3://.*check that bucket or set") as caught:
-        store.put(data)
+        impatient.put(data)
 
     assert "\n" not in str(caught.value)
     del caught  # the last that knows the stream, which ends here at the latest
     gc.collect()
     assert s3_bucket.names() == []
-    assert not store.has(digest)
+    assert not impatient.has(digest)
     proxy.faults = []
-    assert store.put(data) == digest
-    assert store.get(digest) == data
+    assert impatient.put(data) == digest
+    assert impatient.get(digest) == data
 
 
 PUT = """
@@ -318,16 +317,15 @@ def test_a_bucket_that_does_not_exist(request: pytest.FixtureRequest, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_nobody_at_the_endpoint(monkeypatch: pytest.MonkeyPatch, s3_server: str, kind: str) -> None:
+def test_nobody_at_the_endpoint(s3_server: str, kind: str) -> None:
     """It is tried again, but not for ever."""
-    monkeypatch.setattr(artifacts, "ATTEMPTS", 2)
-    monkeypatch.setattr(artifacts, "RETRY_SECONDS", 1)
+    retries = Retries(attempts=2, total=1.0)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
         user = "anonymous@" if kind == "gs" else ""
         with pytest.raises(StorageError, match=r"cannot be written to \(.*onnect to .*\); check the bucket") as caught:
-            Artifacts.open(f"{kind}://{user}bucket/p?endpoint_override={address}&scheme=http")
+            Artifacts.open(f"{kind}://{user}bucket/p?endpoint_override={address}&scheme=http", retries)
     assert "\n" not in str(caught.value)
 
 

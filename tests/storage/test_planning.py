@@ -17,9 +17,9 @@ from fsu_ray.work import ErasureTarget, GeneratorCandidates
 from tests.storage.conftest import digest
 
 
-def candidates_for(line: Any, recipe: Recipe | None = None) -> GeneratorCandidates:
-    with line.ledger.database.reading() as connection:
-        state = planning.lineage(connection, line.name)
+def candidates_for(driver: Any, recipe: Recipe | None = None) -> GeneratorCandidates:
+    with driver.ledger.database.reading() as connection:
+        state = planning.lineage(connection, driver.name)
         return planning.find_candidates(connection, state.model, state.root, recipe or Recipe())
 
 
@@ -28,27 +28,27 @@ def in_force(ledger: Any, number: int | None = None) -> Any:
         return planning.lineage(connection, "digits", number).earlier_erasures
 
 
-def test_a_new_line_is_offered_nothing(line: Any) -> None:
-    assert candidates_for(line) == GeneratorCandidates()
+def test_a_new_line_is_offered_nothing(driver: Any) -> None:
+    assert candidates_for(driver) == GeneratorCandidates()
 
 
-def test_the_generator_of_the_line_is_offered_with_its_dataset(line: Any) -> None:
-    line.erase()
-    (generator,) = line.ledger.generators.all()
+def test_the_generator_of_the_line_is_offered_with_its_dataset(driver: Any) -> None:
+    driver.erase()
+    (generator,) = driver.ledger.generators.all()
 
-    reuse = candidates_for(line).reuse
+    reuse = candidates_for(driver).reuse
     assert reuse is not None
     assert (reuse.id, reuse.weights, reuse.dataset) == (generator.id, generator.weights, generator.dataset)
     assert reuse.metrics == generator.metrics
-    assert candidates_for(line).warm == reuse
+    assert candidates_for(driver).warm == reuse
 
 
-def test_the_newest_is_candidates_for(line: Any) -> None:
-    line.erase("nine", 9)
-    line.erase("four", 4)
+def test_the_newest_is_candidates_for(driver: Any) -> None:
+    driver.erase("nine", 9)
+    driver.erase("four", 4)
 
-    _, newest = line.ledger.generators.all()
-    found = candidates_for(line)
+    _, newest = driver.ledger.generators.all()
+    found = candidates_for(driver)
     assert found.reuse == found.warm
     assert found.reuse is not None
     assert found.reuse.id == newest.id
@@ -63,73 +63,73 @@ def test_the_newest_is_candidates_for(line: Any) -> None:
     ],
     ids=["relearning and filter", "inversion", "synthesis"],
 )
-def test_another_recipe_of_generator_or_dataset_is_not_reused(line: Any, recipe: Recipe, reused: bool) -> None:
-    line.erase()
-    found = candidates_for(line, recipe)
+def test_another_recipe_of_generator_or_dataset_is_not_reused(driver: Any, recipe: Recipe, reused: bool) -> None:
+    driver.erase()
+    found = candidates_for(driver, recipe)
     assert (found.reuse is not None) == reused
     assert found.warm is not None
 
 
-def test_a_new_root_asks_for_a_new_dataset(line: Any) -> None:
-    line.erase("nine", 9)
-    line.ledger.models.add_version("digits", "from outside")
-    (old,) = line.ledger.generators.all()
+def test_a_new_root_asks_for_a_new_dataset(driver: Any) -> None:
+    driver.erase("nine", 9)
+    driver.ledger.models.add_version("digits", "from outside")
+    (old,) = driver.ledger.generators.all()
 
-    found = candidates_for(line)
+    found = candidates_for(driver)
     assert found.reuse is None
     assert found.warm is not None
     assert found.warm.id == old.id
-    line.erase("four", 4, generator_use="warm_started", warm_started_from=old.id)
-    reuse = candidates_for(line).reuse
+    driver.erase("four", 4, generator_use="warm_started", warm_started_from=old.id)
+    reuse = candidates_for(driver).reuse
     assert reuse is not None
-    assert reuse.id == line.ledger.generators.all()[-1].id
+    assert reuse.id == driver.ledger.generators.all()[-1].id
 
 
-def test_a_generator_that_starved_a_class_is_passed_over(line: Any) -> None:
-    line.erase("nine", 9)
-    line.submit("four", 4)
-    request = line.claim()
-    outcome = line.outcome(request, metrics={"starved": [4]}, weights=None, mask=None, probes=None, reason="starved")
-    line.ledger.reject(request, "starved_class", outcome, line.ledger.models.version("digits"))
-    good, starved = line.ledger.generators.all()
+def test_a_generator_that_starved_a_class_is_passed_over(driver: Any) -> None:
+    driver.erase("nine", 9)
+    driver.submit("four", 4)
+    request = driver.claim()
+    outcome = driver.outcome(request, metrics={"starved": [4]}, weights=None, mask=None, probes=None, reason="starved")
+    driver.ledger.reject(request, "starved_class", outcome, driver.ledger.models.version("digits"))
+    good, starved = driver.ledger.generators.all()
 
-    found = candidates_for(line)
+    found = candidates_for(driver)
     assert found.reuse is not None
     assert found.warm is not None
     assert (found.reuse.id, found.warm.id) == (good.id, starved.id)
 
 
-def test_generators_serve_their_own_line(line: Any, new_line: Callable[..., Any]) -> None:
-    line.erase()
-    assert candidates_for(new_line("other")) == GeneratorCandidates()
+def test_generators_serve_their_own_line(driver: Any, new_driver: Callable[..., Any]) -> None:
+    driver.erase()
+    assert candidates_for(new_driver("other")) == GeneratorCandidates()
 
 
 @pytest.mark.parametrize("changes", [{"channels": 3}, {"height": 28}, {"classes": 11}])
-def test_generators_serve_their_own_shape_and_classes(line: Any, changes: dict[str, int]) -> None:
-    line.erase()
-    model = line.ledger.models.get("digits")
+def test_generators_serve_their_own_shape_and_classes(driver: Any, changes: dict[str, int]) -> None:
+    driver.erase()
+    model = driver.ledger.models.get("digits")
     spec = model.spec.model_copy(update=changes)
     grown = type(model)(model.id, model.name, spec, model.test_set, model.created_at)
 
-    base = line.ledger.models.version("digits")
-    with line.ledger.database.reading() as connection:
+    base = driver.ledger.models.version("digits")
+    with driver.ledger.database.reading() as connection:
         assert planning.find_candidates(connection, grown, base, Recipe()) == GeneratorCandidates()
 
 
-def test_the_papers_form_trains_anew(line: Any) -> None:
-    line.erase(recipe=Recipe(form="paper"))
-    assert candidates_for(line, Recipe(form="paper")) == GeneratorCandidates()
-    assert candidates_for(line).reuse is None
+def test_the_papers_form_trains_anew(driver: Any) -> None:
+    driver.erase(recipe=Recipe(form="paper"))
+    assert candidates_for(driver, Recipe(form="paper")) == GeneratorCandidates()
+    assert candidates_for(driver).reuse is None
 
 
-def test_earlier_erasures_are_those_in_force(line: Any) -> None:
-    ledger = line.ledger
+def test_earlier_erasures_are_those_in_force(driver: Any) -> None:
+    ledger = driver.ledger
     assert in_force(ledger) == ()
     recipe = Recipe(filter=FilterRecipe(policy="knee", metric="cosine"))
-    line.erase("crossed", 7, kind="subset", recipe=recipe, report={"forgetting": {"probes_in_target": 0.04}})
+    driver.erase("crossed", 7, kind="subset", recipe=recipe, report={"forgetting": {"probes_in_target": 0.04}})
     (generator,) = ledger.generators.all()
     unmeasured = {"forgetting": {"probes_in_target": None}}
-    line.erase("nine", 9, generator_use="reused", generator_id=generator.id, report=unmeasured)
+    driver.erase("nine", 9, generator_use="reused", generator_id=generator.id, report=unmeasured)
 
     first, second = ledger.models.erasures("digits")
     found = in_force(ledger)
@@ -158,17 +158,17 @@ class Counted:
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_planning_takes_one_transaction(line: Any, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_takes_one_transaction(driver: Any, named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is what the parts say, of one snapshot: no writer can come between them."""
-    ledger = line.ledger
-    line.erase("nine", 9)
+    ledger = driver.ledger
+    driver.erase("nine", 9)
     (generator,) = ledger.generators.all()
     if named:
         behaviour, terms = Behaviour(name="four", kind="class", targets=(4,)), Terms(generator=generator.id)
         ledger.requests.submit("digits", behaviour, digest("samples of four"), 8, Recipe(), terms)
     else:
-        line.submit("four", 4)
-        line.submit("one", 1)
+        driver.submit("four", 4)
+        driver.submit("one", 1)
     request = ledger.requests.claim("w1", 60.0, "digits", max_batch=9)
     members = [request, *ledger.requests.batch_members(request)]
     assert len(members) == (1 if named else 2)
@@ -191,14 +191,14 @@ def test_planning_takes_one_transaction(line: Any, named: bool, monkeypatch: pyt
     assert (order.generators.required, order.generators.warm is None) == (named, named)
 
 
-def test_the_lineage_of_a_sealed_model(line: Any) -> None:
+def test_the_lineage_of_a_sealed_model(driver: Any) -> None:
     """The version of the seal labels D', and what was erased before is sealed in it."""
-    ledger = line.ledger
-    line.erase("nine", 9)
+    ledger = driver.ledger
+    driver.erase("nine", 9)
     (generator,) = ledger.generators.all()
     sealed_at = ledger.models.version("digits")
     ledger.generators.seal(generator, sealed_at, digest("sealed"))
-    line.erase("four", 4, generator_use="reused", generator_id=generator.id)
+    driver.erase("four", 4, generator_use="reused", generator_id=generator.id)
 
     state = ledger.lineage("digits")
     assert (state.base, state.root) == (ledger.models.version("digits"), sealed_at)

@@ -15,6 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from fsu_ray.config import Timings
 from fsu_ray.records import TRANSITIONS, Status
 from fsu_ray.storage import columns, schema, triggers
 from fsu_ray.storage.database import Database, migrations
@@ -42,9 +43,11 @@ def written(url: str) -> dict[str, list[str]]:
     queries = ("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL",) if sqlite else CATALOGUE
     with engine.connect() as connection:
         place = "" if sqlite else f"{connection.exec_driver_sql('SELECT current_schema()').scalar()}."
-        found = [row for query in queries for row in connection.exec_driver_sql(query)]
+        statements = [row for query in queries for row in connection.exec_driver_sql(query)]
     engine.dispose()
-    return {name: sorted(_parts(sql.replace(place, ""))) for name, sql in found if schema.VERSION_TABLE not in name}
+    return {
+        name: sorted(_parts(sql.replace(place, ""))) for name, sql in statements if schema.VERSION_TABLE not in name
+    }
 
 
 def _parts(sql: str) -> list[str]:
@@ -99,7 +102,7 @@ def test_alembic_finds_nothing_to_migrate(ledger: Ledger, url: str) -> None:
         opts = {
             "version_table": schema.VERSION_TABLE,
             "include_name": lambda name, kind, parents: name != "ix_requests_queue",
-            "include_object": lambda found, name, kind, reflected, other: name != "ix_requests_queue",
+            "include_object": lambda item, name, kind, reflected, other: name != "ix_requests_queue",
         }
         context = MigrationContext.configure(connection, opts=opts)
         assert compare_metadata(context, columns.metadata) == []
@@ -111,7 +114,7 @@ def test_the_revision_is_the_last_of_the_migrations() -> None:
 
 
 def test_connections_of_the_ledger_keep_its_rules(file: Path) -> None:
-    database = Database.open(f"sqlite:///{file}")
+    database = Database.open(f"sqlite:///{file}", Timings())
     expected = {"foreign_keys": 1, "recursive_triggers": 1, "journal_mode": "wal", "busy_timeout": 30_000}
     with database.reading() as connection:
         assert {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in expected} == expected
@@ -119,7 +122,7 @@ def test_connections_of_the_ledger_keep_its_rules(file: Path) -> None:
 
 
 def test_a_writer_has_the_lock_before_it_reads(file: Path) -> None:
-    database = Database.open(f"sqlite:///{file}")
+    database = Database.open(f"sqlite:///{file}", Timings())
     other = sqlite3.connect(file, timeout=0, isolation_level=None)
     with database.writing("nothing"), pytest.raises(sqlite3.OperationalError, match="locked"):
         other.execute("BEGIN IMMEDIATE")
@@ -131,7 +134,7 @@ def test_a_writer_has_the_lock_before_it_reads(file: Path) -> None:
 
 
 def test_a_postgresql_writer_is_alone_and_a_reader_waits_for_nobody(postgresql: str) -> None:
-    database = Database.open(postgresql)
+    database = Database.open(postgresql, Timings())
     second = sa.create_engine(postgresql)
     lock = "SELECT pg_try_advisory_xact_lock(hashtext('fsu_ray'), hashtext(current_schema()))"
     with database.writing("nothing"), second.begin() as other, database.reading():
@@ -146,8 +149,8 @@ def test_a_postgresql_writer_is_alone_and_a_reader_waits_for_nobody(postgresql: 
 
 @pytest.mark.parametrize("table", HISTORY)
 @pytest.mark.parametrize("ours", [True, False], ids=["our pragmas", "plain"])
-def test_history_takes_no_update_delete_or_replace(line: Any, raw: Any, table: str, ours: bool) -> None:
-    line.erase()
+def test_history_takes_no_update_delete_or_replace(driver: Any, raw: Any, table: str, ours: bool) -> None:
+    driver.erase()
     if ours and raw.engine == "sqlite":
         raw.execute("PRAGMA recursive_triggers = ON")
         raw.execute("PRAGMA foreign_keys = ON")
@@ -192,9 +195,9 @@ def test_nothing_cascades(ledger: Ledger, raw: Any) -> None:
     assert all(not key["options"] for key in keys)
 
 
-def test_foreign_keys_hold(line: Any) -> None:
-    line.erase()
-    database = line.ledger.database
+def test_foreign_keys_hold(driver: Any) -> None:
+    driver.erase()
+    database = driver.ledger.database
     for broken in (
         "INSERT INTO model_versions SELECT 'x', 'nobody', number, parent, root, weights, NULL, created_at "
         "FROM model_versions WHERE number = 1",
@@ -228,9 +231,9 @@ def step(raw: Any, status: Status) -> None:
 
 
 @pytest.fixture
-def submitted(line: Any, raw: Any) -> Any:
+def submitted(driver: Any, raw: Any) -> Any:
     """A connection to a ledger with one request, which is `submitted`."""
-    request = line.submit()
+    request = driver.submit()
     for trigger, table in (("requests_delete", "requests"), ("request_events_delete", "request_events")):
         raw.execute(f"DROP TRIGGER {trigger}" + (f" ON {table}" if raw.engine == "postgresql" else ""))
     raw.execute("DELETE FROM request_events")
@@ -238,7 +241,7 @@ def submitted(line: Any, raw: Any) -> Any:
     raw.execute("UPDATE copied SET status = 'submitted', changes = 1")
     raw.execute("DELETE FROM requests")
     raw.execute("INSERT INTO requests SELECT * FROM copied")
-    assert line.ledger.requests.get(request.id).status is Status.SUBMITTED
+    assert driver.ledger.requests.get(request.id).status is Status.SUBMITTED
     return raw
 
 
@@ -271,8 +274,8 @@ def test_a_request_that_has_ended_does_not_change(submitted: Any, status: Status
             submitted.execute(attempt)
 
 
-def test_a_request_begins_as_submitted_and_stays(line: Any, raw: Any) -> None:
-    line.submit()
+def test_a_request_begins_as_submitted_and_stays(driver: Any, raw: Any) -> None:
+    driver.submit()
     columns = raw.columns("requests")
     copy = ", ".join({"id": "'x'", "idempotency_key": "'y'"}.get(name, name) for name in columns)
 
@@ -298,23 +301,23 @@ def test_a_request_begins_as_submitted_and_stays(line: Any, raw: Any) -> None:
         ("version = 2", "version"),
     ],
 )
-def test_a_request_is_consistent(line: Any, raw: Any, change: str, constraint: str) -> None:
-    line.submit()
+def test_a_request_is_consistent(driver: Any, raw: Any, change: str, constraint: str) -> None:
+    driver.submit()
 
     with pytest.raises(sa.exc.IntegrityError, match=constraint):
         raw.execute(f"UPDATE requests SET {STEP}, {change}")
 
 
-def test_one_request_runs_a_model(line: Any, raw: Any) -> None:
-    line.submit("nine", 9)
-    line.submit("four", 4)
+def test_one_request_runs_a_model(driver: Any, raw: Any) -> None:
+    driver.submit("nine", 9)
+    driver.submit("four", 4)
 
     with pytest.raises(sa.exc.IntegrityError, match=r"UNIQUE.*requests\.model_id|uq_requests_running"):
         raw.execute(f"UPDATE requests SET {STEP}, status = 'running', worker = 'w', lease_until = '2030-01-01'")
 
 
-def test_one_request_lives_a_key_and_a_model(line: Any, raw: Any) -> None:
-    line.submit()
+def test_one_request_lives_a_key_and_a_model(driver: Any, raw: Any) -> None:
+    driver.submit()
     columns = raw.columns("requests")
     copy = ", ".join(
         {"id": "'x'", "status": "'submitted'", "finished_at": "NULL", "changes": "1"}.get(name, name)
@@ -346,15 +349,15 @@ def test_moments_are_utc_and_sort_as_text() -> None:
         instant.process_bind_param(datetime(2026, 3, 29), dialect)
 
 
-def test_json_of_the_ledger_is_json(line: Any, raw: Any) -> None:
+def test_json_of_the_ledger_is_json(driver: Any, raw: Any) -> None:
     """A diverged run brings NaN and infinities; they are null, which every JSON reader takes."""
-    line.erase(report={"kl": float("nan"), "deep": [{"x": float("inf")}, 1.5]})
+    driver.erase(report={"kl": float("nan"), "deep": [{"x": float("inf")}, 1.5]})
 
     (text,) = raw.execute("SELECT report FROM erasures").fetchone()
     assert "NaN" not in json.dumps(text)
     if raw.engine == "sqlite":
         assert raw.execute("SELECT json_valid(:text)", {"text": text}).fetchone() == (1,)
-    report = line.ledger.models.erasures("digits")[0].report
+    report = driver.ledger.models.erasures("digits")[0].report
     assert (report["kl"], report["deep"]) == (None, [{"x": None}, 1.5])
 
 

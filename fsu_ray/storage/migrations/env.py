@@ -1,6 +1,6 @@
-"""What Alembic runs for every command: the migrations, on the connection and in the transaction that it was given.
+"""Alembic's entry point for every command: runs the migrations on the connection and transaction of the caller.
 
-A new revision: `alembic.command.revision(config, message, autogenerate=True)` with the configuration that
+To make a new revision: `alembic.command.revision(config, message, autogenerate=True)` with the configuration that
 `storage.database` builds and an open connection in `config.attributes["connection"]`.
 """
 

@@ -1,6 +1,6 @@
 """The ledger as system of record: events of requests by trigger, policies, aliases, re-checks, schedules.
 
-It imports nothing of fsu_ray, so it makes for ever what it made on its first day.
+It imports nothing of fsu_ray, so that later changes of the code cannot change what it does.
 """
 
 from __future__ import annotations

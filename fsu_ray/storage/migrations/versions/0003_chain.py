@@ -1,7 +1,6 @@
-"""The audit chain. What is in the ledger already enters it as events named `adopted`: from here on it cannot change
-unnoticed.
+"""The audit chain. The rows that exist already enter it as events named `adopted`; later changes of them are detected.
 
-It imports nothing of fsu_ray, so it makes for ever what it made on its first day.
+It imports nothing of fsu_ray, so that later changes of the code cannot change what it does.
 """
 
 from __future__ import annotations
@@ -89,10 +88,10 @@ def _rows(bind: sa.Connection) -> Iterator[tuple[str | None, str | None, dict[st
                     reports[row["id"]] = hashlib.sha256(_canonical(row["report"]).encode()).hexdigest()
             request = row["id"] if name == "requests" else row.get("request_id")
             model = row["name"] if name == "models" else names[row.get("model_id", request)]
-            found = {"row": {c: _text(row[c]) for c in columns}, "table": name}
+            recorded = {"row": {c: _text(row[c]) for c in columns}, "table": name}
             if name == "request_events" and request in reports:
-                found["report"] = reports[request]
-            yield model, request, found
+                recorded["report"] = reports[request]
+            yield model, request, recorded
 
 
 def _reflected(bind: sa.Connection, name: str) -> sa.Table:

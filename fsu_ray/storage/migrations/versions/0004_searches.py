@@ -1,6 +1,6 @@
-"""The recipes that searches have found. There are none yet, so nothing enters the audit chain.
+"""The table of searched recipes. It is empty, so nothing enters the audit chain.
 
-It imports nothing of fsu_ray, so it makes for ever what it made on its first day.
+It imports nothing of fsu_ray, so that later changes of the code cannot change what it does.
 """
 
 from __future__ import annotations

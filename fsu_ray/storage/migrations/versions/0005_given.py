@@ -1,10 +1,10 @@
-"""Generators that are given: imported ones, which no request has made, and those that a request asks for by name, which
-may be another model's (transferred). What is there already stays as it is, and so does the audit chain.
+"""Imported generators, which no request made, and generators that a request names, which may be another model's
+(transferred). Existing rows and the audit chain stay as they are.
 
-SQLite changes no CHECK and no NOT NULL of a table that is there: such a table is made again and filled from a copy, in
-the transaction of the migration, whose end is when references to its rows are checked.
+SQLite cannot change a CHECK or NOT NULL of an existing table. Such a table is created again and filled from a copy, in
+the transaction of the migration; references to its rows are checked when that commits.
 
-It imports nothing of fsu_ray, so it makes for ever what it made on its first day.
+It imports nothing of fsu_ray, so that later changes of the code cannot change what it does.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def upgrade() -> None:
 
 
 def _again(table: str, make: Any) -> None:
-    """Make a table of SQLite again, with all of its rows and its triggers."""
+    """Create a table of SQLite again, with all its rows and triggers."""
     names = ", ".join(column["name"] for column in sa.inspect(op.get_bind()).get_columns(table))
     op.execute(f"CREATE TABLE {table}_before AS SELECT {names} FROM {table}")
     op.drop_table(table)  # and with it its indexes and triggers, none of which fires
