@@ -115,7 +115,7 @@ def test_everything_is_there_and_adopted(first: str, raw: Any) -> None:
         verdict = ledger.audit.verify()
         assert verdict.findings == ()
         events = ledger.audit.log()
-        rows = sum(raw.execute(f"SELECT count(*) FROM {table}").scalar() for table in audit.AUDITED)
+        rows = sum(raw.execute(f"SELECT count(*) FROM {table}").scalar() for table in AUDITED)
         assert {event.event for event in events} == {"adopted"}
         assert len(events) == verdict.events == rows == 17
         assert verdict.waiting == 0
