@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from fsu_ray.config import Settings
+from fsu_ray.config import Settings, Timings
 from fsu_ray.errors import FsuError
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import (
@@ -50,6 +50,7 @@ __all__ = [
     "Settings",
     "Status",
     "Terms",
+    "Timings",
     "Window",
     "WorkOrder",
     "connect",

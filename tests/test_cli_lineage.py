@@ -171,8 +171,8 @@ class TestPolicy:
             (["--samples-days", "-1"], "--samples-days: "),
             (["--samples-days", "nan"], "--samples-days: "),
             (["--generators", "burn"], "--generators: "),
-            (["--generators", "max-age"], "error: generator_days goes with generators = max-age"),
-            (["--generator-days", "3"], "error: generator_days goes with generators = max-age"),
+            (["--generators", "max-age"], "error: --generators: generator_days goes with generators = max-age"),
+            (["--generator-days", "3"], "error: --generators: generator_days goes with generators = max-age"),
             (["--seal", "all"], "--seal: "),
             (["--approval", "--by", "ann@example.org"], "no opaque id"),
         ],
@@ -229,7 +229,7 @@ class TestErased:
         fsu("recheck", "m")
 
         shown = fsu("erased", "m").stdout
-        for words in ("m, version 3: 2 behaviours gone", "class-8", "12.50", "1.00", "passed on 3"):
+        for words in ("m, version 3: 2 behaviours erased", "class-8", "12.50", "1.00", "passed on 3"):
             assert words in shown, words
         for reference in ("m@2", "m@production"):
             document = json.loads(fsu("erased", reference, "--json").stdout)
@@ -237,7 +237,7 @@ class TestErased:
             (eight,) = document["erased"]
             assert (eight["behaviour"]["targets"], eight["version"], eight["samples_in_target"]) == ([8], 2, 0.125)
             assert (eight["recheck"]["version"], eight["recheck"]["passed"]) == (3, True)
-        assert "version 1: 0 behaviours gone" in fsu("erased", "m@1").stdout
+        assert "version 1: 0 behaviours erased" in fsu("erased", "m@1").stdout
 
     def test_what_is_not_there_is_one_line(self, fsu: Fsu, erase: Callable[..., None]) -> None:
         for reference, words in (
@@ -253,7 +253,7 @@ class TestErased:
         """`rich` takes too long for them; nothing is cut off and the columns stand in line."""
         fill(service.ledger, "line", lineage.FEW + 2)
         title, head, *lines = fsu("erased", "line").stdout.splitlines()
-        assert title == f"line, version {lineage.FEW + 2}: {lineage.FEW + 1} behaviours gone"
+        assert title == f"line, version {lineage.FEW + 2}: {lineage.FEW + 1} behaviours erased"
         assert len(lines) == lineage.FEW + 1
         assert len({line.index("subset") for line in lines}) == 1
         assert head.index("kind") == lines[0].index("subset")
@@ -270,7 +270,7 @@ class TestRecheck:
         assert done.exit_code == 0
         assert "passed" in done.stdout
         assert [each.actor for each in service.ledger.models.rechecks("m").values()] == ["ann"]
-        assert "nothing is gone from m, version 1" in fsu("recheck", "m@1").stdout
+        assert "nothing is erased from m, version 1" in fsu("recheck", "m@1").stdout
 
     def test_what_has_come_back_is_exit_code_4(self, fsu: Fsu, service: Service, erase: Callable[..., None]) -> None:
         erase(8)

@@ -83,7 +83,7 @@ def test_two_requests_in_sequence(service: Service, ask: Callable[..., Request])
         assert all(service.artifacts.has(digest) for digest in (erasure.samples, erasure.mask, erasure.probes))
     by_class = second.report["test"]["after"]["by_class"]
     assert by_class[8] is not None
-    shown = _accuracy(service.ledger, [second])
+    shown = _accuracy(service, [second])
     lines = dict(zip(*(column.cells for column in shown.columns[::2]), strict=True))
     assert {"class 8 (erased)", "class 3 (erased)", "class 5"} <= set(lines)
     kept = [value for k, value in enumerate(by_class) if k not in (8, 3)]

@@ -25,6 +25,7 @@ from fsu_ray.cli.shared import (
     Cpus,
     Json,
     MaxRequests,
+    ModelName,
     Parallel,
     Workers,
     announce,
@@ -161,7 +162,7 @@ def _accuracy(service: Service, results: Sequence[Result]) -> Table | None:
 
 @app.command(epilog="Example: fsu history digits-demo")
 @one_line
-def history(model: str, json: Json = False) -> None:
+def history(model: ModelName, json: Json = False) -> None:
     """Show what happened to MODEL, oldest first."""
     events = connect().models.history(model)
     if json:

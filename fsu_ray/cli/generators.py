@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import OPERATOR, Changes, Json, OneModel, Who, one_line
+from fsu_ray.cli.shared import OPERATOR, Changes, Json, ModelName, OneModel, Who, one_line
 from fsu_ray.records import Generator, Kind
 from fsu_ray.service import Service, connect
 
@@ -61,7 +61,7 @@ def generator_show(generator: Id, json: Json = False) -> None:
 @generator_app.command("import", epilog="Example: fsu generator import m gan.safetensors")
 @one_line
 def generator_import(
-    model: str,
+    model: ModelName,
     file: Annotated[Path, typer.Argument(help="The state_dict of `models.generator.Generator`, as safetensors.")],
     latent: Annotated[int | None, typer.Option(min=1, help="Dimensions of its z. Default: invert.latent.")] = None,
     kind: Annotated[str, typer.Option(help="Use the recipe of class or of subset requests.")] = "class",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line
+from fsu_ray.cli.shared import OPERATOR, Json, ModelName, Who, one_line
 from fsu_ray.service import connect
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ FEW = 200
 @alias_app.command("set", epilog="Example: fsu alias set m production 7 --by on-call")
 @one_line
 def alias_set(
-    model: str,
+    model: ModelName,
     alias: str,
     version: Annotated[str, typer.Argument(help="A version's number, or another alias that points to it.")],
     force: Annotated[
@@ -52,7 +52,7 @@ def alias_set(
 
 @alias_app.command("list", epilog="Example: fsu alias list m")
 @one_line
-def alias_list(model: str, json: Json = False) -> None:
+def alias_list(model: ModelName, json: Json = False) -> None:
     """List the aliases of MODEL and the versions they point to."""
     aliases = connect().models.aliases(model)
     if json:
@@ -66,7 +66,7 @@ def alias_list(model: str, json: Json = False) -> None:
 
 @alias_app.command("history", epilog="Example: fsu alias history m")
 @one_line
-def alias_history(model: str, json: Json = False) -> None:
+def alias_history(model: ModelName, json: Json = False) -> None:
     """List every move of an alias of MODEL, oldest first."""
     moves = connect().models.alias_moves(model)
     if json:

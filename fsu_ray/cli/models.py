@@ -10,7 +10,7 @@ import typer
 
 from fsu_ray import console
 from fsu_ray.cli.lineage import FEW
-from fsu_ray.cli.shared import OPERATOR, Json, Who, fail_as, one_line
+from fsu_ray.cli.shared import OPERATOR, Json, ModelName, Who, fail_as, one_line
 from fsu_ray.cli.tree import plain_lines, version_tree
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.records import ModelSpec, Policy
@@ -79,11 +79,11 @@ def model_register(
 @model_app.command("update", epilog="Example: fsu model update m --weights tuned.safetensors")
 @one_line
 def model_update(
-    name: str,
+    name: ModelName,
     weights: Annotated[Path, typer.Option(help="A safetensors file of the network's state_dict.")],
     json: Json = False,
 ) -> None:
-    """Add a version of NAME that was trained further outside. It is the root of later erasures."""
+    """Add a version of MODEL that was trained further outside. It is the root of later erasures."""
     version = connect().models.update(name, weights)
     if json:
         console.print_json(version)
@@ -119,7 +119,7 @@ def model_list(json: Json = False) -> None:
 
 @model_app.command("show", epilog="Example: fsu model show digits-demo")
 @one_line
-def model_show(name: str, json: Json = False) -> None:
+def model_show(name: ModelName, json: Json = False) -> None:
     """Show the versions of a model as a tree, with what was erased in each and the aliases that point to it."""
     models = connect().models
     model, versions, aliases = models.get(name), models.versions(name), models.aliases(name)
@@ -138,7 +138,7 @@ def model_show(name: str, json: Json = False) -> None:
 @model_app.command("policy", epilog="Example: fsu model policy m --approval --samples-days 30")
 @one_line
 def model_policy(
-    name: str,
+    name: ModelName,
     approval: Annotated[bool | None, typer.Option(help="Requests wait for the approval of somebody else.")] = None,
     samples_days: Annotated[
         str | None, typer.Option(metavar="N|never", help="Purge target samples so many days after the request's end.")
@@ -180,5 +180,5 @@ def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:
         changes["samples_days"] = None
     if changes.get("generators", "max-age") != "max-age":
         changes.setdefault("generator_days", None)
-    with fail_as(InvalidConfig, "policy", options=True):
+    with fail_as(InvalidConfig, "--generators", options=True):
         return Policy.model_validate({**policy.model_dump(), **changes})

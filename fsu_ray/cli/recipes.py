@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line
+from fsu_ray.cli.shared import OPERATOR, Json, ModelName, Who, one_line
 from fsu_ray.records import Kind, SearchedRecipe
 from fsu_ray.service import connect
 from fsu_ray.service.recipes import ResolvedRecipe
@@ -17,7 +17,7 @@ recipe_app = typer.Typer(help="Recipes that searches have found for a model.", n
 
 @recipe_app.command("list", epilog="Example: fsu recipe list m")
 @one_line
-def recipe_list(model: str, json: Json = False) -> None:
+def recipe_list(model: ModelName, json: Json = False) -> None:
     """List every recipe that a search has found for MODEL, and the resets between them, oldest first."""
     searches = connect().recipes.all(model)
     newest = {search.kind: search.id for search in searches}
@@ -38,7 +38,7 @@ def recipe_list(model: str, json: Json = False) -> None:
 @recipe_app.command("show", epilog="Example: fsu recipe show m --kind class")
 @one_line
 def recipe_show(
-    model: str,
+    model: ModelName,
     kind: Annotated[str | None, typer.Option(help="Only for class requests, or for subset requests.")] = None,
     json: Json = False,
 ) -> None:
@@ -63,7 +63,7 @@ def recipe_show(
 @recipe_app.command("reset", epilog="Example: fsu recipe reset m --kind class --by on-call")
 @one_line
 def recipe_reset(
-    model: str,
+    model: ModelName,
     kind: Annotated[str, typer.Option(help="For class requests, or for subset requests.")],
     by: Who = OPERATOR,
     json: Json = False,

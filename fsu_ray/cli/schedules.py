@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,16 +160,10 @@ def scheduler(
 
 def _one_pass(service: Service, moment: datetime | None, cpus: int | None, quiet: bool = False) -> list[WindowResult]:
     """One pass over the schedules, with its progress and its results printed."""
-    with ExitStack() as stack:
-        watchers: list[console.Watcher] = []
-
-        def watcher() -> console.Watcher:
-            if not watchers:
-                watchers.append(stack.enter_context(console.watching()))
-            return watchers[0]
+    with console.watching() as watcher:
 
         def on_claim(request: Request) -> None:
-            watcher().begin()
+            watcher.begin()
             announce(request)
 
         def on_window(schedule: Schedule, window: Window) -> None:
@@ -182,11 +175,8 @@ def _one_pass(service: Service, moment: datetime | None, cpus: int | None, quiet
             for result in [] if quiet else results:
                 console.print_result(result)
 
-        def on_progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
-            watcher().tell(stage, done, total, metrics)
-
         fired = service.run_windows(
-            moment, cpus=cpus, on_progress=on_progress, on_claim=on_claim, on_window=on_window, on_results=on_results
+            moment, cpus=cpus, on_progress=watcher.tell, on_claim=on_claim, on_window=on_window, on_results=on_results
         )
     for each in [] if quiet else fired:
         _print_fired(each)

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from fsu_ray import console
 from fsu_ray.errors import FsuError, InvalidBehaviour, UserError
 from fsu_ray.recipes import first_fault
-from fsu_ray.records import OPERATOR, Behaviour, Request
+from fsu_ray.records import OPERATOR as OPERATOR
+from fsu_ray.records import Behaviour, Request
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Who = Annotated[
@@ -28,6 +29,7 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a value of the recipe, e.g. invert.steps=300; may be repeated."),
 ]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="The name of the model.")]
 OneModel = Annotated[str | None, typer.Option(help="Only of this model.")]
 MaxRequests = Annotated[int | None, typer.Option("--max", min=1, help="End after this many requests.")]
 Coalesce = Annotated[bool, typer.Option("--coalesce", help="Erase all class requests of a model in one run.")]
@@ -35,11 +37,6 @@ Parallel = Annotated[int, typer.Option(min=1, help="Work on up to this many mode
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-__all__ = [
-    "OPERATOR", "Changes", "Coalesce", "Cpus", "Json", "MaxRequests", "OneModel", "Parallel", "Who", "Workers",
-    "announce", "behaviour_of", "fail_as", "interrupted", "one_line", "parse_time",
-]  # fmt: skip
 
 
 def one_line(command: Callable[P, R]) -> Callable[P, R]:
@@ -72,9 +69,10 @@ def interrupted(consequence: str) -> Iterator[None]:
 
 
 @contextmanager
-def fail_as(error_type: type[FsuError], whole: str, options: bool = False) -> Iterator[None]:
+def fail_as(error_type: type[FsuError], whole: str, subject: str = "", options: bool = False) -> Iterator[None]:
     """Turn the error of a record that does not validate into one line; see `recipes.first_fault` for `whole`.
 
+    `subject` comes before it, such as `behaviour: `.
     `options`: the fields of the record are options of the command, and are named so (`samples_days`: --samples-days).
     """
     try:
@@ -84,12 +82,12 @@ def fail_as(error_type: type[FsuError], whole: str, options: bool = False) -> It
         if options and error.errors()[0]["loc"]:
             field, _, rest = fault.partition(":")
             fault = f"--{field.replace('_', '-')}:{rest}"
-        raise error_type(fault) from None
+        raise error_type(subject + fault) from None
 
 
 def behaviour_of(name: str, kind: str, targets: list[int]) -> Behaviour:
     """The behaviour that was typed; raises InvalidBehaviour."""
-    with fail_as(InvalidBehaviour, "behaviour"):
+    with fail_as(InvalidBehaviour, "value", "behaviour: "):
         return Behaviour.model_validate({"name": name, "kind": kind, "targets": targets})
 
 

@@ -20,9 +20,9 @@ from fsu_ray.experiments.markdown import spread, table
 PaperValues = tuple[tuple[str, str], tuple[str, str]]
 """The paper's D_r and D_e, full-shot and few-shot."""
 NOTE = (
-    "\nThe paper's figures are PreActResNet-18's. LeNet5: each seed with a classifier, an inverter and a draw of "
-    "samples of its own; PreActResNet-18: one classifier and one inverter a variant, shared by all draws. `refused` "
-    "counts results that the system would not have made a version of: they are measured here all the same.\n"
+    "\nThe paper's figures are for PreActResNet-18. LeNet5: each seed has its own classifier, inverter and draw of "
+    "samples. PreActResNet-18: all draws share one classifier and, for each variant, one inverter. `refused` counts "
+    "results that the gate would reject; they are included here.\n"
 )
 
 

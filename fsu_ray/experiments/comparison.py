@@ -149,18 +149,18 @@ def _report(scenario: str, nets: tuple[Net, ...], title: str) -> Callable[[list[
 
 
 SHARED = (
-    "One classifier and one inverter, shared by all repeats, which differ in the draw of D_e,rho and in relearning; "
-    "each baseline once."
+    "All seeds share one classifier and one inverter; they differ in the draw of D_e,rho and in relearning. Each "
+    "baseline is computed once."
 )
-OWN = "Each seed has a classifier, an inverter and a draw of D_e,rho of its own."
+OWN = "Each seed has its own classifier, inverter and draw of D_e,rho."
 NOTE = (
-    "\nAccuracy on the test split in percent. The paper's oracle is fine-tuned from the original for epochs that it "
-    "does not number. `refused` counts results that the system would not have made a version of: they are measured "
-    "here all the same. Fisher has all of D_r; EUBO and RKL have a posterior of the last layer that was learned on all "
-    "of the training data; Ours+ draws D' with a conditional GAN that was trained on them; Ours has none of it. "
-    "Fisher_1: the smallest of the swept strengths that moves D_e by a point while D_r stays within five, else the "
-    "largest that keeps D_r there; Fisher_2: the smallest that erases D_e (5 % or less of a class, 90 % or more of the "
-    "crossed sevens right).\n"
+    "\nAccuracy on the test split in percent. The paper's oracle is fine-tuned from the original; the paper does "
+    "not say for how many epochs. `refused` counts results that the gate would reject; they are included here. "
+    "Fisher sees all of D_r. EUBO and RKL start from a posterior of the last layer that was learned on all training "
+    "data. Ours+ draws D' from a conditional GAN that was trained on all training data. Ours sees no training data "
+    "but the given samples. Fisher_1 is the smallest of the swept strengths that moves D_e by a point while D_r "
+    "stays within five, else the largest that keeps D_r there. Fisher_2 is the smallest that erases D_e (5 % or "
+    "less of a class, 90 % or more of the crossed sevens right).\n"
 )
 
 _TABLE2A: PaperValues = {
@@ -221,7 +221,10 @@ _FIGURE6: PaperValues = {
 def _figure6() -> Table:
     """The table, and a picture of the inverter's samples."""
     nets = (Net("preactresnet18:16", True, _FIGURE6),)
-    title = "Trucks of CIFAR-10: D_e is better low.\n\n![samples](figure6.png)\n\nA column a class, as they come."
+    title = (
+        "Trucks of CIFAR-10: D_e is better low.\n\n![samples](figure6.png)\n\n"
+        "A column for each class, with its first samples."
+    )
     cells, report = _cells("truck", nets, "preactresnet18", True), _report("truck", nets, title)
 
     def with_samples(scale: Scale, seeds: int) -> list[Work]:

@@ -154,11 +154,11 @@ def _figure4b_report(rows: list[Row], folder: Path) -> str:
             (folder / name).write_bytes(row["png"])
             parts.append(
                 f"![{row['policy']}]({name})\n\nBy `{row['policy']}`: {row['taken']} of {len(row['distances'])} "
-                f"samples are filtered, by the class that they are seen as {row['predicted']}.\n"
+                f"samples are taken, by predicted class {row['predicted']}.\n"
             )
     return "\n".join(parts) + (
-        f"\nA column a class that the generator was asked for, the first {PER_CLASS} of D'. A box is a sample that the "
-        "filter takes, from red (near) to yellow (near t_f).\n"
+        f"\nA column for each class that the generator was asked for, with its first {PER_CLASS} samples of D'. "
+        "Boxes are the samples that the filter takes, from red (near) to yellow (near t_f).\n"
     )
 
 
@@ -173,9 +173,10 @@ def _pictures_report(name: str, about: str) -> Callable[[list[Row], Path], str]:
                 file = f"{name}.{(row['without'] or row['arch']).replace(':', '-')}.png"
                 (folder / file).write_bytes(row["png"])
                 parts.append(
-                    f"![{title}]({file})\n\n{title}: {100 * row['right']:.0f} % are seen as what was asked for."
+                    f"![{title}]({file})\n\n{title}: {100 * row['right']:.0f} % are classified as the class that was "
+                    "asked for."
                 )
-        return "\n\n".join(parts) + f"\n\nA column a class, {PER_CLASS} samples of it as they come, none left out.\n"
+        return "\n\n".join(parts) + f"\n\nA column for each class, with its first {PER_CLASS} samples.\n"
 
     return report
 

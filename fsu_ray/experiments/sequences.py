@@ -148,11 +148,11 @@ def _report(rows: list[Row], folder: Path) -> str:
         f"seeds {sorted({row['seed'] for row in rows})}.\n\n![sequence](sequence.png)"
     )
     return "\n\n".join([head, *parts]) + (
-        "\n`shared`: what the system does, one generator and one D'. `each`: after every erasure its policy retires "
-        "the generator and purges the given samples, so that each request trains a generator of its own and rebuilds "
-        "the earlier masks from probes. `each, no probes`: the paper's form, an inversion of the current version for "
-        "each request, which knows nothing of the earlier ones. The gate was open, so that what comes back is seen "
-        "here. Seconds of one CPU.\n"
+        "\n`shared`: the system's default, one generator and one D'. `each`: the policy retires the generator and "
+        "purges the given samples after every erasure, so each request trains its own generator and rebuilds the "
+        "earlier masks from probes. `each, no probes`: the paper's form; each request inverts the current version "
+        "and knows nothing of the earlier requests. The gate refused nothing, so that a class that comes back is "
+        "seen here. Seconds on one CPU.\n"
     )
 
 

@@ -83,7 +83,7 @@ def _report(scenario: str) -> Callable[[list[Row], Path], str]:
             lines.append([source, *map(_both, of_source)])
             paper.append([source, *PAPER[scenario][source]])
         gate = [
-            [pair, f"{runs[0]['acceptance']:.3f}", f"{runs[0]['coverage']:.2f}", runs[0]["generator"] or "lets it",
+            [pair, f"{runs[0]['acceptance']:.3f}", f"{runs[0]['coverage']:.2f}", runs[0]["generator"] or "accepts",
              _both(runs), f"{sum(map(failed, runs))} of {len(runs)}"]
             for pair, runs in by_pair.items()
         ]  # fmt: skip
@@ -94,12 +94,12 @@ def _report(scenario: str) -> Callable[[list[Row], Path], str]:
         columns = ["generator of, by row; unlearned, by column", *names]
         return "\n\n".join([
             "D_r / D_e, 3 % of D_e given.", table(columns, lines), "The paper:", table(columns, paper),
-            "The gate that judges a generator before it is reused, beside what came of it:",
+            "The gate's decision on each generator before its reuse, and the result:",
             table(["generator > classifier", "acceptance", "coverage", "the gate", "D_r / D_e", "failed"], gate),
-            f"The gate says of {right} of {len(by_pair)} what most seeds came to: it refuses {caught} of the "
-            f"{sum(fails.values())} that failed, and {needless} of the others. Failed: D_e is not erased (5 % or less "
-            "of a class, 90 % or more of the crossed sevens right) or D_r has lost more than a point. What the gate "
-            "refuses is measured here all the same; the system would have trained a generator instead.\n",
+            f"The gate is right about {right} of {len(by_pair)} pairs, by the result of most seeds: it refuses "
+            f"{caught} of the {sum(fails.values())} that failed, and {needless} of the others. Failed: D_e is not "
+            "erased (5 % or less of a class, 90 % or more of the crossed sevens right) or D_r has lost more than a "
+            "point. Refused pairs are measured here too; the system would train a new generator instead.\n",
         ])  # fmt: skip
 
     return report

@@ -82,7 +82,7 @@ def _report(rows: list[Row], folder: Path) -> str:
     return (
         "![figure 5](figure5.png)\n\n" + table(["method", "rho", "D_r", "D_e"], lines)
         + f"\nSeeds {sorted({row['seed'] for row in rows})}. Lambda is chosen by the test accuracy on D_r and D_e (the "
-        "harmonic mean of D_r and 100 - D_e), which nobody has who unlearns; Ours is not tuned. EUBO's at rho 1: "
+        "harmonic mean of D_r and 100 - D_e), which no unlearner has; Ours is not tuned. EUBO's lambda at rho 1: "
         f"{_power(once)}; at each rho, {at_each}. The paper tuned once (10^-2410, for a last layer of six times the "
         "size) and says that EUBO fails where rho is small.\n"
     )  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from fsu_ray.config import Settings, below, read_settings
+from fsu_ray.config import Settings, Timings, below, read_settings
 from fsu_ray.errors import FsuError
 from fsu_ray.records import ModelSpec, ProgressCallback, Request, Schedule, Window
 from fsu_ray.service import running, training
@@ -39,13 +39,14 @@ if TYPE_CHECKING:
     from fsu_ray.storage.ledger import Ledger
 
 
-def connect(settings: Settings | None = None) -> Service:
+def connect(settings: Settings | None = None, timings: Timings | None = None) -> Service:
     """Open the ledger and the artifacts that `settings` name, and create them where they are missing.
 
-    Without `settings` they come from the environment and from fsu.toml in the working folder. Raises InvalidConfig
-    and StorageError for what cannot be used, LedgerUnavailable where the ledger's database does not answer.
+    Without `settings` they come from the environment and from fsu.toml in the working folder. `timings` says how long
+    leases, retries and polls take. Raises InvalidConfig and StorageError for a setting that cannot be used,
+    LedgerUnavailable where the ledger's database does not answer.
     """
-    service = Service(settings or read_settings())
+    service = Service(settings or read_settings(), timings)
     _ = service.ledger, service.artifacts
     return service
 
@@ -57,8 +58,8 @@ class Service:
     settings alone opens its stores on first use.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._stores = Stores(settings)
+    def __init__(self, settings: Settings, timings: Timings | None = None) -> None:
+        self._stores = Stores(settings, timings or Timings())
         self.settings = settings
         self.models = Models(self._stores)
         self.recipes = Recipes(self._stores)
@@ -200,7 +201,7 @@ class Service:
         """
         from fsu_ray.schedule import serve
 
-        serve(self.ledger, one_pass, on_error)
+        serve(self.ledger, one_pass, on_error, timings=self._stores.timings)
 
     def reproduce(
         self,

@@ -63,7 +63,7 @@ class Models:
     def update(self, name: str, weights: Weights, actor: str = OPERATOR) -> ModelVersion:
         """Add a version that was trained further outside. It is the root of later erasures.
 
-        Raises NotFound, InvalidWeights.
+        Raises NotFound, InvalidWeights, TransitionRefused while a request of the model runs.
         """
         from fsu_ray.models.classifier import Classifier
 

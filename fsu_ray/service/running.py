@@ -77,9 +77,9 @@ def carry_out(
     def run(request: Request, halt: threading.Event) -> list[Result]:
         if on_claim is not None:
             on_claim(request)
-        return run_request(stores.ledger, stores.artifacts, execute, request, halt)
+        return run_request(stores.ledger, stores.artifacts, execute, request, halt, stores.timings)
 
-    return drain(stores.ledger, worker_name(), options, run)
+    return drain(stores.ledger, worker_name(), options, run, stores.timings)
 
 
 def reconcile(stores: Stores) -> list[Request]:
@@ -129,7 +129,7 @@ def run_windows(
                 on_window(schedule, window)
 
         moment = moment or datetime.now(UTC)
-        return run_due(stores.ledger, stores.artifacts, carry, worker_name(), moment, begun)
+        return run_due(stores.ledger, stores.artifacts, carry, worker_name(), moment, begun, timings=stores.timings)
 
 
 @contextmanager

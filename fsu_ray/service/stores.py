@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fsu_ray.config import Settings
+from fsu_ray.config import Settings, Timings
 
 if TYPE_CHECKING:
     from fsu_ray.storage.artifacts import Artifacts
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 class Stores:
     """The settings, and the ledger and the artifacts that they name. Each is opened when it is first used."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, timings: Timings) -> None:
         self.settings = settings
+        self.timings = timings
 
     @cached_property
     def ledger(self) -> Ledger:
         """The ledger, created where it is missing; raises InvalidConfig or LedgerUnavailable."""
         from fsu_ray.storage.ledger import open_ledger
 
-        return open_ledger(self.settings.ledger)
+        return open_ledger(self.settings.ledger, self.timings)
 
     @cached_property
     def artifacts(self) -> Artifacts:

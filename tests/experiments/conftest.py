@@ -1,4 +1,4 @@
-"""A part of MNIST, and cells computed in this process, each once."""
+"""A part of MNIST; cells computed in this process, each once."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def part(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 class Maker:
-    """Computes a cell after what it needs, each once."""
+    """Computes cells and the cells that they need, each once."""
 
     def __init__(self, store: Any) -> None:
         self.store, self.made = store, dict[str, list[Row]]()
 
     def __call__(self, kind: str, cell: Cell) -> Row:
-        """The row of a cell that has one."""
+        """The only row of a cell."""
         (row,) = self.rows(kind, cell)
         return row
 
@@ -49,5 +49,5 @@ class Maker:
 
 @pytest.fixture
 def make(store: Any) -> Maker:
-    """A maker with a store of its own."""
+    """A maker with an empty store."""
     return Maker(store)

@@ -1,4 +1,4 @@
-"""The pieces of the tables on MNIST, on a part of it and with recipes of seconds: what each leaves to the next."""
+"""The cells of the tables, on a part of MNIST and with recipes that take seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SYNTHESIZE = {"per_class": 20, "entropy_threshold": 2.3, "max_draws": 8, "starve
 @pytest.mark.mnist
 @pytest.mark.parametrize("scenario", ["class9", "crossed7"])
 def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, make: Any, scenario: str) -> None:
-    """Every piece, by the recipe of its own cell; what is erased is gone or right, more or less, after seconds."""
+    """From classifier to erasure, each cell by its own recipe; D_e is erased or corrected, more or less."""
     original = {**images.classifier(scenario, "lenet5", 1, "small"), "epochs": 4}
     inverter = images.generator(original, INVERT)
     drawn = images.dataset(inverter, SYNTHESIZE)
@@ -34,8 +34,8 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, make: Any, sce
     weights = load_tensors(store.get(make("generator", inverter)["weights"]))
     assert weights["linear.weight"].shape[0] == 8 * 4 * 64
     row = make("dataset", drawn)
-    found = Synthetic.from_bytes(store.get(row["dataset"]))
-    assert len(found) <= 200
+    dataset = Synthetic.from_bytes(store.get(row["dataset"]))
+    assert len(dataset) <= 200
     assert set(row) >= {"acceptance", "coverage", "bn_distance", "agreement", "starved", "refused"}
     for after in (few, full):
         assert (after["before_D_r"], after["before_D_e"]) == (before["D_r"], before["D_e"])
@@ -58,7 +58,7 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, make: Any, sce
 
 @pytest.mark.mnist
 def test_fisher_by_its_strength(part: Bench, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row a strength, on the kept images alone: none changes nothing, much costs D_r too."""
+    """A row for each strength: strength 0 changes nothing, a large one costs D_r too."""
     original = {**images.classifier("class9", "lenet5", 1, "small"), "epochs": 4}
     cell = {"classifier": original, "rho": images.FULL, "samples": 100, "alphas": [0.0, 1e-2], "seed": 1}
     seen: list[torch.Tensor] = []

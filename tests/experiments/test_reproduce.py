@@ -1,4 +1,4 @@
-"""`fsu reproduce`: cells side by side on Ray, each kept as it ends; a second run goes on where the first one was."""
+"""`fsu reproduce`: cells run side by side on Ray and are stored as they end; a second run computes missing cells."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def squares(monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "table1.png").write_bytes(b"a picture")
         return markdown.table(["n", "sum"], [[str(row["n"]), str(row["sum"])] for row in rows])
 
-    made = Table(lambda scale, seeds: [("sum", {"seed": seed, "scale": scale}) for seed in range(seeds)], report)
-    monkeypatch.setitem(moons.TABLES, "table1", made)
+    table = Table(lambda scale, seeds: [("sum", {"seed": seed, "scale": scale}) for seed in range(seeds)], report)
+    monkeypatch.setitem(moons.TABLES, "table1", table)
     monkeypatch.setitem(moons.CELL_TYPES, "square", CellType(square))
     monkeypatch.setitem(moons.CELL_TYPES, "sum", CellType(add, lambda cell: [("square", {"seed": cell["seed"]})]))
     for kind in ("square", "sum"):
@@ -143,7 +143,7 @@ def test_what_others_wait_for_goes_first(squares: None, tmp_path: Path, store: A
 
 
 def test_a_cell_that_breaks_costs_no_other(here: list[Work], table1: Go, tmp_path: Path) -> None:
-    """The ninth square is made after the eighth broke, and its sum too; there is no report that hides it."""
+    """After the eighth square broke, the ninth and its sum are still computed; no report is written."""
     with pytest.raises(RunFailed, match=r"1 of 18 cells of table1 broke: square: seed 7: it"):
         table1(seeds=9)
     assert len(list((tmp_path / "cells").glob("sum-*.parquet"))) == 8
@@ -237,35 +237,35 @@ def test_the_job_is_the_command() -> None:
 
 def test_what_is_printed_as_json_leaves_out_pictures(home: Path) -> None:
     """A row's picture or map is in the Parquet file alone, which has all of it."""
-    kept = home / ".fsu" / "reproduce" / "cells"
-    kept.mkdir(parents=True)
+    cells = home / ".fsu" / "reproduce" / "cells"
+    cells.mkdir(parents=True)
     for work in catalogue.find("figure6").cells("small", 1):
         row = {"piece": work[0], "seed": 0, "arch": "preactresnet18:16", "date": "2026", "machine": "m", "code": "c",
                "D_r": 1.0, "D_e": 2.0, "epochs": 1, "full_D_r": 1.0, "full_D_e": 2.0, "alpha": 1.0, "refused": "",
                "png": b"\x89PNG", "map": [1.0, 2.0], **{key: value for key, value in work[1].items() if key in
                ("how", "rho", "method", "variant")}}  # fmt: skip
-        _write(_file(kept, work), [row])
+        _write(_file(cells, work), [row])
     done = subprocess.run([FSU, "reproduce", "figure6", "--seeds", "1", "--json"], capture_output=True, text=True,
                           timeout=100, check=True)  # fmt: skip
-    told = json.loads(done.stdout)
-    assert told["computed"] == 0
-    assert {row["D_e"] for row in told["rows"]} == {2.0}
-    assert not {"png", "map"} & set().union(*told["rows"])
+    answer = json.loads(done.stdout)
+    assert answer["computed"] == 0
+    assert {row["D_e"] for row in answer["rows"]} == {2.0}
+    assert not {"png", "map"} & set().union(*answer["rows"])
     assert (home / ".fsu" / "reproduce" / "small" / "figure6.png").read_bytes() == b"\x89PNG"
 
 
 def test_code_without_a_checkout(tmp_path: Path) -> None:
     """As a Ray job has it: a version and a digest of the modules, the same for the same and another for others."""
-    here, said = Path(reproduce.__file__).parent.parent, []
+    here, answers = Path(reproduce.__file__).parent.parent, []
     for name, more in (("a", ""), ("b", ""), ("c", "# changed")):
         shutil.copytree(here, tmp_path / name / "fsu_ray", ignore=shutil.ignore_patterns("__pycache__", "results"))
         with (tmp_path / name / "fsu_ray" / "errors.py").open("a") as file:
             file.write(more)
         words = [sys.executable, "-c", "from fsu_ray.experiments.reproduce import code; print(code())"]
         done = subprocess.run(words, cwd=tmp_path / name, capture_output=True, text=True, timeout=100, check=True)
-        said.append(done.stdout.strip())
-    assert re.fullmatch(r"[0-9.]+, sources [0-9a-f]{10}", said[0])
-    assert said[0] == said[1] != said[2]
+        answers.append(done.stdout.strip())
+    assert re.fullmatch(r"[0-9.]+, sources [0-9a-f]{10}", answers[0])
+    assert answers[0] == answers[1] != answers[2]
 
 
 def slow_square(number: int) -> int:
@@ -282,30 +282,30 @@ def slow_square(number: int) -> int:
 def test_tasks_side_by_side_and_what_comes_of_each() -> None:
     """On a Ray with room for two: all results, an error of ours for what raised and for a process that died. What can
     begin only then does so at once, whatever else is running or could: little is handed over before there is room."""
-    found: dict[int, object] = {}
-    ready, given = [50, 0, 10, 11, 12, 13], []
+    results: dict[int, object] = {}
+    ready, started = [50, 0, 10, 11, 12, 13], []
 
     def more(room: int) -> list[int]:
-        if list(found) == [0]:
+        if list(results) == [0]:
             ready[:0] = [1, 2, 3, 5, 4]
         now, ready[:] = ready[:room], ready[room:]
-        given.extend(now)
-        assert len(given) - len(found) <= 3
+        started.extend(now)
+        assert len(started) - len(results) <= 3
         return now
 
     each: dict[str, float] = {"CPU": 2}
     reproduce.workers.connect(4)
     try:
         for number, result in tasks.side_by_side(slow_square, more, lambda number: each, each):
-            found[number] = result
+            results[number] = result
     finally:
         reproduce.workers.disconnect()
-    assert list(found).index(1) < list(found).index(50), "what can begin did not wait for the slow one"
-    assert given[:4] == [50, 0, 10, 1]
-    assert {number: found[number] for number in (0, 1, 2, 5, 13)} == {0: 0, 1: 1, 2: 4, 5: 25, 13: 169}
-    assert isinstance(found[3], RunFailed)
-    assert "no 3" in str(found[3])
-    assert isinstance(found[4], RunFailed)
+    assert list(results).index(1) < list(results).index(50), "what can begin did not wait for the slow one"
+    assert started[:4] == [50, 0, 10, 1]
+    assert {number: results[number] for number in (0, 1, 2, 5, 13)} == {0: 0, 1: 1, 2: 4, 5: 25, 13: 169}
+    assert isinstance(results[3], RunFailed)
+    assert "no 3" in str(results[3])
+    assert isinstance(results[4], RunFailed)
 
 
 @pytest.mark.ray
@@ -317,18 +317,18 @@ def test_table1_is_interrupted_and_goes_on(home: Path) -> None:
     assert first.stderr
     assert first.stderr.readline().startswith("1 of 2: moons-")
     first.send_signal(signal.SIGINT)
-    _, said = first.communicate(timeout=60)
-    assert first.returncode == 130, said
-    assert "what has ended is kept" in said
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 130, errors
+    assert "what has ended is kept" in errors
     assert len(list(home.glob(".fsu/reproduce/cells/*.parquet"))) == 1
     done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=400, check=True)
-    told = json.loads(done.stdout)
-    assert (told["cells"], told["computed"]) == (2, 1)
-    assert [Path(file).name for file in told["files"]] == ["table1.md", "table1.parquet"]
-    found: dict[str, list[float]] = {}
-    for row in told["rows"]:
-        found.setdefault(row["method"], []).append(row["De_oracle"])
-    assert sum(found["Ours"]) / 5 < 0.05 < 0.2 < sum(found["Ours, nothing filtered"]) / 5
+    answer = json.loads(done.stdout)
+    assert (answer["cells"], answer["computed"]) == (2, 1)
+    assert [Path(file).name for file in answer["files"]] == ["table1.md", "table1.parquet"]
+    by_method: dict[str, list[float]] = {}
+    for row in answer["rows"]:
+        by_method.setdefault(row["method"], []).append(row["De_oracle"])
+    assert sum(by_method["Ours"]) / 5 < 0.05 < 0.2 < sum(by_method["Ours, nothing filtered"]) / 5
     assert all(
-        0.25 < found[f"{method} {cut}"][0] < 0.45 for method in ("EUBO", "RKL") for cut in ("1e-05", "1e-09", "0")
+        0.25 < by_method[f"{method} {cut}"][0] < 0.45 for method in ("EUBO", "RKL") for cut in ("1e-05", "1e-09", "0")
     )

@@ -57,5 +57,6 @@ def test_the_verdict_stands_beside_the_result(tmp_path: Path) -> None:
     text = transfer.TABLES["table5a"].report(rows, tmp_path)
     assert "| Original | 99.40 / 99.00 |" in text
     assert "| ResNet-50 > LeNet5 | 0.500 | 0.90 | starved classes [9] | 99.00 ± 0.00 / 30.00 ± 0.00 | 2 of 2 |" in text
-    assert "The gate says of 15 of 16 what most seeds came to: it refuses 3 of the 3 that failed, and 1 of" in text
+    assert "The gate is right about 15 of 16 pairs, by the result of most seeds" in text
+    assert "it refuses 3 of the 3 that failed, and 1 of the others" in text
     assert transfer.failed({"scenario": "class9", "D_e": 0.0, "D_r": 98.0, "before_D_r": 99.4})

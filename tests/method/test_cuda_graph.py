@@ -90,8 +90,8 @@ def both(monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module]) -> tupl
 
     made = []
     for kind in (Seen, Plain):
-        monkeypatch.setattr(fitting, "Replayed", kind)
-        monkeypatch.setattr(inversion, "Replayed", kind)
+        monkeypatch.setattr(fitting, "CudaGraphStep", kind)
+        monkeypatch.setattr(inversion, "CudaGraphStep", kind)
         made.append(make())
     assert all(each.recorded for each in seen)
     return made[0], made[1]

@@ -16,6 +16,7 @@ from fsu_ray.method.filter import (
     bandwidth,
     distances,
     extract_features,
+    knee,
     knee_threshold,
     least_share,
     leave_one_out,
@@ -288,3 +289,46 @@ def test_the_likeliest_are_of_the_target_and_near():
     assert found[0].is_forget.tolist() == [False] * 4
     assert found[1].is_forget.tolist() == [True, False, False, False]
     assert found[2].is_forget.tolist() == [True, False, False, False], ".02 is a tenth of .2, and the last one has less"
+
+
+def test_features_are_those_of_eval_mode(classifier) -> None:
+    """BatchNorm takes its running statistics, whatever mode the classifier was in."""
+    judge = classifier("preactresnet18:2")
+    pixels = torch.randint(0, 256, (7, 1, 16, 16), dtype=torch.uint8)
+    expected = extract_features(judge, pixels)
+    torch.testing.assert_close(extract_features(judge.train(), pixels), expected)
+    assert not judge.training
+
+
+def test_two_examples_have_each_other() -> None:
+    """Two are enough for a leave-one-out distance."""
+    assert leave_one_out(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), "l2").tolist() == [5.0, 5.0]
+
+
+def test_a_higher_sensitivity_finds_a_later_knee() -> None:
+    """The ladder climbs to the knee at 0.8, past the one at 0.5 that is below the examples' mean of 2/3; their largest
+    distance of 3/4 bounds it."""
+    curve = torch.tensor([0.0, 0.3, 0.5, 0.55, 0.58, 0.8, 0.9, 0.95, 0.96, 0.97])
+    assert [knee(curve.double(), sensitivity) for sensitivity in (1.0, 2.0, 5.0)] == pytest.approx([0.5, 0.8, None])
+    examples = torch.tensor([[0.0], [0.5], [1.0]])
+    assert knee_threshold(curve, examples, "l2") == pytest.approx(0.75)
+
+
+def test_the_policy_knee_takes_the_knee() -> None:
+    """Where it lies between its bounds, it is neither of them."""
+    examples = cloud(12, 3)
+    features = torch.cat((cloud(50, 12), cloud(200, 13, 4.0)))
+    behaviour = Behaviour(name="some", kind="subset", targets=(0,))
+    recipe = FilterRecipe(policy="knee", metric="l2")
+    mask = select(recipe, behaviour, features, torch.zeros(250, dtype=torch.long), examples)
+    assert mask.threshold == knee_threshold(distances(features, examples, "l2"), examples, "l2")
+    own = leave_one_out(examples, "l2")
+    assert float(own.mean()) < (mask.threshold or 0) < float(own.max())
+
+
+def test_a_knee_at_the_examples_mean_distance_is_late_enough() -> None:
+    """The ladder climbs no further: the next knee would be above the largest distance of the examples."""
+    curve = torch.tensor([0.0, 0.3, 0.5, 0.55, 0.58, 0.8, 0.9, 0.95, 0.96, 0.97])
+    examples = torch.tensor([[0.0], [0.375], [0.75]])
+    assert leave_one_out(examples, "l2").tolist() == [0.5625, 0.375, 0.5625]
+    assert knee_threshold(curve, examples, "l2") == 0.5

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fsu_ray.errors import StorageError
 from fsu_ray.method import synthesize as synthesis
+from fsu_ray.method.augment import seeded
 from fsu_ray.method.fit import predict
 from fsu_ray.method.synthesize import Synthetic, entropy, starved_classes, synthesize, trustworthy
 from fsu_ray.recipes import SynthesizeRecipe
@@ -214,3 +217,40 @@ def test_an_empty_data_set_round_trips_and_strange_bytes_are_named() -> None:
         with pytest.raises(StorageError) as error:
             Synthetic.from_bytes(data)
         assert "\n" not in str(error.value)
+
+
+def test_the_last_class_is_counted_though_it_is_empty() -> None:
+    """The count has an entry for each class."""
+    _, metrics = synthesize(Judge(blind=2), Painter(), recipe(per_class=10, max_draws=25))
+    assert metrics == {"acceptance": [1.0, 1.0, 0.0], "count": [10, 10, 0]}
+
+
+def test_an_entropy_at_the_threshold_does_not_pass() -> None:
+    """Eq. 8: it must be below."""
+    uniform = [[0.0, 0.0, 0.0]] * 3
+    at = float(entropy(torch.zeros(1, 3)))
+    for threshold, passes in ((at, False), (at + 1e-6, True)):
+        passed, _, _ = trustworthy(Scripted(uniform), torch.zeros(1, 1, 16, 16), recipe(entropy_threshold=threshold))
+        assert passed.tolist() == [passes]
+
+
+def test_a_class_that_has_its_number_draws_no_more() -> None:
+    """One chunk of 250 is enough for 250; progress tells of the class that has least, and how many lacked samples."""
+    calls: list[tuple[int, int, dict[str, float]]] = []
+    asked = recipe(per_class=250)
+    synthesize(Judge(), Painter(), asked, on_step=lambda *values: calls.append(values))
+    assert calls == [(250, 250, {"lacking": 3.0})]
+
+
+def test_a_chunk_is_250_draws_with_a_seed_of_its_own() -> None:
+    """The first sample of the second chunk is drawn by the seed, the class and the chunk's number."""
+    made, _ = synthesize(Judge(), Painter(), recipe(per_class=251, seed=4))
+    z = torch.randn((250, Painter.latent), generator=seeded(4, 2, 1))
+    expected = (Painter()(z, torch.full((250,), 2)) * 255).round().byte()
+    assert torch.equal(made.pixels[made.condition == 2][250], expected[0])
+
+
+def test_the_artifact_is_compressed_by_zstd() -> None:
+    made, _ = synthesize(Judge(), Painter(), recipe())
+    column = pq.ParquetFile(pa.BufferReader(made.to_bytes())).metadata.row_group(0).column(0)
+    assert column.compression == "ZSTD"
