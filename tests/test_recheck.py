@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fsu_ray.errors import NotFound, StorageError, UserError
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw, write_samples
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import run_request
 from fsu_ray.recheck import recheck

@@ -18,8 +18,8 @@ from ray import tune
 from fsu_ray import search as search_module
 from fsu_ray.cluster import workers
 from fsu_ray.errors import FsuError, InvalidSamples, TransitionRefused, UserError
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw, read_samples, write_samples
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search import MARGIN, SearchOptions, SearchResult, _best, search, search_name

@@ -22,7 +22,7 @@ from fsu_ray.method.invert import (
     losses,
     tv_loss,
 )
-from fsu_ray.models.networks import observe
+from fsu_ray.models.hooks import observe
 from fsu_ray.recipes import InvertRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
