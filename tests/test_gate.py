@@ -156,7 +156,9 @@ def test_a_figure_that_is_no_number_is_refused() -> None:
 def test_a_share_of_unknown_number_counts_as_one_of_few() -> None:
     """Most must have left; there is no number by which it could count together with others."""
     assert refuse_result(report(0.4, None, counts={}), GATE) is None
-    assert (refuse_result(report(0.6, None, counts={}), GATE) or "").startswith("not_forgotten: samples_in_target 0.600")
+    assert (refuse_result(report(0.6, None, counts={}), GATE) or "").startswith(
+        "not_forgotten: samples_in_target 0.600"
+    )
 
 
 @pytest.mark.parametrize(("share", "refused"), [(0.0500004, False), (0.050004, True)])

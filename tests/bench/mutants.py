@@ -299,7 +299,9 @@ def _other_constants(node: ast.Constant, place: Place) -> Iterator[ast.AST]:
         yield ast.Constant(value - 1)
     elif isinstance(value, str) and value:
         parent, field = place.parent, place.field
-        key = (isinstance(parent, ast.Subscript) and field == "slice") or (isinstance(parent, ast.Dict) and field == "keys")
+        key = (isinstance(parent, ast.Subscript) and field == "slice") or (
+            isinstance(parent, ast.Dict) and field == "keys"
+        )
         key = key or (isinstance(parent, ast.Compare) and field in ("left", "comparators"))
         key = key or (isinstance(parent, ast.Call) and field == "args" and _name(parent.func) in ("get", "pop"))
         if key:

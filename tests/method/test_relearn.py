@@ -79,7 +79,9 @@ def test_samples_are_mirrored_only_for_a_model_that_allows_it(classifier: Callab
 
 def test_the_precision_is_that_of_the_recipe(classifier: Callable[..., Classifier]) -> None:
     network = classifier()
-    assert not torch.equal(relearned(network), relearned(network, recipe=RECIPE.model_copy(update={"precision": "bf16"})))
+    assert not torch.equal(
+        relearned(network), relearned(network, recipe=RECIPE.model_copy(update={"precision": "bf16"}))
+    )
 
 
 def test_progress_is_reported_after_each_epoch(classifier: Callable[..., Classifier]) -> None:
