@@ -1,8 +1,8 @@
-"""Every setting and every preset once. Read when asked for, never at import.
+"""Settings and presets. They are read when a function is called, never at import.
 
 Settings come from the environment (`FSU_HOME`, `FSU_LEDGER`, `FSU_ARTIFACTS`, `FSU_RUNS`, `FSU_WORKERS`), then
-`fsu.toml` in the working folder, then the defaults: everything in `.fsu/` below the working folder, and Ray's
-checkpoints below the artifacts where these are in a bucket. Unknown keys are refused.
+`fsu.toml` in the working folder, then the defaults: everything in `.fsu/` in the working folder, and Ray's
+checkpoints beside the artifacts where these are in a bucket. Unknown keys are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.recipes import Recipe
+from fsu_ray.recipes import Recipe, first_fault
 
 MOST_FAILURES = 3
 """A request whose run has broken this often, or whose worker has vanished, ends as failed."""
@@ -53,7 +53,7 @@ class Timings:
     scheduler_pass: float = 30.0
 
 
-# Literal presets: what differs from the defaults of `records.Recipe`.
+# The presets: what differs from the defaults of `recipes.Recipe`.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # Small images with little detail, e.g. scikit-learn's digits: what `fsu demo` uses.
@@ -62,8 +62,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "synthesize": {"per_class": 200},
         "relearn": {"epochs": 20, "lr": 0.003},
     },
-    # Networks with many BatchNorm layers, whose statistics would drown the other losses. By that entropy weight D' is
-    # surer of its classes, also where a sample looks like two of them.
+    # Networks with many BatchNorm layers. A lower weight keeps their statistics from drowning the other losses. The
+    # higher entropy weight makes samples of D' belong clearly to one class, even where they look like two.
     "deep": {
         "invert": {
             "steps": 1000,
@@ -71,7 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "filter": {"runner_up": 0.05},
     },
-    # Networks with dozens of BatchNorm layers, e.g. ResNet-50's 53: a BN loss that does not grow with them.
+    # Networks with dozens of BatchNorm layers, such as ResNet-50: the BN loss does not grow with their number.
     "very-deep": {
         "invert": {
             "steps": 400,
@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "filter": {"runner_up": 0.05},
     },
-    # Section 4 and appendix C.4: squared losses, its weights, labels of the current version, its filter.
+    # The paper's section 4 and appendix C.4: squared losses and their weights, labels of the current version, the knee.
     "paper": {
         "form": "paper",
         "invert": {
@@ -98,8 +98,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Where things lie: `ledger` is a SQLAlchemy URL, `artifacts` and `runs` (Ray's checkpoints) a folder or URI; and
-    how many `workers` a run has."""
+    """Where everything is stored, and how runs are made.
+
+    `ledger` is a SQLAlchemy URL. `artifacts` and `runs` (Ray's checkpoints) are folders or URIs. `recipe` is laid over
+    every preset. `workers` is the number of processes of a run.
+    """
 
     home: Path
     ledger: str
@@ -110,7 +113,7 @@ class Settings:
 
 
 def read_settings(folder: Path | None = None) -> Settings:
-    """The settings for `folder` (the working folder); raises InvalidConfig for a file that does not parse."""
+    """The settings for `folder`, by default the working folder; raises InvalidConfig for a bad file or value."""
     folder = (folder or Path.cwd()).resolve()
     file = folder / "fsu.toml"
     table: dict[str, Any] = {}
@@ -136,52 +139,52 @@ def read_settings(folder: Path | None = None) -> Settings:
     make_recipe("default", [recipe])
     workers = os.environ.get("FSU_WORKERS") or table.get("workers", 1)
     if not re.fullmatch(r"[1-9][0-9]{0,3}", str(workers)):
-        raise InvalidConfig(f"workers must be a number from 1 on, not {workers!r}: mend FSU_WORKERS or {file.name}")
+        raise InvalidConfig(f"workers must be a number from 1 on, not {workers!r}: change FSU_WORKERS or {file.name}")
     return Settings(home, ledger, artifacts, _place(folder, runs), recipe, int(workers))
 
 
 def _place(folder: Path, text: str) -> str:
-    """An absolute folder, seen from `folder`, or a URI as it is."""
+    """`text` as an absolute folder, relative to `folder`, or unchanged where it is a URI."""
     return text if "://" in text else str((folder / Path(text).expanduser()).resolve())
 
 
 def _runs_beside(artifacts: str, home: Path) -> str:
-    """Where checkpoints lie if nobody says: with the artifacts in a bucket, so that one permission does for both."""
+    """The default for checkpoints: in the bucket of the artifacts, so that one permission is enough, else in `home`."""
     return (
         below(artifacts, "runs") if "://" in artifacts and not artifacts.startswith("file://") else str(home / "runs")
     )
 
 
 def below(place: str, name: str) -> str:
-    """The folder of that name in a folder or a URI."""
+    """The folder `name` in a folder or a URI; query options of the URI are kept."""
     folder, mark, options = place.partition("?") if "://" in place else (place, "", "")
     return f"{folder.rstrip('/')}/{name}{mark}{options}"
 
 
 def sqlite_url(file: Path) -> str:
-    """The SQLAlchemy URL of an SQLite file, whatever signs are in its path."""
+    """The SQLAlchemy URL of an SQLite file; characters of its path are escaped."""
     return f"sqlite:///{quote(str(file))}"
 
 
 def make_recipe(preset: str, changes: Iterable[dict[str, Any]] = ()) -> Recipe:
-    """The recipe named `preset` with `changes` (nested dictionaries) laid over it in turn.
+    """The preset with `changes` (nested dictionaries) laid over it in turn.
 
-    Raises InvalidConfig naming the first key or value that is wrong.
+    Raises InvalidConfig for an unknown preset, and for the first key or value that is wrong.
     """
     if preset not in PRESETS:
         raise InvalidConfig(f"no recipe {preset!r}: use {', '.join(PRESETS)}")
-    return _laid_over(PRESETS[preset], changes)
+    return _merged(PRESETS[preset], changes)
 
 
 def change_recipe(recipe: Recipe, changes: Iterable[dict[str, Any]]) -> Recipe:
     """`recipe` with `changes` laid over it in turn; raises as `make_recipe` does."""
-    return _laid_over(recipe.model_dump(mode="json"), changes)
+    return _merged(recipe.model_dump(mode="json"), changes)
 
 
 def differences(recipe: Recipe, other: dict[str, Any]) -> dict[str, Any]:
-    """The values of `other` (nested dictionaries) that are not those of `recipe`, by keys such as `invert.steps`."""
-    own = _flat(recipe.model_dump(mode="json"))
-    return {key: value for key, value in _flat(other).items() if own.get(key) != value}
+    """The values of `other` (nested dictionaries) that differ from `recipe`, by keys such as `invert.steps`."""
+    values = _flat(recipe.model_dump(mode="json"))
+    return {key: value for key, value in _flat(other).items() if values.get(key) != value}
 
 
 def _flat(nested: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -191,18 +194,17 @@ def _flat(nested: dict[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def _laid_over(merged: dict[str, Any], changes: Iterable[dict[str, Any]]) -> Recipe:
+def _merged(values: dict[str, Any], changes: Iterable[dict[str, Any]]) -> Recipe:
     for change in changes:
-        merged = _merge(merged, change)
+        values = _merge(values, change)
     try:
-        return Recipe.model_validate(merged)
+        return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidConfig(f"recipe: {'.'.join(str(p) for p in first['loc']) or 'value'}: {first['msg']}") from None
+        raise InvalidConfig(f"recipe: {first_fault(error)}") from None
 
 
 def parse_change(text: str) -> dict[str, Any]:
-    """`invert.steps=100` as a nested dictionary; the value is JSON, else a string."""
+    """`invert.steps=100` as a nested dictionary. A value that is not JSON is a string. Raises InvalidConfig."""
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise InvalidConfig(f"--set takes KEY=VALUE such as invert.steps=300, got {text!r}")
@@ -217,8 +219,8 @@ def parse_change(text: str) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
+    merged = dict(base)
     for key, value in change.items():
-        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merge(out[key], value) if nested else value
-    return out
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged

@@ -1,4 +1,4 @@
-"""What people see: tables, progress, JSON. Bars on a terminal, plain lines without one."""
+"""What people see: tables, progress, JSON. Progress is shown as bars on a terminal, else as plain lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from fsu_ray.records import Behaviour, Status
 
-WIDTH = 160  # of tables where no terminal says how wide it is
+WIDTH = 160  # of tables, where standard output is no terminal
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else WIDTH)
@@ -35,7 +35,7 @@ REQUEUED = "what was running is queued again and goes on from its last checkpoin
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
+    """A whole number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise ValueError
@@ -43,7 +43,7 @@ def positive(text: str) -> int:
 
 
 def plain(value: Any) -> Any:
-    """Records as JSON can hold them."""
+    """Records as values that JSON can hold."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
@@ -56,63 +56,64 @@ def plain(value: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output."""
     sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A table of text; numbers stand on the right."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    """A table of text; columns of numbers are aligned on the right."""
+    result = Table(title=title, title_justify="left", title_style="bold")
     rows = [list(row) for row in rows]
     for i, column in enumerate(columns):
         right = bool(rows) and all(isinstance(row[i], int | float) or row[i] in (None, "") for row in rows)
-        made.add_column(column, justify="right" if right else "left")
+        result.add_column(column, justify="right" if right else "left")
     for row in rows:
-        made.add_row(*("" if cell is None else str(cell) for cell in row))
-    return made
+        result.add_row(*("" if cell is None else str(cell) for cell in row))
+    return result
 
 
 def percent(share: float | None) -> str:
-    """A share as a percentage with two decimals; a dash for none."""
+    """A share as a percentage with two decimals; a dash for None."""
     return "-" if share is None else f"{100 * share:.2f}"
 
 
 def when(moment: datetime | None) -> str:
-    """A moment for people, in local time."""
+    """A time for people, in the local time zone; empty for None."""
     return "" if moment is None else moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 class Watcher:
-    """Turns `tell(stage, done, total, figures)` into bars or lines."""
+    """Shows the progress of runs as bars or as lines. Its method `tell` is a `records.ProgressCallback`."""
 
     def __init__(self, bars: Progress | None) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
-        self._spoken: dict[str, float] = {}
+        self._printed_at: dict[str, float] = {}
 
     def begin(self) -> None:
-        """A new request: its stages get bars of their own."""
+        """Begin with another request: its stages get new bars."""
         self._tasks.clear()
-        self._spoken.clear()
+        self._printed_at.clear()
 
     def tell(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        """A stage has come to `done` of `total`."""
-        said = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+        """Show that a stage has done `done` of `total` steps."""
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         if self._bars is not None:
             task = self._tasks.get(stage)
             if task is None:
+                self._bars.start()
                 task = self._tasks[stage] = self._bars.add_task(stage, total=total, metrics="")
-            self._bars.update(task, completed=done, total=total, metrics=said)
+            self._bars.update(task, completed=done, total=total, metrics=shown)
             return
         now = time.monotonic()
-        if done == total or now - self._spoken.setdefault(stage, now) >= QUIET_SECONDS:
-            self._spoken[stage] = now
-            err.print(f"  {stage} {done}/{total}  {said}")
+        if done == total or now - self._printed_at.setdefault(stage, now) >= QUIET_SECONDS:
+            self._printed_at[stage] = now
+            err.print(f"  {stage} {done}/{total}  {shown}")
 
 
 @contextmanager
 def watching() -> Iterator[Watcher]:
-    """A `Watcher` for standard error: bars with time left on a terminal, lines otherwise."""
+    """A `Watcher` that prints on standard error."""
     if not err.is_terminal:
         yield Watcher(None)
         return
@@ -122,10 +123,14 @@ def watching() -> Iterator[Watcher]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[metrics]}"),
     )
-    with Progress(*columns, console=err) as bars:
+    bars = Progress(*columns, console=err)  # `tell` starts it, so that nothing is drawn where nothing runs
+    try:
         yield Watcher(bars)
+    finally:
+        if bars.live.is_started:
+            bars.stop()
 
 
 def print_result(result: Any) -> None:
@@ -188,38 +193,41 @@ def _auc(value: float | None) -> str:
 
 
 def accuracy_table(results: Sequence[Any], classes: int, earlier: Iterable[Behaviour] = ()) -> Table | None:
-    """Test accuracy by class before the first request and after each; None without a test set. `earlier` was gone
-    before."""
+    """Test accuracy by class before the first request and after each; None without a test set.
+
+    `earlier` are the behaviours that were erased before the first request.
+    """
     reports = [(r.request.behaviour, r.report) for r in results if r.report]
     reports = [(b, report) for b, report in reports if report.get("test")]
     if not reports:
         return None
     steps = [("before", reports[0][1]["test"]["before"])]
     steps += [(f"after {behaviour.name}", report["test"]["after"]) for behaviour, report in reports]
-    gone = [{target for behaviour in earlier if behaviour.kind == "class" for target in behaviour.targets}]
+    erased_classes = [{target for behaviour in earlier if behaviour.kind == "class" for target in behaviour.targets}]
     for behaviour, _ in reports:
-        gone.append(gone[-1] | (set(behaviour.targets) if behaviour.kind == "class" else set()))
+        targets = set(behaviour.targets) if behaviour.kind == "class" else set()
+        erased_classes.append(erased_classes[-1] | targets)
     rows = []
     for k in range(classes):
-        label = f"class {k}" + (" (erased)" if k in gone[-1] else "")
+        label = f"class {k}" + (" (erased)" if k in erased_classes[-1] else "")
         rows.append([label, *(percent(step["by_class"][k]) for _, step in steps)])
     for label, erased in (("mean of what is kept", False), ("mean of what is erased", True)):
         means = []
-        for (_, step), away in zip(steps, gone, strict=True):
-            found = [v for k, v in enumerate(step["by_class"]) if v is not None and (k in away) == erased]
-            means.append(percent(sum(found) / len(found)) if found else "-")
+        for (_, step), classes_then in zip(steps, erased_classes, strict=True):
+            values = [v for k, v in enumerate(step["by_class"]) if v is not None and (k in classes_then) == erased]
+            means.append(percent(sum(values) / len(values)) if values else "-")
         rows.append([label, *means])
     return table("Accuracy on the test split, %", ["", *(name for name, _ in steps)], rows)
 
 
 def history_table(model: str, events: Iterable[Mapping[str, Any]]) -> Table:
-    """The ledger's history of a model."""
+    """The history of a model as a table."""
     rows = []
     for event in events:
         detail = {k: v for k, v in event["detail"].items() if v is not None}
-        said = ", ".join(f"{k} {v[:12] if k in ('weights',) else v}" for k, v in detail.items())
+        shown = ", ".join(f"{k} {v[:12] if k == 'weights' else v}" for k, v in detail.items())
         version = "" if event["version"] is None else str(event["version"])
-        rows.append([when(event["at"]), event["event"], version, event["request"] or "", said])
+        rows.append([when(event["at"]), event["event"], version, event["request"] or "", shown])
     return table(f"History of {model}", ["at", "event", "version", "request", "detail"], rows)
 
 
@@ -246,6 +254,6 @@ def _outcome_json(result: Any) -> dict[str, Any] | None:
 
 
 def exit_code(results: Iterable[Any]) -> int:
-    """What a process that ran requests ends with: 1 one failed or waits again, 4 one was rejected, 0 all succeeded."""
+    """The exit code after requests ran: 1 a request failed or is queued again, 4 one was rejected, 0 all succeeded."""
     states = {result.request.status for result in results}
     return 1 if states & {Status.FAILED, Status.QUEUED} else 4 if Status.REJECTED in states else 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fsu_ray import console
-from fsu_ray.app import App
-from fsu_ray.pipeline import Result, WorkerOptions
-from fsu_ray.records import Behaviour, Model
+from fsu_ray.records import Behaviour, Model, Request
+from fsu_ray.service import Service
+
+if TYPE_CHECKING:
+    from fsu_ray.pipeline import Result
 
 EPOCHS = 30
 SAMPLES = 8
@@ -18,62 +20,54 @@ ERASED = (8, 3)
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a demo did."""
+class Demo:
+    """The model of a demo and the results of its requests."""
 
     model: Model
     results: list[Result]
 
 
-def demo(app: App, watcher: Any, seed: int = 0, cpus: int | None = None) -> Shown:
-    """Train, register, erase one class from 8 samples, then another; a second demo takes a new name."""
+def demo(service: Service, watcher: console.Watcher, seed: int = 0, cpus: int | None = None) -> Demo:
+    """Train and register a model, erase a class from 8 samples, then another. Each demo takes a new name."""
     from fsu_ray.method.datasets import draw, load, write_samples
 
-    name = _free_name(app)
+    name = _free_name(service)
     console.err.print(f"1. train LeNet5 on scikit-learn's digits ({EPOCHS} epochs)")
     watcher.begin()
-    spec, weights = app.train(
-        "digits",
-        "lenet5",
-        EPOCHS,
-        seed,
-        on_progress=lambda done, total, metrics: watcher.tell("train", done, total, metrics),
-    )
-    model = app.register(name, spec, weights, test_set="digits")
+    spec, weights = service.train("digits", "lenet5", EPOCHS, seed, on_progress=watcher.tell)
+    model = service.models.register(name, spec, weights, test_set="digits")
     console.err.print(f"2. registered as {name}, version 1")
     images = load("digits", "train", spec.shape)
     for target in ERASED:
-        folder = app.settings.home / "demo" / name / f"class-{target}"
+        folder = _samples(service, name, target)
         write_samples(images.pixels[draw(images, [target], SAMPLES, seed)], folder)
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
-        app.submit(name, behaviour, str(folder), app.recipe("digits"))
+        service.requests.submit(name, behaviour, folder, service.recipes.preset("digits"))
         console.err.print(f"   queued: erase class {target}, from {SAMPLES} samples in {folder}")
     console.err.print("3. run both on Ray (starting it takes some seconds)")
 
-    def started(request: Any) -> None:
+    def on_claim(request: Request) -> None:
         watcher.begin()
         console.err.print(f"   request {request.id}: {request.behaviour.name}")
 
-    with app.on_ray(watcher.tell, cpus) as execute:
-        results = app.run(execute, WorkerOptions(model=name), started)
-    return Shown(model, results)
+    return Demo(model, service.run(model=name, cpus=cpus, on_progress=watcher.tell, on_claim=on_claim))
 
 
-def print_demo(app: App, shown: Shown) -> None:
-    """The result as people want to see it."""
-    out, name = console.out, shown.model.name
+def print_demo(service: Service, done: Demo) -> None:
+    """Print the results of a demo, and the commands to type next."""
+    out, name = console.out, done.model.name
     out.print()
-    for result in shown.results:
+    for result in done.results:
         console.print_result(result)
-    made = console.accuracy_table(shown.results, shown.model.spec.classes)
-    if made is not None:
-        out.print(made)
-    first, *later = [sum(r.outcome.seconds.values()) for r in shown.results if r.outcome]
+    accuracy = console.accuracy_table(done.results, done.model.spec.classes)
+    if accuracy is not None:
+        out.print(accuracy)
+    first, *later = [sum(r.outcome.seconds.values()) for r in done.results if r.outcome]
     if later:
         out.print(f"The first request took {first:.1f} s of method, the second, with its generator, {later[0]:.1f} s.")
-    out.print(console.history_table(name, app.ledger.models.history(name)))
-    out.print(f"Ledger {app.settings.ledger}, artifacts {app.settings.artifacts}")
-    samples = shlex.quote(str(_relative(app.settings.home / "demo" / name / f"class-{ERASED[0]}")))
+    out.print(console.history_table(name, service.models.history(name)))
+    out.print(service.places())
+    samples = shlex.quote(str(_relative(_samples(service, name, ERASED[0]))))
     out.print("Type next:")
     out.print(f"  fsu history {name}")
     out.print(f"  fsu model show {name}")
@@ -86,12 +80,16 @@ def print_demo(app: App, shown: Shown) -> None:
     )
 
 
+def _samples(service: Service, model: str, target: int) -> Path:
+    return service.settings.home / "demo" / model / f"class-{target}"
+
+
 def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _free_name(app: App) -> str:
-    taken = {model.name for model in app.ledger.models.all()}
+def _free_name(service: Service) -> str:
+    taken = {model.name for model in service.models.all()}
     name, number = "digits-demo", 1
     while name in taken:
         number += 1

@@ -1,36 +1,36 @@
-"""Every error that fsu_ray raises on purpose. The message is one line and says what to do next.
+"""Every error that fsu_ray raises on purpose. The message is one line that says what is wrong and what to do.
 
     FsuError                      exit 1
-    ├── UserError                 exit 2   the caller can mend it
+    ├── UserError                 exit 2   wrong input: nothing was written
     │   ├── NotFound                       no such model, version, request, generator
     │   ├── AlreadyExists                  a name that is taken
-    │   ├── AlreadyErased                  the behaviour is gone already
+    │   ├── AlreadyErased                  the behaviour is erased already
     │   ├── InvalidBehaviour               target classes that cannot be erased
     │   ├── InvalidSamples                 target samples that cannot be read or do not fit the model
-    │   ├── GeneratorUnfit                 a generator that cannot serve the request that asks for it
-    │   ├── InvalidWeights                 weights that do not fit, are cut short, or are not safetensors
+    │   ├── GeneratorUnfit                 a named generator that cannot serve its request
+    │   ├── InvalidWeights                 weights that do not fit, are truncated, or are not safetensors
     │   ├── UnsupportedModel               no such architecture, or one that cannot be inverted
     │   ├── InvalidData                    a data set that cannot be read
     │   └── InvalidConfig                  settings or a recipe that do not parse, an unusable folder or ledger
     ├── StorageError              exit 2   artifacts: not writable, disk full, missing, or not what their digest says
-    │   └── LedgerUnavailable              the ledger's database is away or locked: what was asked may be tried again
+    │   └── LedgerUnavailable              the ledger's database does not answer or is locked: try again
     ├── ClusterUnavailable        exit 2   no Ray head answers, or it refuses the token
-    ├── TransitionRefused         exit 1   a guarded update matched nothing: somebody else was faster
+    ├── TransitionRefused         exit 1   a record is not in the state that the action needs
     │   └── LeaseLost                      this worker's claim on a request has ended
     ├── Stopped                   exit 1   a run ended at its next step because it was told to
     ├── AuditFailed               exit 3   the ledger, an artifact or a bundle is not what the audit chain says
     └── RunFailed                 exit 1   a Ray run broke
 
-All of them take one message, so they survive pickling between Ray processes unchanged.
+Each takes one message, so that pickling between Ray processes does not change it.
 """
 
 from __future__ import annotations
 
 
 class FsuError(Exception):
-    """Root of all errors raised on purpose; `exit_code` is what the command line ends with.
+    """Root of all errors raised on purpose. `exit_code` is that of the command line.
 
-    `agreed`: every process of a run has raised it, so none of them waits for another.
+    `agreed`: every process of a run has raised this error, so no process waits for another.
     """
 
     exit_code = 1
@@ -38,7 +38,7 @@ class FsuError(Exception):
 
 
 class UserError(FsuError):
-    """The caller can mend this: nothing was written."""
+    """Wrong input, which the caller can correct. Nothing was written."""
 
     exit_code = 2
 
@@ -52,11 +52,11 @@ class AlreadyExists(UserError):
 
 
 class AlreadyErased(UserError):
-    """The behaviour is already gone from the current version."""
+    """The behaviour is already erased from the current version."""
 
 
 class InvalidBehaviour(UserError):
-    """Target classes out of range, all classes at once, or none."""
+    """Target classes that are out of range, are all classes of the model, or are none."""
 
 
 class InvalidSamples(UserError):
@@ -64,15 +64,15 @@ class InvalidSamples(UserError):
 
 
 class GeneratorUnfit(UserError):
-    """The generator that a request asks for is retired, sealed, or draws something else than the model takes."""
+    """The generator that a request names is retired or sealed, or its images do not fit the model."""
 
 
 class InvalidWeights(UserError):
-    """Weights that do not fit the architecture, are cut short, or are not safetensors."""
+    """Weights that do not fit the architecture, are truncated, or are not safetensors."""
 
 
 class UnsupportedModel(UserError):
-    """An unknown architecture, or one without what the inversion needs."""
+    """An unknown architecture, or one without the BatchNorm layers that the inversion needs."""
 
 
 class InvalidData(UserError):
@@ -90,7 +90,7 @@ class StorageError(FsuError):
 
 
 class LedgerUnavailable(StorageError):
-    """The ledger's database is away or locked; what was asked may be tried again."""
+    """The ledger's database does not answer or is locked. The same call may succeed later."""
 
 
 class ClusterUnavailable(FsuError):
@@ -100,15 +100,15 @@ class ClusterUnavailable(FsuError):
 
 
 class TransitionRefused(FsuError):
-    """A guarded update matched nothing: the row was no longer in the state it had to be in."""
+    """A record is not, or no longer, in the state that the action needs."""
 
 
 class LeaseLost(TransitionRefused):
-    """The claim of this worker on its request ended before its work did."""
+    """This worker's claim on its request ended before its work did."""
 
 
 class Stopped(FsuError):
-    """A run was told to stop, and has at its next step."""
+    """A run was told to stop, and ended at its next step."""
 
 
 class AuditFailed(FsuError):
@@ -118,4 +118,4 @@ class AuditFailed(FsuError):
 
 
 class RunFailed(FsuError):
-    """A Ray run broke; the message names its cause, the log holds the rest."""
+    """A Ray run broke. The message names the cause; Ray's log holds the rest."""

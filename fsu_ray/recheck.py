@@ -1,8 +1,7 @@
-"""Whether what was erased is still gone: the probes of a version's erasures, measured again on its weights."""
+"""Is a behaviour that was erased still erased? Measures the probes of a version's erasures again on its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,15 +14,17 @@ from fsu_ray.storage.ledger import Ledger
 from fsu_ray.storage.models import Measured
 
 if TYPE_CHECKING:
+    from fsu_ray.method.context import ProgressCallback
     from fsu_ray.models.networks import Classifier
-
-ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
 class RecheckResult:
-    """An erasure measured again: `recorded` is the share of its probes in a target class when it was erased, `share`
-    the one now, None without any probe."""
+    """An erasure measured again on `probes` samples.
+
+    `recorded`: the share of probes in a target class when the behaviour was erased. `share`: the share now, None
+    without probes. `passed`: whether the behaviour still counts as erased.
+    """
 
     erasure: Erasure
     probes: int
@@ -35,11 +36,11 @@ class RecheckResult:
 def recheck(
     ledger: Ledger, artifacts: Artifacts, reference: str, actor: str, on_progress: ProgressCallback | None = None
 ) -> tuple[Model, ModelVersion, list[RecheckResult]]:
-    """Measure every erasure in force at `reference` (`Ledger.models.resolve`) on that version's weights, oldest first.
+    """Measure every erasure in force at `reference` (see `Ledger.models.resolve`) on that version's weights.
 
-    All are measured before any is recorded. An erasure passes by the rule that later requests must keep to, with the
-    bounds of its own recipe. Raises NotFound, UserError for an actor that is none, and StorageError where the weights
-    or the probes of an erasure are missing.
+    Returns the results, oldest erasure first. All are measured before any is recorded in the ledger. An erasure passes
+    if the gate would let a later request pass, with the bounds of the erasure's own recipe. Raises NotFound, UserError
+    for an invalid actor, and StorageError if the weights or the probes of an erasure are missing.
     """
     check_actor(actor)
     model, version = ledger.models.resolve(reference)
@@ -48,14 +49,14 @@ def recheck(
         return model, version, []
     classifier = _classifier(artifacts, model, version)
     gates = {request.id: request.recipe.gate for request in ledger.requests.all(model.name)}
-    found = []
+    results = []
     for done, erasure in enumerate(erasures, 1):
-        found.append(_measure(artifacts, classifier, erasure, gates[erasure.request]))
+        results.append(_measure(artifacts, classifier, erasure, gates[erasure.request]))
         if on_progress:
             on_progress("recheck", done, len(erasures), {})
-    measured = [Measured(each.erasure.id, each.probes, each.share, each.passed) for each in found]
+    measured = [Measured(result.erasure.id, result.probes, result.share, result.passed) for result in results]
     ledger.models.record_rechecks(model.name, version.number, measured, actor)
-    return model, version, found
+    return model, version, results
 
 
 def _classifier(artifacts: Artifacts, model: Model, version: ModelVersion) -> Classifier:
@@ -73,11 +74,11 @@ def _measure(artifacts: Artifacts, classifier: Classifier, erasure: Erasure, gat
     pixels = load_samples(artifacts.get(erasure.probes))
     share = share_in(predict(classifier, pixels), erasure.behaviour.targets)
     recorded = (erasure.report.get("forgetting") or {}).get("probes_in_target") or 0.0
-    return RecheckResult(erasure, len(pixels), recorded, share, _still_gone(erasure, share, recorded, gate))
+    return RecheckResult(erasure, len(pixels), recorded, share, _still_erased(erasure, share, recorded, gate))
 
 
-def _still_gone(erasure: Erasure, share: float | None, recorded: float, gate: GateRecipe) -> bool:
-    """What `gate` would say of this erasure if it were one of the earlier ones of a request."""
-    prior = {"behaviour": erasure.behaviour.name, "probes_in_target": share, "recorded": recorded}
+def _still_erased(erasure: Erasure, share: float | None, recorded: float, gate: GateRecipe) -> bool:
+    """Whether `gate` would pass a request that had this erasure as an earlier one."""
+    earlier = {"behaviour": erasure.behaviour.name, "probes_in_target": share, "recorded": recorded}
     nothing = {"samples_in_target": None, "probes_in_target": None}
-    return refuse_result({"forgetting": nothing, "earlier": [prior], "retention": {"agreement": 1.0}}, gate) is None
+    return refuse_result({"forgetting": nothing, "earlier": [earlier], "retention": {"agreement": 1.0}}, gate) is None

@@ -1,12 +1,12 @@
-"""The vocabulary of fsu_ray: frozen records that every layer passes on and none changes.
+"""The records of fsu_ray, all frozen. This module knows nothing of torch, Ray or SQL.
 
-This module knows nothing of torch, Ray or SQL. What people write (here and in `recipes`) is a pydantic
-model; everything that the ledger hands out is a plain frozen dataclass.
+Records that people write (here and in `recipes`) are pydantic models, which check their values. Records that the
+ledger returns are plain dataclasses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -19,13 +19,16 @@ from fsu_ray.recipes import Frozen, Recipe
 Digest = NewType("Digest", str)
 """The SHA-256 of an artifact's bytes or of a recipe, as 64 hexadecimal digits."""
 
+ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
+"""Called with a stage, how many of its steps are done, how many there are, and metrics by name."""
+
 Kind = Literal["class", "subset"]
 GeneratorUse = Literal["trained", "reused", "warm_started", "transferred"]
 GeneratorOrigin = Literal["trained", "warm_started", "transferred", "imported"]
 
 
 class Status(StrEnum):
-    """The states of a request; `TRANSITIONS` says which may follow which."""
+    """The states of a request; `TRANSITIONS` says which state may follow which."""
 
     SUBMITTED = "submitted"
     AWAITING_APPROVAL = "awaiting_approval"
@@ -38,7 +41,7 @@ class Status(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether a request in this state never changes again."""
+        """Whether a request in this state has ended: it never changes again."""
         return not TRANSITIONS[self]
 
 
@@ -55,10 +58,10 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
 
 
 class ModelSpec(Frozen):
-    """What is needed to build a model line's network and feed it: everything but the weights.
+    """The network of a model without its weights: the architecture, its input and its number of classes.
 
-    `mean` and `std` normalise pixels in [0, 1], one value a channel. `flip` says whether the
-    classifier was trained with horizontal flips, which the augmentations of eq. 4 and 8 then include.
+    `mean` and `std` normalise pixels in [0, 1]: one value, or one for each channel. `flip`: the classifier was trained
+    with horizontal flips, so the augmentations of eq. 4 and 8 include them.
     """
 
     arch: str
@@ -88,7 +91,7 @@ class ModelSpec(Frozen):
 
 
 class Behaviour(Frozen):
-    """What is to be erased. `class`: the target classes as a whole; `subset`: some samples wrongly given them."""
+    """What is to be erased. `class`: the whole target classes. `subset`: some samples that are wrongly given them."""
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$")
     kind: Kind
@@ -105,10 +108,17 @@ class Behaviour(Frozen):
 ACTOR = r"^[A-Za-z0-9][A-Za-z0-9_.:/-]{0,99}$"
 """An opaque id of a person or a process. Not an e-mail address or a full name: the ledger holds no personal data."""
 
+OPERATOR = "operator"
+"""The actor of an action for which nobody is named."""
+
 
 class Terms(Frozen):
-    """How a request is to be treated. `key` makes submissions of one model the same; without one it is derived.
-    `generator` is the id of the one that is to serve it, and no other: of its model, or of another one."""
+    """How a request is to be treated.
+
+    `key`: repeated submissions with this key return the same request; without it, one is derived from the behaviour and
+    the samples. `not_before`, `due_at`: the earliest start and the deadline. `generator`: the id of the only generator
+    that may serve the request; it may be another model's.
+    """
 
     key: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$")
     priority: int = Field(0, ge=-1000, le=1000, description="higher is earlier")
@@ -125,13 +135,15 @@ class Terms(Frozen):
 
 
 class Policy(Frozen):
-    """What a model line wants done besides its erasures; `Ledger.models.set_policy` keeps every one there was."""
+    """The policy of a model: approval of requests, and retention. The ledger keeps every earlier policy."""
 
-    approval: bool = Field(False, description="requests wait for the approval of somebody else than the requester")
-    samples_days: float | None = Field(None, ge=0, le=36500, description="samples are purged so long after the end")
+    approval: bool = Field(False, description="requests wait for the approval of another person than the requester")
+    samples_days: float | None = Field(
+        None, ge=0, le=36500, description="target samples are purged so many days after the end of their request"
+    )
     generators: Literal["keep", "retire-after-erasure", "max-age"] = "keep"
     generator_days: float | None = Field(None, gt=0, le=36500, description="the age for generators = max-age")
-    seal: Literal["dataset", "root"] = Field("dataset", description="what a seal destroys: D' and G, or the root too")
+    seal: Literal["dataset", "root"] = Field("dataset", description="what a seal deletes: D' and G, or the root too")
 
     @model_validator(mode="after")
     def _age(self) -> Policy:
@@ -167,7 +179,11 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class Request:
-    """A request to erase a behaviour; the only record whose row changes."""
+    """A request to erase a behaviour. It is the only record that changes: `changes` counts how often it has.
+
+    `samples` is the digest of the target samples. `batch_leader` is the request in whose run this one is carried out.
+    `failures` counts attempts that broke; `retry_at` is when the next may begin. `cancel_by` is who wants it cancelled.
+    """
 
     id: str
     model: str
@@ -199,13 +215,13 @@ class Request:
     changes: int
 
     def overdue(self, moment: datetime) -> bool:
-        """Whether it was due before `moment` and had not ended by then."""
+        """Whether its deadline was before `moment`, and before its end."""
         return self.due_at is not None and self.due_at < (self.finished_at or moment)
 
 
 @dataclass(frozen=True)
 class RequestEvent:
-    """A step of a request between two states; the first has no `old`."""
+    """A step of a request from the state `old` to `new`; the first step has no `old`."""
 
     request: str
     number: int
@@ -219,11 +235,12 @@ class RequestEvent:
 
 @dataclass(frozen=True)
 class Generator:
-    """A generator G and the D' drawn from it, with the figures that the gate judges them by.
+    """A generator G and the D' drawn from it, with the metrics that the gate judges them by.
 
-    One that is `imported` was made for no request; one that is `transferred` has the weights of `transferred_from`,
-    whose D' has other labels. `retired` says why it is not offered any more; `sealed` is the version as of which its
-    D' was rewritten (`dataset` is the new one then); `taints` counts the erasures since, all of which it can draw.
+    `weights` and `dataset` are the digests of G and of D'. `request` is None where it was imported. A transferred
+    generator has the weights of `transferred_from` and a D' with labels of its own model. `retired`: why it is no
+    longer offered. `sealed`: the version as of which its D' was rewritten; `dataset` is then the new D'. `taints`: the
+    number of erasures since its training, all of which it can still draw.
     """
 
     id: str
@@ -246,7 +263,7 @@ class Generator:
 
 @dataclass(frozen=True)
 class Erasure:
-    """Insert-only: this behaviour is gone as of this version. `mask` and `probes` are artifacts."""
+    """The record that a behaviour is erased as of a version. `samples`, `mask` and `probes` are digests."""
 
     id: str
     model: str
@@ -264,9 +281,9 @@ class Erasure:
 
 @dataclass(frozen=True)
 class SearchedRecipe:
-    """A recipe that a search found for the requests of one kind of a model, its score, and what the search measured.
+    """A recipe that a search found for the requests of one kind of a model, with its score and its measurements.
 
-    One without a recipe, and without a score, says that a preset serves again.
+    A record without a recipe and a score is a reset: requests take a preset again.
     """
 
     id: str
@@ -281,7 +298,10 @@ class SearchedRecipe:
 
 @dataclass(frozen=True)
 class Recheck:
-    """An erasure's probes measured again on a version: `share` of `probes` in a target class, None without any."""
+    """The probes of an erasure, measured again on a version.
+
+    `probes` is their number, `share` the share of them in a target class (None where there are none).
+    """
 
     erasure: str
     version: int
@@ -294,7 +314,7 @@ class Recheck:
 
 @dataclass(frozen=True)
 class AliasMove:
-    """An alias came to point to `version`; `previous` is where it pointed before."""
+    """A move of an alias to `version`. `previous` is the version it pointed to before."""
 
     model: str
     alias: str
@@ -308,7 +328,10 @@ class AliasMove:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the requests of a model are carried out: from each time of `cron` in `timezone` on, for `minutes`."""
+    """When the requests of a model are carried out: from each time of `cron` in `timezone` on, for `minutes`.
+
+    None for `max_requests` or `minutes`: there is no such bound.
+    """
 
     id: str
     model: str
@@ -324,7 +347,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Window:
-    """One firing of a schedule. `missed` counts the earlier times that it stands for besides its own."""
+    """One firing of a schedule. `missed` counts the earlier times of the schedule that this window stands for too."""
 
     schedule: str
     starts_at: datetime
@@ -338,7 +361,7 @@ class Window:
 
 @dataclass(frozen=True)
 class QueueStats:
-    """How many requests there are by (model, state), how many could begin now by model, and how many erasures by
+    """Counts of requests by (model, state), of requests that could begin now by model (`depth`), and of erasures by
     (model, use of their generator)."""
 
     requests: Mapping[tuple[str, str], int]
@@ -347,7 +370,7 @@ class QueueStats:
 
     @property
     def reuse_ratio(self) -> float | None:
-        """The share of all erasures that reused a generator, None where there are none."""
+        """The share of all erasures that reused a generator; None where there are no erasures."""
         total = sum(self.uses.values())
         reused = sum(number for (_, use), number in self.uses.items() if use == "reused")
         return reused / total if total else None

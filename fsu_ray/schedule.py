@@ -108,7 +108,7 @@ def next_start(schedule: Schedule, moment: datetime) -> datetime:
 
 
 def ends_at(schedule: Schedule, window: Window) -> datetime | None:
-    """When a window begins no more requests, None for never; a request that is running goes on to its end.
+    """The time from which a window begins no more requests, None for no end. A request that runs then is completed.
 
     `minutes` count from the window's start, even if it was opened late. A window that was opened after that end has its
     minutes from then on: requests missed at night are better carried out by day than a day late. Pause a schedule that

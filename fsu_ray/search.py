@@ -1,12 +1,12 @@
-"""The search for a model line's recipe: Ray Tune over `method.objective`, without any real data.
+"""The search for a better recipe for a model: Ray Tune over `method.objective`, without real data.
 
-    reference (one task) ──> trials: invert to a rung ──> score ──> ASHA: stop, or go on ──> the best ──> Found
+    reference (one task) ──> trials: invert to a rung ──> score ──> ASHA: stop, or go on ──> the best ──> SearchResult
 
-A trial is a plain function in one worker: it trains a generator by its recipe, and at every rung (a quarter, half and
-all of the inversion steps) draws a D', relearns on it, and reports what the recipe is worth. The recipe that the search
-begins with is measured beside them, to the end, so that what is found is no worse by the same measure.
+A trial is a function in one worker. It trains a generator by its recipe. At every rung (a quarter, half and all of the
+inversion steps) it draws a D', relearns on it, and reports the score of the recipe. The initial recipe is measured in
+the same way to the end, so the result of a search never scores below it.
 
-The search of a name finds its trials again: one whose driver has died goes on where it was.
+A search of the same name finds its trials again: after its driver has died it resumes.
 """
 
 from __future__ import annotations
@@ -31,23 +31,27 @@ from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 
 from fsu_ray.cluster import workers
-from fsu_ray.cluster.progress import ProgressListener, new_progress_actor
+from fsu_ray.cluster.progress import ProgressCallback, ProgressListener, new_progress_actor
 from fsu_ray.errors import FsuError, InvalidConfig, RunFailed, UserError
 from fsu_ray.recipes import Recipe
 from fsu_ray.search_space import Choices, Range, Space, apply, draw
 from fsu_ray.work import BlobStore, WorkOrder
 
 RUNGS = (0.25, 0.5, 1.0)
-"""When a trial reports, as shares of its inversion steps."""
+"""When a trial reports, as shares of the inversion steps."""
 
 MARGIN = 0.002
-"""By how much a recipe's score has to be above that of the first: a retention of .995 on 4,000 samples has a standard
-error of .001. A recipe that was better by .0002 was refused by the gate when a request used it."""
+"""By how much a score must exceed that of the initial recipe: a retention of .995 on 4,000 samples has a standard error
+of .001."""
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to search: that many `trials` over `space`, by chance or by Optuna, `seed` for the draws."""
+    """How to search.
+
+    `space`: the values that trials vary. `trials`: how many recipes to try. `optuna`: draw them by Optuna instead of
+    at random. `seed`: of the draws.
+    """
 
     space: Space
     trials: int = 16
@@ -57,11 +61,12 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to.
+    """The best recipe of a search and its score; the initial recipe unless another is better by MARGIN.
 
-    `evidence`: `name`, `trials`, `finished` (those that went to the end), `steps` (of inversion, of all trials, the
-    reference and the first recipe), `seconds` (of the process that ended it), `trial_seconds` (of all trials, whichever
-    process began them), `initial` and `best` (their parts, see `method.objective.Parts`), `values`.
+    `evidence` has the keys `name`; `trials`; `finished`: trials that were trained to the end; `steps`: inversion steps
+    of all trials, the reference and the initial recipe; `seconds`: of the process that ended the search;
+    `trial_seconds`: of all trials, whichever process started them; `initial` and `best`: the parts of their scores (see
+    `method.objective.Parts`); `values`: what the best recipe changes.
     """
 
     recipe: Recipe
@@ -70,62 +75,66 @@ class SearchResult:
 
     @property
     def better(self) -> bool:
-        """Whether it is better than the recipe that the search began with."""
+        """Whether the recipe is better than the initial one."""
         return bool(self.score > self.evidence["initial"]["score"])
 
 
-def search_name(order: WorkOrder, wanted: SearchOptions) -> str:
-    """The name under which a search keeps its trials: it stands for all that decides them."""
-    told = json.dumps({key: repr(line) for key, line in sorted(wanted.space.items())})
-    all_of_it = f"{order!r}{told}{wanted.optuna}{wanted.seed}{wanted.trials}"
-    return f"search-{hashlib.sha256(all_of_it.encode()).hexdigest()[:16]}"
+def search_name(order: WorkOrder, options: SearchOptions) -> str:
+    """The name under which a search keeps its trials: a digest of everything that decides them."""
+    space = json.dumps({key: repr(values) for key, values in sorted(options.space.items())})
+    text = f"{order!r}{space}{options.optuna}{options.seed}{options.trials}"
+    return f"search-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def search(
-    order: WorkOrder, store: BlobStore, place: tuple[Any, str], wanted: SearchOptions, on_progress: Any = None
+    order: WorkOrder,
+    store: BlobStore,
+    place: tuple[Any, str],
+    options: SearchOptions,
+    on_progress: ProgressCallback | None = None,
 ) -> SearchResult:
-    """Search for a recipe for `order` on the Ray that this process is connected to, `order.recipe` being the first.
+    """Search for a recipe for `order` on the Ray that this process is connected to; `order.recipe` is the initial one.
 
-    `place`: filesystem (None: this machine's) and folder of the trials. `tell(stage, done, total, figures)` hears of
-    the reference and of trials. Raises UserError for a space or an order that cannot be searched, RunFailed where no
-    trial came to an end.
+    `place`: the pyarrow filesystem (None: this machine's) and the folder of the trials. `on_progress(stage, done,
+    total, metrics)` is called for the stages `reference` and `rungs`. Raises InvalidConfig for fewer than one trial,
+    UserError for what cannot be searched, and RunFailed if no trial was completed.
     """
-    if wanted.trials < 1:
+    if options.trials < 1:
         raise InvalidConfig("a search needs at least one trial: give --trials 1 or more")
-    started, name = time.monotonic(), search_name(order, wanted)
-    use_gpu, each = workers.resources()
-    if wanted.optuna:
-        _optuna(wanted)  # whether it is there
-    line = new_progress_actor()
-    alone = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)}
-    best, heard = 0.0, 0
+    started, name = time.monotonic(), search_name(order, options)
+    use_gpu, share = workers.resources()
+    if options.optuna:
+        _optuna(options)  # raises if Optuna is not installed
+    actor = new_progress_actor()
+    best, reports = 0.0, 0
 
-    def hear(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        nonlocal best, heard
+    def report(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        nonlocal best, reports
         if stage == "trial":
-            best, heard = max(best, metrics["score"]), heard + 1
-            stage, done, total, metrics = "rungs", heard, len(RUNGS) * wanted.trials, {**metrics, "best": best}
+            best, reports = max(best, metrics["score"]), reports + 1
+            stage, done, total, metrics = "rungs", reports, len(RUNGS) * options.trials, {**metrics, "best": best}
         if on_progress:
             on_progress(stage, done, total, metrics)
 
-    never = threading.Event()  # Tune keeps what there is: nobody needs to stop before an interrupt ends it all
-    with ProgressListener(line, hear, never):
-        reference = ray.remote(**alone)(_reference).remote(order, store, line)
+    never = threading.Event()  # Tune saves its state, so an interrupt may end the search at once
+    with ProgressListener(actor, report, never):
+        whole = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0)}
+        reference = ray.remote(**whole)(_reference).remote(order, store, actor)
         ray.wait([reference])
-        share = {"cpu": 1, "gpu": 1} if use_gpu else {"cpu": 1}
-        first = ray.remote(num_cpus=1, num_gpus=share.get("gpu", 0))(_initial).remote(order, store, reference)
+        trial_share = {"cpu": 1, "gpu": 1} if use_gpu else {"cpu": 1}
+        first = ray.remote(num_cpus=1, num_gpus=trial_share.get("gpu", 0))(_initial).remote(order, store, reference)
         try:
             ray.get(reference)
-            trial = tune.with_parameters(_trial, order=order, store=store, reference=reference, line=line)
-            tuner = _tuner(tune.with_resources(trial, share), order, place, name, wanted)
-            with redirect_stdout(io.StringIO()):  # a restored tuner prints tables, whatever its verbosity
+            trial = tune.with_parameters(_trial, order=order, store=store, reference=reference, actor=actor)
+            tuner = _tuner(tune.with_resources(trial, trial_share), order, place, name, options)
+            with redirect_stdout(io.StringIO()):  # a restored tuner prints tables at any verbosity
                 results = workers.in_thread(tuner.fit, never, patience=0)
             initial = ray.get(first)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, FsuError) else RunFailed(str(error.cause))) from None
-        except (RayError, TuneError, OSError, ValueError) as error:  # a worker that is gone, a storage that is away
-            raise RunFailed(f"search {name} broke: {workers.cause(error)}; the same again goes on") from None
-    if len(results) != wanted.trials:  # Ray begins something else where it cannot read what there is
+        except (RayError, TuneError, OSError, ValueError) as error:  # a lost worker, unavailable storage
+            raise RunFailed(f"search {name} broke: {workers.cause(error)}; the same command resumes it") from None
+    if len(results) != options.trials:  # Ray starts another search if it cannot read the saved one
         raise RunFailed(
             f"search {name} cannot be read back from {place[1]}: delete its folder there, or take another --seed"
         )
@@ -133,7 +142,7 @@ def search(
 
 
 def _best(base: Recipe, initial: dict[str, Any], results: list[Any], name: str, seconds: float) -> SearchResult:
-    """The best of the recipes that were trained to the end, and of the one that the search began with."""
+    """The best of the initial recipe and of the recipes that were trained to the end."""
     rows = [result.metrics for result in results if result.metrics and "score" in result.metrics]
     if not rows:
         causes = [str(result.error).strip().splitlines()[-1] for result in results if result.error]
@@ -156,26 +165,26 @@ def _best(base: Recipe, initial: dict[str, Any], results: list[Any], name: str, 
     return SearchResult(apply(base, values), top["score"], {**evidence, "best": best, "values": values})
 
 
-def _tuner(trainable: Any, order: WorkOrder, place: tuple[Any, str], name: str, wanted: SearchOptions) -> Any:
-    """A new search, or the one of that name as it was left."""
+def _tuner(trainable: Any, order: WorkOrder, place: tuple[Any, str], name: str, options: SearchOptions) -> Any:
+    """A new search, or the saved one of that name."""
     filesystem, folder = place
     path = f"{folder}/{name}"
     if tune.Tuner.can_restore(path, storage_filesystem=filesystem):
-        known = {"resume_unfinished": True, "restart_errored": True, "storage_filesystem": filesystem}
-        return tune.Tuner.restore(path, trainable, **known)
+        resume = {"resume_unfinished": True, "restart_errored": True, "storage_filesystem": filesystem}
+        return tune.Tuner.restore(path, trainable, **resume)
     steps = order.recipe.invert.steps
     grace = max(1, int(RUNGS[0] * steps))
     asha = ASHAScheduler(time_attr="steps", max_t=steps, grace_period=grace, reduction_factor=2)
-    space, algorithm = _draws(wanted), None
-    if wanted.optuna:
-        space, algorithm = {key: _domain(line) for key, line in wanted.space.items()}, _optuna(wanted)
+    space, algorithm = _draws(options), None
+    if options.optuna:
+        space, algorithm = {key: _domain(values) for key, values in options.space.items()}, _optuna(options)
     return tune.Tuner(
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
             metric="score",
             mode="max",
-            num_samples=wanted.trials if wanted.optuna else 1,
+            num_samples=options.trials if options.optuna else 1,
             scheduler=asha,
             search_alg=algorithm,
         ),
@@ -190,49 +199,50 @@ def _tuner(trainable: Any, order: WorkOrder, place: tuple[Any, str], name: str, 
     )
 
 
-def _draws(wanted: SearchOptions) -> dict[str, Any]:
-    """All of the draws at once: the same for a seed, whoever runs them."""
-    rng = random.Random(wanted.seed)
-    return {"values": tune.grid_search([draw(wanted.space, rng) for _ in range(wanted.trials)])}
+def _draws(options: SearchOptions) -> dict[str, Any]:
+    """The values of all trials, drawn here so that a seed decides them."""
+    rng = random.Random(options.seed)
+    return {"values": tune.grid_search([draw(options.space, rng) for _ in range(options.trials)])}
 
 
-def _optuna(wanted: SearchOptions) -> Any:
+def _optuna(options: SearchOptions) -> Any:
     try:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
     except ImportError:
-        raise UserError("a search by Optuna needs it: pip install 'fsu_ray[search]'") from None
+        raise UserError("--optuna needs Optuna: pip install 'fsu_ray[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(metric="score", mode="max", seed=wanted.seed)
+    return OptunaSearch(metric="score", mode="max", seed=options.seed)
 
 
-def _domain(line: Range | Choices) -> Any:
-    if isinstance(line, tuple):
-        return tune.choice(list(line))
-    if line.low == line.high:
-        return tune.choice([int(line.low) if line.whole else line.low])
-    if line.whole:
-        return tune.randint(int(line.low), int(line.high) + 1)
-    return tune.loguniform(line.low, line.high) if line.log else tune.uniform(line.low, line.high)
+def _domain(values: Range | Choices) -> Any:
+    """The same entry of a space in Tune's terms."""
+    if isinstance(values, tuple):
+        return tune.choice(list(values))
+    if values.low == values.high:
+        return tune.choice([int(values.low) if values.whole else values.low])
+    if values.whole:
+        return tune.randint(int(values.low), int(values.high) + 1)
+    return tune.loguniform(values.low, values.high) if values.log else tune.uniform(values.low, values.high)
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trial was given to try."""
+    """The values of a trial, by keys such as `relearn.lr`; Optuna's configurations have no `values` above them."""
     return dict(config.get("values", config))
 
 
-def _reference(order: WorkOrder, store: BlobStore, line: Any) -> bytes:
-    """The reference D', in a worker."""
+def _reference(order: WorkOrder, store: BlobStore, actor: Any) -> bytes:
+    """The reference D', made in a worker."""
     from fsu_ray.method.objective import reference
 
-    line.tell.remote(("reference", 0, 1, {}))
-    made = reference(order, store, _device(), order.recipe)
-    line.tell.remote(("reference", 1, 1, {"samples": len(made)}))
-    return made.to_bytes()
+    actor.tell.remote(("reference", 0, 1, {}))
+    dataset = reference(order, store, _device(), order.recipe)
+    actor.tell.remote(("reference", 1, 1, {"samples": len(dataset)}))
+    return dataset.to_bytes()
 
 
 def _initial(order: WorkOrder, store: BlobStore, reference: bytes) -> dict[str, Any]:
-    """The parts of the recipe that the search begins with, in a worker."""
+    """The parts of the initial recipe's score, measured in a worker."""
     objective, run = _ready(order, store, reference, order.recipe)
     return asdict(objective.score(order.recipe, _train(objective, run, order.recipe, order.recipe.invert.steps)))
 
@@ -246,14 +256,14 @@ def _ready(order: WorkOrder, store: BlobStore, reference: bytes, recipe: Recipe)
     return objective, invert.begin(objective.teacher, recipe.invert)
 
 
-def _train(objective: Any, run: Any, recipe: Recipe, until: int, progress: Any = None) -> Any:
+def _train(objective: Any, run: Any, recipe: Recipe, until: int) -> Any:
     from fsu_ray.method import invert
 
-    return invert.invert(objective.teacher, recipe.invert, run, progress, until=until)
+    return invert.invert(objective.teacher, recipe.invert, run, until=until)
 
 
-def _trial(config: dict[str, Any], order: WorkOrder, store: BlobStore, reference: bytes, line: Any) -> None:
-    """One recipe: a report at every rung, with a checkpoint of the inversion."""
+def _trial(config: dict[str, Any], order: WorkOrder, store: BlobStore, reference: bytes, actor: Any) -> None:
+    """Train and score one recipe: a report and a checkpoint of the inversion at every rung."""
     import torch
 
     recipe = apply(order.recipe, _values(config))
@@ -268,14 +278,14 @@ def _trial(config: dict[str, Any], order: WorkOrder, store: BlobStore, reference
             continue
         generator = _train(objective, run, recipe, until)
         parts = asdict(objective.score(recipe, generator))
-        line.tell.remote(("trial", until, steps, {"score": parts["score"]}))
+        actor.tell.remote(("trial", until, steps, {"score": parts["score"]}))
         with tempfile.TemporaryDirectory() as folder:
             torch.save(run.state(), Path(folder) / "state.pt")
             tune.report({**parts, "steps": until}, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
 def _device() -> Any:
-    """Where this task or trial works, with its threads: a worker still has those of what it did before."""
+    """The device of this task or trial. Sets its number of threads: a worker keeps those of its last task."""
     import torch
 
     from fsu_ray.method.precision import default_device

@@ -1,6 +1,6 @@
-"""What a search varies in a recipe: a range or some choices for each of its values.
+"""What a search varies in a recipe: a range or a list of choices for each value.
 
-`SPACE` holds the default by the kind of behaviour; `--range` on the command line changes a line of it.
+`SPACE` holds the default for each kind of behaviour; `--range` on the command line changes one entry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fsu_ray.records import Kind
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`, evenly or, if `log`, evenly by order of magnitude; `whole` numbers alone."""
+    """Values from `low` to `high`: uniform, log-uniform if `log`, integers if `whole`."""
 
     low: float
     high: float
@@ -28,7 +28,7 @@ class Range:
     whole: bool = False
 
     def draw(self, rng: random.Random) -> float:
-        """One value by chance."""
+        """A random value."""
         if self.whole:
             return rng.randint(int(self.low), int(self.high))
         if self.log:
@@ -57,33 +57,36 @@ SPACE: dict[Kind, Space] = {
         **_SHARED,
         "synthesize.entropy_threshold": Range(
             0.8, 1.8
-        ),  # below, D' has nothing of a subset (`recipes.SynthesizeRecipe`)
+        ),  # below, D' has no samples of a subset (`recipes.SynthesizeRecipe`)
         "filter.policy": ("leave-one-out", "knee", "manual"),
         "filter.runner_up": Range(0.0, 0.5),
     },
 }
 UNSUITED = ("form", "seed", "steps", "starved_below", "holdout", "holdout_samples")
-"""What no trial may vary: the score does not depend on it, or it would depend on what is varied itself."""
+"""Values that no trial may vary: the score does not depend on them, or they define the score."""
 
 INVERSION = ("synthesize.", "invert.")
-"""How the values begin that decide the generator and its D'; the others decide filter and relearning."""
+"""Prefixes of the values that decide the generator and its D'; the others decide filter and relearning."""
 
 
 def around(recipe: Recipe, kind: Kind) -> Space:
-    """The space for changes of `recipe`: the weight of a BN loss that is a share of the statistics is another size."""
+    """The space for changes of `recipe`. A relative BN loss (eq. 6 per layer) needs a weight of another size."""
     relative = recipe.invert.form == "relative"
     return {**SPACE[kind], "invert.weights.bn": Range(10.0, 300.0, log=True)} if relative else SPACE[kind]
 
 
 def draw(space: Space, rng: random.Random) -> dict[str, Any]:
-    """A value by chance for each line of `space`."""
-    return {key: rng.choice(line) if isinstance(line, tuple) else line.draw(rng) for key, line in sorted(space.items())}
+    """A random value for each entry of `space`, drawn in the order of the keys."""
+    return {
+        key: rng.choice(values) if isinstance(values, tuple) else values.draw(rng)
+        for key, values in sorted(space.items())
+    }
 
 
 def apply(base: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """`base` with `values` such as `{"relearn.lr": 0.001}`; a threshold counts for the policy `manual` alone.
+    """`base` with `values` such as `{"relearn.lr": 0.001}`; a threshold is dropped unless the policy is `manual`.
 
-    Raises InvalidConfig naming the value that is wrong.
+    Raises InvalidConfig that names the wrong value.
     """
     tree = base.model_dump(mode="json")
     for key, value in values.items():
@@ -102,48 +105,49 @@ def apply(base: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def narrowed(space: Space, lines: tuple[str, ...]) -> Space:
-    """`space` under lines such as `relearn.lr=0.0001:0.01`, `filter.policy=knee,class` or `relearn.epochs=5`.
+    """`space` changed by lines such as `relearn.lr=0.0001:0.01`, `filter.policy=knee,class` or `relearn.epochs=5`.
 
     Raises InvalidConfig for a value that a recipe does not have or cannot take, and for an empty range.
     """
-    found = dict(space)
+    changed = dict(space)
     for line in lines:
         key, _, text = line.partition("=")
-        _known(key, line)
+        _default_value(key, line)
         if key.startswith("gate.") or key.rpartition(".")[2] in UNSUITED:
             raise InvalidConfig(f"--range {line}: a search cannot judge {key}, which is part of its measure; use --set")
-        found[key] = _line(key, text, found.get(key))
-        ends = found[key]
-        for value in ends if isinstance(ends, tuple) else (ends.low, ends.high):
-            whole = isinstance(ends, Range) and ends.whole
+        entry = _parse(key, text, changed.get(key))
+        changed[key] = entry
+        for value in entry if isinstance(entry, tuple) else (entry.low, entry.high):
+            whole = isinstance(entry, Range) and entry.whole
             manual = {"filter.policy": "manual"} if key == "filter.threshold" else {}
             threshold = {"filter.threshold": 0.5} if value == "manual" else {}
             apply(Recipe(), {**manual, **threshold, key: int(float(value)) if whole else value})
-    return found
+    return changed
 
 
-def _known(key: str, line: str) -> Any:
-    """The default of a recipe's value; raises InvalidConfig where it has no such value."""
-    place: Any = Recipe().model_dump(mode="json")
+def _default_value(key: str, line: str) -> Any:
+    """The default of a recipe's value; raises InvalidConfig if a recipe has no such value."""
+    value: Any = Recipe().model_dump(mode="json")
     for name in key.split("."):
-        place = place.get(name, ...) if isinstance(place, dict) else ...
-    if place is ... or isinstance(place, dict):
+        value = value.get(name, ...) if isinstance(value, dict) else ...
+    if value is ... or isinstance(value, dict):
         raise InvalidConfig(
             f"--range {line}: a recipe has no value {key!r}; give KEY=LOW:HIGH or KEY=A,B with a key such as relearn.lr"
         )
-    return place
+    return value
 
 
-def _line(key: str, text: str, before: Range | Choices | None) -> Range | Choices:
+def _parse(key: str, text: str, before: Range | Choices | None) -> Range | Choices:
+    """The entry that `text` stands for; a range keeps the scale (`log`, `whole`) of the entry `before`."""
     low, colon, high = text.partition(":")
     if not colon:
-        parts = [part for part in text.split(",") if part]
-        if not parts:
+        choices = [choice for choice in text.split(",") if choice]
+        if not choices:
             raise InvalidConfig(f"--range {key}: no value is given; give {key}=LOW:HIGH or {key}=A,B")
-        if isinstance(before, Range) and len(parts) == 1:
-            low, high = parts[0], parts[0]
+        if isinstance(before, Range) and len(choices) == 1:
+            low, high = choices[0], choices[0]
         else:
-            return tuple(parts)
+            return tuple(choices)
     try:
         ends = float(low), float(high)
     except ValueError:
@@ -151,5 +155,5 @@ def _line(key: str, text: str, before: Range | Choices | None) -> Range | Choice
     if not ends[0] <= ends[1] or not all(map(math.isfinite, ends)):
         raise InvalidConfig(f"--range {key}={text} is empty: LOW must not be above HIGH")
     log = isinstance(before, Range) and before.log and ends[0] > 0
-    whole = before.whole if isinstance(before, Range) else isinstance(_known(key, f"{key}={text}"), int)
+    whole = before.whole if isinstance(before, Range) else isinstance(_default_value(key, f"{key}={text}"), int)
     return Range(*ends, log=log, whole=whole)

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from fsu_ray import console
-from fsu_ray.app import App
-from fsu_ray.config import parse_change
 from fsu_ray.errors import FsuError
+from fsu_ray.service import connect
 
 
 def main() -> int:
@@ -28,14 +27,14 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="changes", help="a recipe's value, KEY=VALUE")
     options = parser.parse_args()
     try:
-        app = App.open()
-        recipe = app.recipe(options.recipe, tuple(parse_change(text) for text in options.changes))
+        service = connect()
+        recipe = service.recipes.preset(options.recipe, options.changes)
         bench = read_bench(Path(os.environ.get("FSU_DATA", ".")))
-        with console.watching() as watcher, app.on_ray(watcher.tell) as execute:
+        with console.watching() as watcher, service.on_ray(watcher.tell) as execute:
             for name in options.scenarios:
                 for seed in range(options.first_seed, options.first_seed + options.seeds):
                     arguments = (bench, name, options.arch, options.epochs, seed, recipe, console.err.print)
-                    for row in scenario(app.ledger, app.artifacts, execute, *arguments):
+                    for row in scenario(service.ledger, service.artifacts, execute, *arguments):
                         print(json.dumps(row), flush=True)
     except FsuError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from fsu_ray.cli import app
 
 
 def main() -> None:
-    """Run `fsu reproduce` with the words of this command; it prints one JSON document."""
+    """Run `fsu reproduce` with the arguments of this command; it prints one JSON document."""
     app(["reproduce", *sys.argv[1:], "--json"])
 
 

@@ -8,7 +8,7 @@ from fsu_ray.cli import app
 
 
 def main() -> None:
-    """Run `fsu search` with the words of this command; it prints one JSON document."""
+    """Run `fsu search` with the arguments of this command; it prints one JSON document."""
     app(["search", *sys.argv[1:], "--json"])
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import fsu_ray
 from fsu_ray import console
-from fsu_ray.app import App
-from fsu_ray.errors import FsuError
 
 
 def main() -> int:
@@ -22,18 +21,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        app = App.open()
-        app.ledger.models.check_name_free(options.name)
-        with console.watching() as watcher:
-            spec, weights = app.train(
-                options.data,
-                options.arch,
-                options.epochs,
-                options.seed,
-                on_progress=lambda done, total, metrics: watcher.tell("train", done, total, metrics),
+        with fsu_ray.connect() as fsu, console.watching() as watcher:
+            fsu.models.check_name_free(options.name)
+            spec, weights = fsu.train(
+                options.data, options.arch, options.epochs, options.seed, on_progress=watcher.tell
             )
-        model = app.register(options.name, spec, weights, test_set=options.data)
-    except FsuError as error:
+            model = fsu.models.register(options.name, spec, weights, test_set=options.data)
+    except fsu_ray.FsuError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     console.print_json(model)

@@ -24,7 +24,6 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from fsu_ray.app import App
 from fsu_ray.config import read_settings
 from fsu_ray.errors import StorageError
 from fsu_ray.method.datasets import Images, load
@@ -32,6 +31,7 @@ from fsu_ray.method.fit import TrainingSchedule, fit
 from fsu_ray.models.networks import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelSpec
+from fsu_ray.service import Service, connect
 from fsu_ray.storage.ledger import open_ledger
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -121,12 +121,12 @@ def new_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def app(home: Path, new_ledger: Path) -> App:
-    """An app on a new ledger in an empty folder."""
+def service(home: Path, new_ledger: Path) -> Service:
+    """A service on a new ledger in an empty folder."""
     settings = read_settings()
     settings.home.mkdir()
     shutil.copy(new_ledger, settings.home / "ledger.db")
-    return App.open(settings)
+    return connect(settings)
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save
 from typer.testing import CliRunner, Result
 
+import fsu_ray.cli
+from fsu_ray import console
 from fsu_ray.cli import app as commands
 from fsu_ray.records import ModelSpec
 
 Fsu = Callable[..., Result]
+FSU = str(Path(sys.executable).parent / "fsu")
+README = Path(fsu_ray.cli.__file__).parent / "README.md"
 REGISTER = ["model", "register", "--name", "m", "--arch", "lenet5", "--input", "1x16x16", "--classes", "10"]
 SUBMIT = ["request", "submit", "--model", "m", "--behaviour", "eight", "--target", "8", "--samples"]
 
@@ -219,3 +231,64 @@ def test_spec_is_kept_as_registered(registered: Fsu) -> None:
     """`model show --json` gives back what was registered."""
     spec = json.loads(registered("model", "show", "m", "--json").stdout)["model"]["spec"]
     assert ModelSpec.model_validate(spec) == ModelSpec(arch="lenet5", channels=1, height=16, width=16, classes=10)
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar for each stage with its metrics; nothing is drawn where nothing runs."""
+    sink = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=sink, force_terminal=True, width=120))
+    with console.watching():
+        pass
+    assert sink.getvalue() == ""
+    with console.watching() as watcher:
+        watcher.tell("invert", 3, 10, {"loss": 0.5})
+    assert "invert" in sink.getvalue()
+    assert "loss 0.5" in sink.getvalue()
+
+
+class TestTheCommandItself:
+    """`fsu --version`, the completion of a shell, and the commands that the README names."""
+
+    def test_the_version(self, fsu: Fsu, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the installed package; where only its folder was sent, that is said."""
+        assert fsu("--version").stdout == f"fsu_ray {metadata.version('fsu_ray')}\n"
+
+        def missing(name: str) -> str:
+            raise metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(metadata, "version", missing)
+        result = fsu("--version")
+        assert (result.exit_code, "not installed here" in result.stdout) == (0, True)
+
+    def test_completion_in_bash(self, tmp_path: Path) -> None:
+        """It is installed for the shell that asks, and completes commands."""
+        install = subprocess.run(
+            ["bash", "-c", f"{FSU} --install-completion; true"],
+            env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "completion installed" in install.stdout, install.stderr
+        (script,) = (tmp_path / ".bash_completions").glob("*.sh")
+        assert str(script) in (tmp_path / ".bashrc").read_text()
+        shown = subprocess.run(
+            ["bash", "-c", f"{FSU} --show-completion; true"], capture_output=True, text=True, check=True
+        )
+        assert shown.stdout.strip() == script.read_text().strip()
+        ask = f"source {script}; COMP_WORDS=(fsu request ap); COMP_CWORD=2; _fsu_completion {FSU}; echo $COMPREPLY"
+        completed = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        assert completed.stdout.strip() == "approve"
+
+    def test_the_commands_of_the_readme_are_there(self) -> None:
+        """Each line of its blocks parses; each command in its text exists, with its options."""
+        text = README.read_text()
+        blocks = [line for block in re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+        mentioned = re.findall(r"`(fsu [^`]*)`", text)
+        assert len(blocks) > 30
+        for line in [*blocks, *mentioned]:
+            words = shlex.split(line)[1:]
+            command: Any = typer.main.get_command(commands)
+            while hasattr(command, "commands") and words and words[0] in command.commands:
+                command = command.commands[words.pop(0)]
+            options = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+            assert {word for word in words if word.startswith("--")} <= options | {"--help"}, line
+            if line in blocks and not hasattr(command, "commands"):
+                command.make_context(line, words)

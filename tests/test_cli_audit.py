@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from fsu_ray.app import App
 from fsu_ray.cli.audit import audit_app, words
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.service import Service
 
 Fsu = Callable[..., Result]
 
@@ -27,14 +27,14 @@ def fsu() -> Fsu:
 
 
 @pytest.fixture
-def kept(app: App) -> App:
-    """An app with a model, a request, and their two artifacts."""
+def kept(service: Service) -> Service:
+    """A service with a model, a request, and their two artifacts."""
     spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
-    app.ledger.models.register("m", spec, app.artifacts.put(b"weights"))
+    service.ledger.models.register("m", spec, service.artifacts.put(b"weights"))
     behaviour = Behaviour(name="nine", kind="class", targets=(9,))
-    app.ledger.requests.submit("m", behaviour, app.artifacts.put(b"samples"), 8, Recipe())
-    app.ledger.close()
-    return app
+    service.ledger.requests.submit("m", behaviour, service.artifacts.put(b"samples"), 8, Recipe())
+    service.ledger.close()
+    return service
 
 
 def tamper(home: Path, sql: str) -> None:
@@ -54,7 +54,7 @@ def failed(result: Result, code: int, said: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_a_good_ledger(fsu: Fsu, kept: App) -> None:
+def test_a_good_ledger(fsu: Fsu, kept: Service) -> None:
     head = fsu("head").stdout.strip()
     assert head.startswith("5:")
     good = fsu("verify")
@@ -72,7 +72,7 @@ def test_a_good_ledger(fsu: Fsu, kept: App) -> None:
     assert json.loads(fsu("head", "--json").stdout) == {"seq": 5, "hash": head[2:]}
 
 
-def test_a_ledger_that_was_tampered_with(fsu: Fsu, kept: App, home: Path) -> None:
+def test_a_ledger_that_was_tampered_with(fsu: Fsu, kept: Service, home: Path) -> None:
     """The first bad row is named, in one line, with exit code 3."""
     head = fsu("head").stdout.strip()
     tamper(home, "UPDATE audit_events SET actor = 'somebody' WHERE seq = 3")
@@ -88,7 +88,7 @@ def test_a_ledger_that_was_tampered_with(fsu: Fsu, kept: App, home: Path) -> Non
     assert not (home / "a").exists()
 
 
-def test_artifacts_are_read(fsu: Fsu, kept: App, home: Path) -> None:
+def test_artifacts_are_read(fsu: Fsu, kept: Service, home: Path) -> None:
     digest = kept.ledger.models.version("m").weights
     Path(kept.artifacts.path(digest)).write_bytes(b"others")
     failed(fsu("verify"), 3, f"artifact {digest}: its content is not that of its name\n")
@@ -97,7 +97,7 @@ def test_artifacts_are_read(fsu: Fsu, kept: App, home: Path) -> None:
     assert fsu("verify", "--no-artifacts").exit_code == 0
 
 
-def test_a_bundle_needs_no_ledger(fsu: Fsu, kept: App, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_needs_no_ledger(fsu: Fsu, kept: Service, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     public = fsu("keygen", "--out", "key.pem").stdout
     (home / "public.pem").write_text(public)
     for form in ("jsonl", "parquet"):
@@ -125,7 +125,7 @@ def test_a_bundle_needs_no_ledger(fsu: Fsu, kept: App, home: Path, monkeypatch: 
     assert list(elsewhere.iterdir()) == []
 
 
-def test_wrong_words(fsu: Fsu, kept: App, home: Path) -> None:
+def test_wrong_words(fsu: Fsu, kept: Service, home: Path) -> None:
     (home / "x").write_text("hello\n")
     failed(fsu("verify", "--bundle", "x"), 2, "x is no bundle of `fsu audit export`\n")
     failed(fsu("verify", "--bundle", "nowhere"), 2, "bundle nowhere cannot be read (No such file or directory)\n")
@@ -139,7 +139,7 @@ def test_wrong_words(fsu: Fsu, kept: App, home: Path) -> None:
     failed(fsu("log", "--request", "z"), 2, "no request 'z'")
 
 
-def test_the_log_says_in_words_what_happened(fsu: Fsu, kept: App) -> None:
+def test_the_log_says_in_words_what_happened(fsu: Fsu, kept: Service) -> None:
     shown = fsu("log").stdout
     for said in (
         "model registered: lenet5, 10 classes",
@@ -156,14 +156,14 @@ def test_the_log_says_in_words_what_happened(fsu: Fsu, kept: App) -> None:
     assert [event["seq"] for event in json.loads(fsu("log", "--model", "m", "--last", 2, "--json").stdout)] == [4, 5]
 
 
-def test_a_log_that_was_tampered_with_is_still_shown(fsu: Fsu, kept: App, home: Path) -> None:
+def test_a_log_that_was_tampered_with_is_still_shown(fsu: Fsu, kept: Service, home: Path) -> None:
     tamper(home, "UPDATE audit_events SET detail = '[/red]', event = '[/red]' WHERE seq = 3")
     shown = fsu("log")
     assert shown.exit_code == 0, shown.output
     assert "[/red]" in shown.stdout
 
 
-def test_every_event_has_words(kept: App) -> None:
+def test_every_event_has_words(kept: Service) -> None:
     """An event that is not known, or has other columns than it has today, is named all the same."""
     assert all(words(event.event, json.loads(event.detail)) for event in kept.ledger.audit.log())
     assert words("moved_away", {"row": {"id": "z-1"}}) == "moved away z-1"
@@ -178,7 +178,7 @@ def test_every_command_has_help_and_an_example(fsu: Fsu) -> None:
         assert f"Example: fsu audit {name}" in shown.stdout
 
 
-def test_openssl_makes_keys_too(fsu: Fsu, kept: App, home: Path) -> None:
+def test_openssl_makes_keys_too(fsu: Fsu, kept: Service, home: Path) -> None:
     """A key is plain PEM: whoever has another tool may use it."""
     try:
         subprocess.run(

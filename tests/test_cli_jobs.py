@@ -14,7 +14,6 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from fsu_ray.app import App
 from fsu_ray.cli import app as commands
 from fsu_ray.cli.jobs import _goes_on
 from fsu_ray.cluster import jobs as ray_jobs
@@ -22,17 +21,18 @@ from fsu_ray.cluster.jobs import current_job
 from fsu_ray.errors import RunFailed
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
+from fsu_ray.service import Service
 from jobs import unlearn
 
 Fsu = Callable[..., Result]
 
 
 @pytest.fixture
-def fsu(app: App, home: Path, trained: Any, monkeypatch: pytest.MonkeyPatch) -> Fsu:
+def fsu(service: Service, home: Path, trained: Any, monkeypatch: pytest.MonkeyPatch) -> Fsu:
     """Types a command in a folder with the model `m`."""
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    app.register("m", trained.spec, trained.weights)
+    service.models.register("m", trained.spec, trained.weights)
     return lambda *words: CliRunner().invoke(commands, list(words))
 
 
@@ -77,7 +77,7 @@ def test_a_head_that_never_answers(fsu: Fsu, monkeypatch: pytest.MonkeyPatch) ->
 )
 @pytest.mark.parametrize("breaks", [False, True])
 def test_who_waits_ends_as_the_job(
-    fsu: Fsu, app: App, monkeypatch: pytest.MonkeyPatch, breaks: bool,
+    fsu: Fsu, service: Service, monkeypatch: pytest.MonkeyPatch, breaks: bool,
     status: str, exit_code: int | None, begun: bool, ends: int, said: str,
 ) -> None:  # fmt: skip
     """With its exit code, or with what happened to it; a connection that breaks on the way changes nothing."""
@@ -99,7 +99,7 @@ def test_who_waits_ends_as_the_job(
         def wait(self, name: str) -> ray_jobs.Job:
             return over
 
-    app.ledger.requests.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
+    service.ledger.requests.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
     monkeypatch.setattr(ray_jobs, "JobsClient", lambda address: Ending())
     result = fsu("submit", "--address", "http://h:1", "--wait", "--json")
     assert result.exit_code == ends, result.output
@@ -125,17 +125,18 @@ def test_numbers_of_jobs_unlearn(words: tuple[str, ...], monkeypatch: pytest.Mon
     ],
 )
 def test_whoever_carries_out_looks_for_dead_jobs_first(
-    fsu: Fsu, app: App, monkeypatch: pytest.MonkeyPatch, command: str, order: list[str]
+    fsu: Fsu, service: Service, monkeypatch: pytest.MonkeyPatch, command: str, order: list[str]
 ) -> None:
     """So what a dead job had is among what is ready."""
-    app.ledger.requests.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
+    service.ledger.requests.submit("m", Behaviour(name="nine", kind="class", targets=(9,)), "0" * 64, 8, Recipe())
     seen: list[str] = []
-    monkeypatch.setattr(App, "reconcile", lambda *_: seen.append("looks for dead jobs"))
-    monkeypatch.setattr(App, "on_ray", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(App, "run", lambda *_, **__: seen.append("carries out") or [])
+    monkeypatch.setattr(Service, "reconcile", lambda *_: seen.append("looks for dead jobs"))
+    monkeypatch.setattr(Service, "on_ray", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(Service, "carry_out", lambda *_, **__: seen.append("carries out") or [])
     if command == "jobs.unlearn":
         monkeypatch.setattr("sys.argv", ["jobs.unlearn"])
-        unlearn.main()
+        with pytest.raises(SystemExit):
+            unlearn.main()
     else:
         fsu(*([command] if command == "run" else [command, "--once"]))
     assert seen == order

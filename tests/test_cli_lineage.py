@@ -13,16 +13,16 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from fsu_ray.app import App
 from fsu_ray.cli import app as commands
 from fsu_ray.cli import lineage
 from fsu_ray.cli.tree import plain_lines, version_tree
-from fsu_ray.experiments.lineage import fill
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import AliasMove, Behaviour, Model, ModelSpec, ModelVersion, Policy
+from fsu_ray.service import Service
 from fsu_ray.work import Outcome, TargetResult
+from tests.bench.lineage import fill
 
 Fsu = Callable[..., Result]
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
@@ -41,24 +41,24 @@ def fsu(home: Path, monkeypatch: pytest.MonkeyPatch) -> Fsu:
 
 
 @pytest.fixture
-def erase(app: App, trained: Any) -> Callable[..., None]:
+def erase(service: Service, trained: Any) -> Callable[..., None]:
     """The model `m`, and what commits the next version of it: with its weights, and threes for probes, unless `probes`
     are of another digit. Several targets are requests of one coalesced run."""
-    app.register("m", trained.spec, trained.weights)
+    service.models.register("m", trained.spec, trained.weights)
 
     def commit(*targets: int, probes: int = 3) -> None:
         for target in targets:
             behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
-            app.ledger.requests.submit("m", behaviour, f"{target:064}", 8, Recipe())
-        request = app.ledger.requests.claim("tester", 60, max_batch=len(targets) - 1)
+            service.ledger.requests.submit("m", behaviour, f"{target:064}", 8, Recipe())
+        request = service.ledger.requests.claim("tester", 60, max_batch=len(targets) - 1)
         assert request is not None
-        pixels = app.artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [probes], 20, 0)]))
+        pixels = service.artifacts.put(save_samples(trained.train.pixels[draw(trained.train, [probes], 20, 0)]))
         report = {"forgetting": {"samples_in_target": 0.125, "probes_in_target": 0.01}}
-        members = (request, *app.ledger.requests.batch_members(request))
+        members = (request, *service.ledger.requests.batch_members(request))
         targets = tuple(TargetResult(member.id, "c" * 64, pixels, report) for member in members)
-        weights = app.artifacts.put(trained.weights)
+        weights = service.artifacts.put(trained.weights)
         made = ("a" * 64, "b" * 64, {"agreement": 0.99, "starved": []}, (), weights, targets, {})
-        app.ledger.commit(request, Outcome(None, "trained", *made), app.ledger.models.version("m"))
+        service.ledger.commit(request, Outcome(None, "trained", *made), service.ledger.models.version("m"))
 
     return commit
 
@@ -123,10 +123,10 @@ class TestTree:
         assert third.endswith("from outside")
 
 
-def test_model_show(fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
+def test_model_show(fsu: Fsu, service: Service, erase: Callable[..., None]) -> None:
     """A coalesced run is one version with several behaviours; the JSON document has all of it."""
     erase(8, 5)
-    app.update("m", app.artifacts.get(app.ledger.models.version("m").weights))
+    service.models.update("m", service.artifacts.get(service.ledger.models.version("m").weights))
     assert fsu("alias", "set", "m", "production", 2).exit_code == 0
 
     shown = fsu("model", "show", "m").stdout.splitlines()
@@ -145,20 +145,22 @@ def test_model_show(fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
 
 
 class TestPolicy:
-    def test_what_is_given_is_set_and_the_rest_stays(self, fsu: Fsu, app: App) -> None:
-        app.ledger.models.register("m", SPEC, "w" * 64)
+    def test_what_is_given_is_set_and_the_rest_stays(self, fsu: Fsu, service: Service) -> None:
+        service.ledger.models.register("m", SPEC, "w" * 64)
         assert "samples_days    never" in fsu("model", "policy", "m").stdout
-        assert app.ledger.models.history("m")[1:] == [], "to look is not to set"
+        assert service.ledger.models.history("m")[1:] == [], "to look is not to set"
 
         shown = fsu("model", "policy", "m", "--approval", "--samples-days", "30", "--by", "ann").stdout
         assert "approval        yes" in shown
-        assert app.ledger.models.policy("m") == Policy(approval=True, samples_days=30)
-        assert app.ledger.models.history("m")[-1]["detail"]["by"] == "ann"
+        assert service.ledger.models.policy("m") == Policy(approval=True, samples_days=30)
+        assert service.ledger.models.history("m")[-1]["detail"]["by"] == "ann"
         fsu("model", "policy", "m", "--generators", "max-age", "--generator-days", "7", "--seal", "root")
         aged = Policy(approval=True, samples_days=30, generators="max-age", generator_days=7, seal="root")
-        assert app.ledger.models.policy("m") == aged
+        assert service.ledger.models.policy("m") == aged
         fsu("model", "policy", "m", "--generators", "retire-after-erasure", "--samples-days", "never")
-        assert app.ledger.models.policy("m") == Policy(approval=True, generators="retire-after-erasure", seal="root")
+        assert service.ledger.models.policy("m") == Policy(
+            approval=True, generators="retire-after-erasure", seal="root"
+        )
         document = json.loads(fsu("model", "policy", "m", "--no-approval", "--json").stdout)
         assert Policy.model_validate(document) == Policy(generators="retire-after-erasure", seal="root")
 
@@ -169,20 +171,20 @@ class TestPolicy:
             (["--samples-days", "-1"], "--samples-days: "),
             (["--samples-days", "nan"], "--samples-days: "),
             (["--generators", "burn"], "--generators: "),
-            (["--generators", "max-age"], "error: generator_days goes with generators = max-age"),
-            (["--generator-days", "3"], "error: generator_days goes with generators = max-age"),
+            (["--generators", "max-age"], "error: --generators: generator_days goes with generators = max-age"),
+            (["--generator-days", "3"], "error: --generators: generator_days goes with generators = max-age"),
             (["--seal", "all"], "--seal: "),
             (["--approval", "--by", "ann@example.org"], "no opaque id"),
         ],
     )
-    def test_what_is_no_policy(self, fsu: Fsu, app: App, words: list[str], said: str) -> None:
-        app.ledger.models.register("m", SPEC, "w" * 64)
+    def test_what_is_no_policy(self, fsu: Fsu, service: Service, words: list[str], said: str) -> None:
+        service.ledger.models.register("m", SPEC, "w" * 64)
         refused(fsu("model", "policy", "m", *words), said)
-        assert app.ledger.models.policy("m") == Policy()
+        assert service.ledger.models.policy("m") == Policy()
 
 
 class TestAliases:
-    def test_set_list_history(self, fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
+    def test_set_list_history(self, fsu: Fsu, service: Service, erase: Callable[..., None]) -> None:
         erase(8)
         assert "m has no aliases" in fsu("alias", "list", "m").stdout
         assert fsu("alias", "set", "m", "candidate", 1, "--force", "--reason", "T-1").exit_code == 0
@@ -227,7 +229,7 @@ class TestErased:
         fsu("recheck", "m")
 
         shown = fsu("erased", "m").stdout
-        for words in ("m, version 3: 2 behaviours gone", "class-8", "12.50", "1.00", "passed on 3"):
+        for words in ("m, version 3: 2 behaviours erased", "class-8", "12.50", "1.00", "passed on 3"):
             assert words in shown, words
         for reference in ("m@2", "m@production"):
             document = json.loads(fsu("erased", reference, "--json").stdout)
@@ -235,7 +237,7 @@ class TestErased:
             (eight,) = document["erased"]
             assert (eight["behaviour"]["targets"], eight["version"], eight["samples_in_target"]) == ([8], 2, 0.125)
             assert (eight["recheck"]["version"], eight["recheck"]["passed"]) == (3, True)
-        assert "version 1: 0 behaviours gone" in fsu("erased", "m@1").stdout
+        assert "version 1: 0 behaviours erased" in fsu("erased", "m@1").stdout
 
     def test_what_is_not_there_is_one_line(self, fsu: Fsu, erase: Callable[..., None]) -> None:
         for reference, words in (
@@ -247,30 +249,30 @@ class TestErased:
             refused(fsu("erased", reference), words)
             refused(fsu("recheck", reference), words)
 
-    def test_many_are_plain_lines_below_each_other(self, fsu: Fsu, app: App) -> None:
+    def test_many_are_plain_lines_below_each_other(self, fsu: Fsu, service: Service) -> None:
         """`rich` takes too long for them; nothing is cut off and the columns stand in line."""
-        fill(app.ledger, "line", lineage.FEW + 2)
+        fill(service.ledger, "line", lineage.FEW + 2)
         title, head, *lines = fsu("erased", "line").stdout.splitlines()
-        assert title == f"line, version {lineage.FEW + 2}: {lineage.FEW + 1} behaviours gone"
+        assert title == f"line, version {lineage.FEW + 2}: {lineage.FEW + 1} behaviours erased"
         assert len(lines) == lineage.FEW + 1
         assert len({line.index("subset") for line in lines}) == 1
         assert head.index("kind") == lines[0].index("subset")
-        assert all(each.request in line for each, line in zip(app.ledger.models.erased("line"), lines, strict=True))
+        assert all(each.request in line for each, line in zip(service.ledger.models.erased("line"), lines, strict=True))
         shown = fsu("model", "show", "line").stdout.splitlines()
         assert len(shown) == lineage.FEW + 3
         assert shown[-1].startswith("└── version 202")
 
 
 class TestRecheck:
-    def test_all_is_still_gone(self, fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
+    def test_all_is_still_gone(self, fsu: Fsu, service: Service, erase: Callable[..., None]) -> None:
         erase(8)
         done = fsu("recheck", "m", "--by", "ann")
         assert done.exit_code == 0
         assert "passed" in done.stdout
-        assert [each.actor for each in app.ledger.models.rechecks("m").values()] == ["ann"]
-        assert "nothing is gone from m, version 1" in fsu("recheck", "m@1").stdout
+        assert [each.actor for each in service.ledger.models.rechecks("m").values()] == ["ann"]
+        assert "nothing is erased from m, version 1" in fsu("recheck", "m@1").stdout
 
-    def test_what_has_come_back_is_exit_code_4(self, fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
+    def test_what_has_come_back_is_exit_code_4(self, fsu: Fsu, service: Service, erase: Callable[..., None]) -> None:
         erase(8)
         erase(5, probes=5)
         done = fsu("recheck", "m")
@@ -285,12 +287,12 @@ class TestRecheck:
             ("class-5", False),
         ]
         assert "RETURNED on 3" in fsu("erased", "m").stdout
-        told = [event["event"] for event in app.ledger.models.history("m")]
+        told = [event["event"] for event in service.ledger.models.history("m")]
         assert told.count("recheck_failed") == 2
 
-    def test_missing_probes_are_one_line(self, fsu: Fsu, app: App, erase: Callable[..., None]) -> None:
+    def test_missing_probes_are_one_line(self, fsu: Fsu, service: Service, erase: Callable[..., None]) -> None:
         erase(8)
-        app.artifacts.delete(app.ledger.models.erasures("m")[0].probes)
+        service.artifacts.delete(service.ledger.models.erasures("m")[0].probes)
         refused(fsu("recheck", "m"), "is missing; check FSU_ARTIFACTS")
 
 

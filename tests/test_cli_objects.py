@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fsu_ray.app import App
 from fsu_ray.cli import app as commands
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
+from fsu_ray.service import Service, connect
 
 Fsu = Callable[..., Result]
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
@@ -26,33 +26,33 @@ def fsu(home: Path) -> Fsu:
 
 
 @pytest.fixture
-def app(home: Path, s3_bucket: Any, monkeypatch: pytest.MonkeyPatch) -> App:
-    """An app with its artifacts in a bucket: a model and a request, of two artifacts."""
+def service(home: Path, s3_bucket: Any, monkeypatch: pytest.MonkeyPatch) -> Service:
+    """A service with its artifacts in a bucket: a model and a request, of two artifacts."""
     monkeypatch.setenv("FSU_ARTIFACTS", s3_bucket.uri())
-    app = App.open()
-    app.ledger.models.register("m", SPEC, app.artifacts.put(b"weights"))
+    service = connect()
+    service.ledger.models.register("m", SPEC, service.artifacts.put(b"weights"))
     behaviour = Behaviour(name="nine", kind="class", targets=(9,))
-    app.ledger.requests.submit("m", behaviour, app.artifacts.put(b"samples"), 8, Recipe())
-    return app
+    service.ledger.requests.submit("m", behaviour, service.artifacts.put(b"samples"), 8, Recipe())
+    return service
 
 
-def test_the_audit_reads_the_bucket(app: App, fsu: Fsu, s3_bucket: Any) -> None:
+def test_the_audit_reads_the_bucket(service: Service, fsu: Fsu, s3_bucket: Any) -> None:
     """Good, then damaged, then missing."""
     good = fsu("audit", "verify")
     assert (good.exit_code, "2 artifacts" in good.stdout) == (0, True), good.output
-    digest = app.ledger.models.version("m").weights
+    digest = service.ledger.models.version("m").weights
     s3_bucket.write(f"{digest[:2]}/{digest}", b"WEIGHTS")
     damaged = fsu("audit", "verify")
     assert (damaged.exit_code, f"{digest}: its content is not that of its name" in damaged.stderr) == (3, True)
-    assert app.artifacts.delete(digest)
+    assert service.artifacts.delete(digest)
     missing = fsu("audit", "verify")
     assert (missing.exit_code, f"{digest}: missing" in missing.stderr) == (3, True)
 
 
-def test_garbage_is_collected_from_the_bucket(app: App, fsu: Fsu, s3_bucket: Any) -> None:
+def test_garbage_is_collected_from_the_bucket(service: Service, fsu: Fsu, s3_bucket: Any) -> None:
     """What nobody refers to and what killed writers have left; checkpoints and what is needed stay."""
     before = set(s3_bucket.names())
-    stray = app.artifacts.put(b"nobody's")
+    stray = service.artifacts.put(b"nobody's")
     s3_bucket.write("ab/.writing-0123", b"half")
     s3_bucket.write("runs/r-1/checkpoint_1/state.pt", b"a checkpoint")
     s3_bucket.write("runs/search-0123456789abcdef/t/state.pt", b"a trial")
@@ -62,7 +62,7 @@ def test_garbage_is_collected_from_the_bucket(app: App, fsu: Fsu, s3_bucket: Any
     unfinished, checkpoints = {"ab/.writing-0123": 4}, {"search-0123456789abcdef": 7}
     expected = {"stray": {stray: 8}, "late": {}, "unfinished": unfinished, "checkpoints": checkpoints}
     assert dry == {"deleted": False, **expected}
-    assert app.artifacts.has(stray)
+    assert service.artifacts.has(stray)
     done = fsu("artifacts", "gc", "--older-than", 0)
     assert (done.exit_code, "3 in all, 19 bytes: deleted" in done.stdout) == (0, True), done.output
     assert set(s3_bucket.names()) == before | {"runs/r-1/checkpoint_1/state.pt"}
@@ -93,12 +93,12 @@ def test_a_place_that_cannot_be_used(
     assert "Traceback" not in refused.output
 
 
-def test_checkpoints_that_cannot_be_written(app: App, fsu: Fsu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_that_cannot_be_written(service: Service, fsu: Fsu, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before Ray starts, and the request stays in the queue."""
-    monkeypatch.setenv("FSU_RUNS", app.settings.runs.replace("://", "://no-such-"))
+    monkeypatch.setenv("FSU_RUNS", service.settings.runs.replace("://", "://no-such-"))
     refused = fsu("run")
     assert refused.exit_code == 2, refused.output
     assert "checkpoints s3://no-such-bucket" in refused.stderr
     assert "set FSU_RUNS to" in refused.stderr
     assert refused.stderr.count("\n") == 1
-    assert [request.status for request in app.ledger.requests.all("m")] == ["queued"]
+    assert [request.status for request in service.ledger.requests.all("m")] == ["queued"]

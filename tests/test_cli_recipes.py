@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fsu_ray.app import App
 from fsu_ray.cli import app as commands
 from fsu_ray.config import read_settings
 from fsu_ray.method.datasets import write_samples
 from fsu_ray.recipes import Recipe, RelearnRecipe, SynthesizeRecipe
 from fsu_ray.records import ModelSpec, SearchedRecipe
+from fsu_ray.service import Service, connect
 from fsu_ray.work import Outcome, TargetResult
 
 Fsu = Callable[..., Result]
@@ -25,10 +25,10 @@ EVIDENCE = {"trials": 24, "default": {"score": 0.91}}
 
 
 @pytest.fixture
-def fsu(app: App, home: Path, monkeypatch: pytest.MonkeyPatch) -> Fsu:
+def fsu(service: Service, home: Path, monkeypatch: pytest.MonkeyPatch) -> Fsu:
     """Types a command in a folder with the model `m` and the samples s/."""
     monkeypatch.delenv("FSU_ACTOR", raising=False)
-    app.ledger.models.register("m", SPEC, "w" * 64)
+    service.ledger.models.register("m", SPEC, "w" * 64)
     write_samples(torch.zeros((6, *SPEC.shape), dtype=torch.uint8), home / "s")
 
     def run(*words: str | int) -> Result:
@@ -38,9 +38,9 @@ def fsu(app: App, home: Path, monkeypatch: pytest.MonkeyPatch) -> Fsu:
 
 
 @pytest.fixture
-def searched(fsu: Fsu, app: App) -> SearchedRecipe:
+def searched(fsu: Fsu, service: Service) -> SearchedRecipe:
     """What a search has found for class requests of `m`."""
-    return app.ledger.recipes.keep("m", "class", FOUND, 0.97, EVIDENCE, "u-1")
+    return service.ledger.recipes.keep("m", "class", FOUND, 0.97, EVIDENCE, "u-1")
 
 
 def submit(fsu: Fsu, target: int, *more: str) -> Result:
@@ -58,54 +58,56 @@ def refused(result: Result, words: str, code: int = 2) -> None:
 
 
 class TestSubmit:
-    def test_without_a_search_it_is_the_default(self, fsu: Fsu, app: App) -> None:
+    def test_without_a_search_it_is_the_default(self, fsu: Fsu, service: Service) -> None:
         assert "recipe: default\n" in submit(fsu, 8).stdout
         assert "recipe: default, changed by --set\n" in submit(fsu, 4, "--set", "relearn.epochs=2").stdout
         assert "recipe: digits\n" in submit(fsu, 3, "--recipe", "digits").stdout
-        made = [request.recipe for request in app.ledger.requests.all()]
-        assert made == [Recipe(), Recipe(relearn=RelearnRecipe(epochs=2)), app.recipe("digits")]
+        made = [request.recipe for request in service.ledger.requests.all()]
+        assert made == [Recipe(), Recipe(relearn=RelearnRecipe(epochs=2)), service.recipes.preset("digits")]
 
-    def test_what_was_found_is_taken(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
+    def test_what_was_found_is_taken(self, fsu: Fsu, service: Service, searched: SearchedRecipe) -> None:
         assert f"recipe: searched {searched.id}, score 0.97\n" in submit(fsu, 8).stdout
-        (request,) = app.ledger.requests.all()
+        (request,) = service.ledger.requests.all()
         assert request.recipe == FOUND
-        assert app.ledger.recipes.origin(request) == searched
+        assert service.ledger.recipes.origin(request) == searched
 
-    def test_a_preset_that_is_named_overrides_it(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
+    def test_a_preset_that_is_named_overrides_it(self, fsu: Fsu, service: Service, searched: SearchedRecipe) -> None:
         assert "recipe: default\n" in submit(fsu, 8, "--recipe", "default").stdout
-        assert app.ledger.requests.all()[0].recipe == Recipe()
+        assert service.ledger.requests.all()[0].recipe == Recipe()
 
-    def test_it_is_for_its_kind_alone(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
+    def test_it_is_for_its_kind_alone(self, fsu: Fsu, service: Service, searched: SearchedRecipe) -> None:
         assert "recipe: default\n" in submit(fsu, 8, "--kind", "subset").stdout
-        assert app.ledger.requests.all()[0].recipe == Recipe()
+        assert service.ledger.requests.all()[0].recipe == Recipe()
 
-    def test_changes_lie_on_top_and_are_of_no_search(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
+    def test_changes_lie_on_top_and_are_of_no_search(
+        self, fsu: Fsu, service: Service, searched: SearchedRecipe
+    ) -> None:
         said = submit(fsu, 8, "--set", "relearn.epochs=2", "--set", "invert.weights.bn=3").stdout
         assert f"recipe: searched {searched.id}, score 0.97, changed by --set\n" in said
-        (request,) = app.ledger.requests.all()
+        (request,) = service.ledger.requests.all()
         recipe = request.recipe
         assert (recipe.relearn.epochs, recipe.invert.weights.bn, recipe.synthesize.entropy_threshold) == (2, 3, 0.9)
-        assert app.ledger.recipes.origin(request) is None
+        assert service.ledger.recipes.origin(request) is None
         refused(fsu("request", "submit", "--model", "m", "--behaviour", "x", "--target", 3, "--samples", "s",
                     "--set", "invert.stepz=3"), "invert.stepz")  # fmt: skip
 
-    def test_a_reset_takes_it_away(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
+    def test_a_reset_takes_it_away(self, fsu: Fsu, service: Service, searched: SearchedRecipe) -> None:
         submit(fsu, 8)
         said = fsu("recipe", "reset", "m", "--kind", "class", "--by", "u-2").stdout
         assert said == "class requests of m take the preset default again; those that are queued keep their recipe\n"
         assert "recipe: default\n" in submit(fsu, 4).stdout
-        assert [request.recipe for request in app.ledger.requests.all()] == [FOUND, Recipe()]
+        assert [request.recipe for request in service.ledger.requests.all()] == [FOUND, Recipe()]
 
-    def test_the_same_again_keeps_its_recipe(self, fsu: Fsu, app: App) -> None:
+    def test_the_same_again_keeps_its_recipe(self, fsu: Fsu, service: Service) -> None:
         """A search in between makes no other request of it, with a key or without; and nothing is said of a recipe
         that was not taken."""
         submit(fsu, 8, "--key", "t-1")
         submit(fsu, 4)
-        app.ledger.recipes.keep("m", "class", FOUND, 0.97, EVIDENCE)
+        service.ledger.recipes.keep("m", "class", FOUND, 0.97, EVIDENCE)
         for again in (submit(fsu, 8, "--key", "t-1"), submit(fsu, 4)):
             assert again.stdout.startswith("the same request is already queued")
         assert json.loads(submit(fsu, 4, "--json").stdout)["recipe_from"] is None
-        assert [request.recipe for request in app.ledger.requests.all()] == [Recipe(), Recipe()]
+        assert [request.recipe for request in service.ledger.requests.all()] == [Recipe(), Recipe()]
 
     def test_as_json(self, fsu: Fsu, searched: SearchedRecipe) -> None:
         taken = [
@@ -123,7 +125,7 @@ class TestSettings:
     TOML = "[recipe.relearn]\nepochs = 9\n[recipe.gate]\nagreement_min = 0.99\n"
 
     def test_the_file_lies_on_presets_and_not_on_what_was_found(
-        self, fsu: Fsu, app: App, home: Path, searched: SearchedRecipe
+        self, fsu: Fsu, service: Service, home: Path, searched: SearchedRecipe
     ) -> None:
         """What it says is passed over, and the command says so; a value that is the same is no matter."""
         (home / "fsu.toml").write_text(self.TOML)
@@ -134,23 +136,23 @@ class TestSettings:
         )
         assert submit(fsu, 3, "--set", "relearn.epochs=9", "--set", "gate.agreement_min=0.99").stderr == ""
         assert submit(fsu, 4, "--recipe", "default").stderr == ""
-        made = [request.recipe for request in app.ledger.requests.all()]
+        made = [request.recipe for request in service.ledger.requests.all()]
         assert made[0] == FOUND
         assert [(recipe.relearn.epochs, recipe.gate.agreement_min) for recipe in made[1:]] == [(9, 0.99), (9, 0.99)]
         (home / "fsu.toml").write_text("[recipe.relearn]\nepochs = 7\n")
         assert submit(fsu, 5).stderr == ""
 
     def test_the_app_chooses_as_the_command_does(
-        self, app: App, home: Path, fsu: Fsu, searched: SearchedRecipe
+        self, service: Service, home: Path, fsu: Fsu, searched: SearchedRecipe
     ) -> None:
         (home / "fsu.toml").write_text(self.TOML)
-        opened = App.open(read_settings())
-        found = opened.recipe_for("m", "class")
+        opened = connect(read_settings())
+        found = opened.recipes.resolve("m", "class")
         assert (found.recipe, found.search, found.preset, found.named) == (FOUND, searched, None, False)
-        assert opened.recipe_for("m", "class", "default").recipe == opened.recipe()
-        assert opened.recipe_for("m", "class", "default").named
-        assert opened.recipe_for("m", "subset").recipe == opened.recipe()
-        assert opened.recipe_for("m", "subset", changes=({"relearn": {"epochs": 2}},)).named
+        assert opened.recipes.resolve("m", "class", "default").recipe == opened.recipes.preset()
+        assert opened.recipes.resolve("m", "class", "default").named
+        assert opened.recipes.resolve("m", "subset").recipe == opened.recipes.preset()
+        assert opened.recipes.resolve("m", "subset", changes=({"relearn": {"epochs": 2}},)).named
 
 
 class TestRecipe:
@@ -166,9 +168,9 @@ class TestRecipe:
         assert Recipe.model_validate(first["recipe"]) == FOUND
         assert (second["recipe"], second["digest"], second["in_force"]) == (None, None, False)
 
-    def test_one_that_is_in_force_says_so(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> None:
-        app.ledger.recipes.keep("m", "class", Recipe(), 0.98, {})
-        app.ledger.recipes.keep("m", "subset", FOUND, 0.8, {})
+    def test_one_that_is_in_force_says_so(self, fsu: Fsu, service: Service, searched: SearchedRecipe) -> None:
+        service.ledger.recipes.keep("m", "class", Recipe(), 0.98, {})
+        service.ledger.recipes.keep("m", "subset", FOUND, 0.8, {})
         lines = [line for line in fsu("recipe", "list", "m").stdout.splitlines() if "s-" in line]
         assert ["in force" in line for line in lines] == [False, True, True]
         listed = json.loads(fsu("recipe", "list", "m", "--json").stdout)
@@ -194,32 +196,32 @@ class TestRecipe:
         assert (document["kind"], document["recipe"], document["actor"]) == ("class", None, "u-2")
         assert document["in_force"] is False
 
-    def test_what_cannot_be_is_one_line(self, fsu: Fsu, app: App) -> None:
+    def test_what_cannot_be_is_one_line(self, fsu: Fsu, service: Service) -> None:
         assert "no search has found a recipe for m; `fsu search` does" in fsu("recipe", "list", "m").stdout
         for words in (["list", "x"], ["show", "x"], ["reset", "x", "--kind", "class"]):
             refused(fsu("recipe", *words), "no model 'x'")
         for words in (["show", "m", "--kind", "all"], ["reset", "m", "--kind", "all"]):
             refused(fsu("recipe", *words), "no kind 'all' of requests: use class or subset")
         refused(fsu("recipe", "reset", "m", "--kind", "class"), "have no searched recipe to reset")
-        app.ledger.recipes.keep("m", "class", FOUND, 0.9, {})
+        service.ledger.recipes.keep("m", "class", FOUND, 0.9, {})
         refused(fsu("recipe", "reset", "m", "--kind", "class", "--by", "a b"), "no opaque id")
-        assert len(app.ledger.recipes.all("m")) == 1
+        assert len(service.ledger.recipes.all("m")) == 1
 
 
 class TestOrigin:
     @pytest.fixture
-    def erased(self, fsu: Fsu, app: App, searched: SearchedRecipe) -> list[str]:
+    def erased(self, fsu: Fsu, service: Service, searched: SearchedRecipe) -> list[str]:
         """Two requests that have ended, of a preset and of a search."""
         submit(fsu, 4, "--recipe", "default")
         submit(fsu, 8)
         ended = []
         for _ in range(2):
-            request = app.ledger.requests.claim("tester", 60)
+            request = service.ledger.requests.claim("tester", 60)
             assert request is not None
             report = {"forgetting": {"samples_in_target": 0.0, "probes_in_target": 0.0}}
             target = TargetResult(request.id, "c" * 64, "e" * 64, report)
             made = ("a" * 64, "b" * 64, {}, (), "d" * 64, (target,), {})
-            app.ledger.commit(request, Outcome(None, "trained", *made), app.ledger.models.version("m"))
+            service.ledger.commit(request, Outcome(None, "trained", *made), service.ledger.models.version("m"))
             ended.append(request.id)
         return ended
 

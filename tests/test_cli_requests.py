@@ -15,22 +15,22 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from fsu_ray.app import App
 from fsu_ray.cli import app as commands
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Policy
+from fsu_ray.service import Service
 
 Fsu = Callable[..., Result]
 
 
 @pytest.fixture
-def fsu(app: App, home: Path, trained: Any, monkeypatch: pytest.MonkeyPatch) -> Fsu:
+def fsu(service: Service, home: Path, trained: Any, monkeypatch: pytest.MonkeyPatch) -> Fsu:
     """Types a command in a folder with the model `m` and the image s.png."""
     monkeypatch.delenv("FSU_ACTOR", raising=False)
-    app.register("m", trained.spec, trained.weights)
+    service.models.register("m", trained.spec, trained.weights)
     sink = io.BytesIO()
     Image.new("L", (16, 16)).save(sink, "PNG")
     (home / "s.png").write_bytes(sink.getvalue())
@@ -54,11 +54,11 @@ def refused(result: Result, words: str, code: int = 2) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_terms_are_kept(fsu: Fsu, app: App) -> None:
+def test_terms_are_kept(fsu: Fsu, service: Service) -> None:
     """Times in local time or from now, a key, a priority, who asks."""
     made = submit(fsu, 8, "--key", "t-1", "--priority", 7, "--not-before", "+2h", "--due", "2031-05-06T07:00")
     assert made.exit_code == 0, made.output
-    (request,) = app.ledger.requests.all()
+    (request,) = service.ledger.requests.all()
     assert (request.key, request.priority, request.requested_by) == ("t-1", 7, None)
     assert request.not_before is not None
     assert abs(request.not_before - datetime.now(UTC) - timedelta(hours=2)) < timedelta(minutes=1)
@@ -79,10 +79,10 @@ def test_terms_are_kept(fsu: Fsu, app: App) -> None:
         (["--by", "bob@example.org"], "requested_by"),
     ],
 )
-def test_terms_that_cannot_be(fsu: Fsu, app: App, more: list[str], words: str) -> None:
+def test_terms_that_cannot_be(fsu: Fsu, service: Service, more: list[str], words: str) -> None:
     """Nothing is queued."""
     refused(submit(fsu, 8, *more), words)
-    assert app.ledger.requests.all() == []
+    assert service.ledger.requests.all() == []
 
 
 def test_monitoring_sees_what_is_overdue(fsu: Fsu) -> None:
@@ -100,14 +100,14 @@ def test_monitoring_sees_what_is_overdue(fsu: Fsu) -> None:
     refused(fsu("request", "cancel", found["id"]), "only one that has not ended can be cancelled", 1)
 
 
-def test_approval_is_somebody_elses(fsu: Fsu, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_approval_is_somebody_elses(fsu: Fsu, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """The requester is refused, nobody is refused, another one is heard."""
-    app.ledger.models.set_policy("m", Policy(approval=True))
+    service.ledger.models.set_policy("m", Policy(approval=True))
     refused(submit(fsu, 8), "say who asks")
     monkeypatch.setenv("FSU_ACTOR", "alice")
     made = submit(fsu, 8)
     assert "awaits approval" in made.stdout
-    (request,) = app.ledger.requests.all()
+    (request,) = service.ledger.requests.all()
     refused(fsu("request", "approve", request.id), "somebody else must decide")
     monkeypatch.delenv("FSU_ACTOR")
     refused(fsu("request", "approve", request.id), "say who decides")
@@ -115,27 +115,29 @@ def test_approval_is_somebody_elses(fsu: Fsu, app: App, monkeypatch: pytest.Monk
     shown = fsu("request", "show", request.id).stdout
     assert "bob" in shown
     submit(fsu, 3, "--by", "alice")
-    denied = app.ledger.requests.all()[-1]
+    denied = service.ledger.requests.all()[-1]
     assert "rejected" in fsu("request", "deny", denied.id, "--by", "bob").stdout
 
 
-def erased(app: App, trained: Any, quick: Recipe, home: Path) -> str:
+def erased(service: Service, trained: Any, quick: Recipe, home: Path) -> str:
     """Class 8 is erased from `m`, with the method in this process; the generator."""
     write_samples(trained.train.pixels[draw(trained.train, [8], 6, 0)], home / "eights")
-    app.submit("m", Behaviour(name="class-8", kind="class", targets=(8,)), str(home / "eights"), quick)
-    request = app.ledger.requests.claim("tester", 60)
+    service.requests.submit("m", Behaviour(name="class-8", kind="class", targets=(8,)), str(home / "eights"), quick)
+    request = service.ledger.requests.claim("tester", 60)
     assert request is not None
 
     def here(order: Any, store: Any, name: str, stop: threading.Event) -> Any:
         return unlearn(order, store, torch.device("cpu"))
 
-    run_request(app.ledger, app.artifacts, here, request)
-    return app.ledger.generators.all("m")[0].id
+    run_request(service.ledger, service.artifacts, here, request)
+    return service.ledger.generators.all("m")[0].id
 
 
-def test_what_is_destroyed_says_what_that_costs(fsu: Fsu, app: App, trained: Any, quick: Recipe, home: Path) -> None:
+def test_what_is_destroyed_says_what_that_costs(
+    fsu: Fsu, service: Service, trained: Any, quick: Recipe, home: Path
+) -> None:
     """Tidy, seal, retire, collect: each says what it did, and a second time that there is nothing to do."""
-    generator = erased(app, trained, quick, home)
+    generator = erased(service, trained, quick, home)
     assert "in use" in fsu("generator", "list").stdout
     assert "nothing is due" in fsu("generator", "tidy").stdout
     assert "samples_days    0.0" in fsu("model", "policy", "m", "--samples-days", "0").stdout
@@ -149,13 +151,13 @@ def test_what_is_destroyed_says_what_that_costs(fsu: Fsu, app: App, trained: Any
     assert "(deleted)" in fsu("generator", "show", generator).stdout
     refused(fsu("generator", "retire", generator), "is retired already")
 
-    stray = app.artifacts.put(b"nobody's")
+    stray = service.artifacts.put(b"nobody's")
     dry = fsu("artifacts", "gc", "--dry-run", "--older-than", "0")
     assert stray in dry.stdout
     assert "would be deleted" in dry.stdout
-    assert app.artifacts.has(stray)
+    assert service.artifacts.has(stray)
     assert fsu("artifacts", "gc").stdout == "nothing to delete\n", "it is not a day old"
     assert json.loads(fsu("artifacts", "gc", "--older-than", "0", "--json").stdout)["deleted"]
-    assert not app.artifacts.has(stray)
+    assert not service.artifacts.has(stray)
     refused(fsu("generator", "retire", "g-none"), "no generator 'g-none'")
     refused(fsu("generator", "tidy", "--model", "x"), "no model 'x'")

@@ -17,12 +17,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from fsu_ray.app import App
 from fsu_ray.cli.schedules import schedule_app, scheduler_app
 from fsu_ray.config import read_settings
 from fsu_ray.errors import InvalidData
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec, Status
+from fsu_ray.service import Service
 from fsu_ray.storage import rows
 from fsu_ray.storage.ledger import Ledger, open_ledger
 
@@ -87,7 +87,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield execute
         told.append("down")
 
-    monkeypatch.setattr(App, "on_ray", on_ray)
+    monkeypatch.setattr(Service, "on_ray", on_ray)
     return told
 
 
@@ -198,7 +198,7 @@ def test_an_error_in_a_window_is_one_line_and_the_exit_code(
         raise ConnectionError("no [b]Ray there")
         yield
 
-    monkeypatch.setattr(App, "on_ray", no_ray)
+    monkeypatch.setattr(Service, "on_ray", no_ray)
     request = submit(1)
     result = fsu("scheduler", "--once")
     assert result.exit_code == 1
@@ -210,7 +210,7 @@ def test_an_error_in_a_window_is_one_line_and_the_exit_code(
 _SCHEDULER = """
 import signal, sys, time
 from contextlib import contextmanager
-from fsu_ray.app import App
+from fsu_ray.service import Service
 from fsu_ray.cli.schedules import scheduler_app
 
 @contextmanager
@@ -221,7 +221,7 @@ def on_ray(*_):
         time.sleep(60)
     yield execute
 
-App.on_ray = on_ray
+Service.on_ray = on_ray
 scheduler_app()
 """
 

@@ -1,7 +1,6 @@
-"""`cluster.yaml`: Ray's validator and our checks have nothing against it, and each check sees what it is for.
+"""`cluster.yaml` passes Ray's validator and our checks, and each check reports the fault that it is for.
 
-What Ray would make of the file on AWS is tried with Ray's own code against moto's EC2, what its commands leave in a
-process's environment with a real shell.
+Ray's own code makes its nodes on moto's EC2; its commands run in a real shell.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ NEEDED = [Requirement(r) for r in (*PROJECT["dependencies"], *PROJECT["optional-
 DASHBOARD = "--dashboard-host=127.0.0.1"
 FETCH = '"$(aws secretsmanager get-secret-value --secret-id fsu-ray/ledger --query SecretString --output text)"'
 
-# What is replaced by what, and what is to be found then.
+# The text that is replaced, its replacement, and the finding that is expected.
 BROKEN = {
     "a key too many": ("idle_timeout_minutes:", "idle_minutes:", "Ray refuses the file: ValidationError"),
     "half a GPU": ("GPU: 1}", "GPU: 0.5}", "Ray refuses the file"),
@@ -96,7 +95,7 @@ BROKEN = {
 }  # fmt: skip
 
 
-def test_nothing_is_wrong_with_the_file_but_the_bucket_that_is_to_be_named() -> None:
+def test_the_file_lacks_only_the_name_of_the_bucket() -> None:
     """Ray's validator, and every check of ours."""
     assert template.findings(FILE, NEEDED) == []
     (left,) = template.findings((ROOT / "cluster.yaml").read_text(), NEEDED)
@@ -104,17 +103,17 @@ def test_nothing_is_wrong_with_the_file_but_the_bucket_that_is_to_be_named() -> 
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_each_check_sees_what_it_is_for(name: str) -> None:
-    """The file broken in one place: that is found, and no secret is repeated."""
+def test_each_check_reports_its_fault(name: str) -> None:
+    """The file changed in one place: the finding is reported, and no secret is repeated."""
     old, new, finding = BROKEN[name]
-    assert FILE.count(old) >= 1, "what is to be broken is not in the file"
-    found = template.findings(FILE.replace(old, new), NEEDED)
-    assert [line for line in found if finding in line], found
-    assert not [line for line in found if "hunter2" in line or "IOSFODNN7" in line]
+    assert FILE.count(old) >= 1, "the text to change is not in the file"
+    findings = template.findings(FILE.replace(old, new), NEEDED)
+    assert [line for line in findings if finding in line], findings
+    assert not [line for line in findings if "hunter2" in line or "IOSFODNN7" in line]
 
 
-def test_a_file_that_is_none() -> None:
-    """One line that says so, for what is not YAML and for what is not a mapping."""
+def test_a_file_that_is_no_cluster_file() -> None:
+    """One line for text that is not YAML, and for YAML that is not a mapping."""
     with pytest.raises(InvalidConfig, match="not YAML") as error:
         template.findings("a: [", NEEDED)
     assert "\n" not in str(error.value)
@@ -123,7 +122,7 @@ def test_a_file_that_is_none() -> None:
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    """2 and the findings, 0 and a word, 2 and one line where there is no file; Ray keeps quiet."""
+    """Exit code 2 with the findings, or with one line if there is no file; Ray prints nothing."""
 
     def look(file: Path) -> tuple[int, str]:
         command = [sys.executable, "-m", "fsu_ray.cluster.template", str(file)]
@@ -167,18 +166,18 @@ def test_what_ray_makes_of_it_on_aws(aws: Any) -> None:
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.util import prepare_config
 
-    made = bootstrap_aws(prepare_config(yaml.safe_load(FILE)))
+    config = bootstrap_aws(prepare_config(yaml.safe_load(FILE)))
     (group,) = [g for g in aws.describe_security_groups()["SecurityGroups"] if g["GroupName"] == "ray-autoscaler-fsu"]
     opened = [(r.get("FromPort"), [i["CidrIp"] for i in r["IpRanges"]]) for r in group["IpPermissions"]]
     assert opened == [(None, []), (22, ["0.0.0.0/0"])]
     assert [pair["GroupId"] for pair in group["IpPermissions"][0]["UserIdGroupPairs"]] == [group["GroupId"]]
 
-    stated = made["available_node_types"]
+    stated = config["available_node_types"]
     (known,) = aws.describe_instance_types(InstanceTypes=["g5.xlarge"])["InstanceTypes"]
     known = {"CPU": known["VCpuInfo"]["DefaultVCpus"], "GPU": known["GpuInfo"]["Gpus"][0]["Count"]}
     assert stated["gpu"]["resources"] == known
 
-    provider = AWSNodeProvider(made["provider"], made["cluster_name"])
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
     for kind in ("head", "gpu"):
         provider.create_node(stated[kind]["node_config"], {"ray-node-type": kind, "ray-launch-config": "x"}, 1)
     nodes = [node for group in aws.describe_instances()["Reservations"] for node in group["Instances"]]
@@ -224,19 +223,22 @@ def test_what_the_head_s_processes_find(node: Path) -> None:
     """The ledger's URL in the environment and in no argument; token, bucket and region; threads as Ray wants them."""
     done = carry_out(node, "head")
     assert done.returncode == 0, done.stderr
-    found = dict(line.split("=", 1) for line in (node / "environment").read_text().splitlines() if "=" in line)
-    assert found["FSU_LEDGER"] == "postgresql://fsu:hunter2@db/fsu"
-    assert (found["RAY_AUTH_MODE"], found["FSU_ARTIFACTS"]) == ("token", "s3://bucket/fsu")
-    assert found["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
-    assert (found["AWS_DEFAULT_REGION"], found["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) == ("us-west-2", "1200")
-    assert found["PATH"].startswith(f"{node}/fsu/bin:")
-    assert "OMP_NUM_THREADS" not in found
+    environment = dict(line.split("=", 1) for line in (node / "environment").read_text().splitlines() if "=" in line)
+    assert environment["FSU_LEDGER"] == "postgresql://fsu:hunter2@db/fsu"
+    assert (environment["RAY_AUTH_MODE"], environment["FSU_ARTIFACTS"]) == ("token", "s3://bucket/fsu")
+    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
+    assert (environment["AWS_DEFAULT_REGION"], environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) == (
+        "us-west-2",
+        "1200",
+    )
+    assert environment["PATH"].startswith(f"{node}/fsu/bin:")
+    assert "OMP_NUM_THREADS" not in environment
     arguments = (node / "arguments").read_text()
     assert arguments.startswith("stop\nstart --head --port=6379")
     assert DASHBOARD in arguments
     assert "hunter2" not in arguments + done.stdout + done.stderr
-    kept = [file for file in node.rglob("*") if file.is_file() and file.name not in ("environment", "aws")]
-    assert not [file for file in kept if "hunter2" in file.read_text()]
+    files = [file for file in node.rglob("*") if file.is_file() and file.name not in ("environment", "aws")]
+    assert not [file for file in files if "hunter2" in file.read_text()]
     assert (node / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
     assert carry_out(node, "head").returncode == 0
     assert (node / ".bashrc").read_text().count("fsu-env") == 1  # a second `ray up` adds nothing
@@ -246,8 +248,12 @@ def test_what_a_worker_s_processes_find(node: Path) -> None:
     """The token and the threads, and not the ledger."""
     done = carry_out(node, "worker")
     assert done.returncode == 0, done.stderr
-    found = dict(line.split("=", 1) for line in (node / "environment").read_text().splitlines() if "=" in line)
-    assert (found["RAY_AUTH_MODE"], found.get("FSU_LEDGER"), found.get("OMP_NUM_THREADS")) == ("token", None, None)
+    environment = dict(line.split("=", 1) for line in (node / "environment").read_text().splitlines() if "=" in line)
+    assert (environment["RAY_AUTH_MODE"], environment.get("FSU_LEDGER"), environment.get("OMP_NUM_THREADS")) == (
+        "token",
+        None,
+        None,
+    )
     assert "start --address=10.0.0.1:6379" in (node / "arguments").read_text()
 
 

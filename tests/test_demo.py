@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fsu_ray import demo
-from fsu_ray.app import App
+from fsu_ray.service import Service
 
 
 @pytest.mark.ray
@@ -36,8 +36,8 @@ def test_the_demo_erases_two_classes_with_one_generator(home: Path) -> None:
     assert [e["event"] for e in shown["history"]].count("erased") == 2
 
 
-def test_a_second_demo_takes_a_new_name(app: App, trained: Any) -> None:
+def test_a_second_demo_takes_a_new_name(service: Service, trained: Any) -> None:
     """`fsu demo` can be run twice in one folder."""
-    assert demo._free_name(app) == "digits-demo"
-    app.register("digits-demo", trained.spec, trained.weights)
-    assert demo._free_name(app) == "digits-demo-2"
+    assert demo._free_name(service) == "digits-demo"
+    service.models.register("digits-demo", trained.spec, trained.weights)
+    assert demo._free_name(service) == "digits-demo-2"

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from fsu_ray.app import App
 from fsu_ray.cluster.jobs import Job, job_of, package_env, session_mark
 from fsu_ray.config import read_settings
 from fsu_ray.dispatch import reconcile, send, stop, variables
 from fsu_ray.pipeline import WorkerOptions
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Request, Status
+from fsu_ray.service import Service
 
 MARK = session_mark("session_of_this_head")
 
@@ -45,28 +45,28 @@ def job(name: str, status: str) -> Job:
 
 
 @pytest.fixture
-def queued(app: App, trained: Any) -> Callable[[str], Request]:
+def queued(service: Service, trained: Any) -> Callable[[str], Request]:
     """Queues a request of the model `name`."""
 
     def make(name: str) -> Request:
-        app.register(name, trained.spec, trained.weights)
+        service.models.register(name, trained.spec, trained.weights)
         nine = Behaviour(name="nine", kind="class", targets=(9,))
-        return app.ledger.requests.submit(name, nine, "0" * 64, 8, Recipe())[0]
+        return service.ledger.requests.submit(name, nine, "0" * 64, 8, Recipe())[0]
 
     return make
 
 
-def claim(app: App, name: str, worker: str) -> Request:
-    found = app.ledger.requests.claim(worker, 3600.0, name)
+def claim(service: Service, name: str, worker: str) -> Request:
+    found = service.ledger.requests.claim(worker, 3600.0, name)
     assert found is not None
     return found
 
 
-def test_what_is_sent(app: App, queued: Callable[[str], Request]) -> None:
+def test_what_is_sent(service: Service, queued: Callable[[str], Request]) -> None:
     """One job for the request that comes first and its attempt, with labels that say so and a check of the ledger."""
     request = queued("m")
     head: Any = Remembering()
-    sent = send(app.ledger, app.settings, head, WorkerOptions(5, "m", 2, True))
+    sent = send(service.ledger, service.settings, head, WorkerOptions(5, "m", 2, True))
     assert sent is not None
     assert (sent.request.id, sent.new) == (request.id, True)
     (entrypoint, name, env, labels) = head.sent[0]
@@ -75,53 +75,53 @@ def test_what_is_sent(app: App, queued: Callable[[str], Request]) -> None:
         f"python -m fsu_ray run --json --expect {request.id} --parallel 2 --model m --max 5 --coalesce"
     )
     assert labels == {"fsu_request": request.id, "fsu_attempt": "1", "fsu_model": "m"}
-    assert env["env_vars"]["FSU_HOME"] == str(app.settings.home)
-    assert app.ledger.requests.get(request.id).status is Status.QUEUED, "the job claims it, not who sends it"
+    assert env["env_vars"]["FSU_HOME"] == str(service.settings.home)
+    assert service.ledger.requests.get(request.id).status is Status.QUEUED, "the job claims it, not who sends it"
 
 
-def test_nothing_is_sent_where_nothing_is_ready(app: App, queued: Callable[[str], Request]) -> None:
+def test_nothing_is_sent_where_nothing_is_ready(service: Service, queued: Callable[[str], Request]) -> None:
     head: Any = Remembering()
-    assert send(app.ledger, app.settings, head, WorkerOptions()) is None
+    assert send(service.ledger, service.settings, head, WorkerOptions()) is None
     queued("m")
-    claim(app, "m", "w1")
-    assert send(app.ledger, app.settings, head, WorkerOptions()) is None
+    claim(service, "m", "w1")
+    assert send(service.ledger, service.settings, head, WorkerOptions()) is None
     assert head.sent == []
 
 
-def test_a_dead_job_is_retried_as_the_next_attempt(app: App, queued: Callable[[str], Request]) -> None:
+def test_a_dead_job_is_retried_as_the_next_attempt(service: Service, queued: Callable[[str], Request]) -> None:
     """Its claim ends, and the job that is sent then is named for attempt 2."""
     request = queued("m")
-    claim(app, "m", f"job/{MARK}/fsu-{request.id}-1/host:1")
+    claim(service, "m", f"job/{MARK}/fsu-{request.id}-1/host:1")
     head: Any = Remembering({f"fsu-{request.id}-1": job(f"fsu-{request.id}-1", "FAILED")})
-    sent = send(app.ledger, app.settings, head, WorkerOptions())
+    sent = send(service.ledger, service.settings, head, WorkerOptions())
     assert sent is not None
     assert head.sent[0][1] == f"fsu-{request.id}-2"
-    taken = claim(app, "m", "w2")
+    taken = claim(service, "m", "w2")
     assert (taken.attempt, taken.failures) == (2, 1)
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_what_nobody_takes_over_keeps_nobody_waiting(
-    app: App, queued: Callable[[str], Request], cancelled: bool
+    service: Service, queued: Callable[[str], Request], cancelled: bool
 ) -> None:
     """The job of a request died that was to be cancelled, or for the third time: it ends, and the next one is sent."""
     first = queued("m")
-    second, _ = app.ledger.requests.submit(
+    second, _ = service.ledger.requests.submit(
         "m", Behaviour(name="eight", kind="class", targets=(8,)), "1" * 64, 8, Recipe()
     )
     worker = f"job/{MARK}/a/host:1"
     head: Any = Remembering({"a": job("a", "FAILED")})
-    claim(app, "m", worker)
+    claim(service, "m", worker)
     if cancelled:
-        app.ledger.requests.cancel(first.id)
+        service.ledger.requests.cancel(first.id)
     else:
         for _ in range(2):
-            reconcile(app.ledger, head)
-            claim(app, "m", worker)
-    sent = send(app.ledger, app.settings, head, WorkerOptions())
+            reconcile(service.ledger, head)
+            claim(service, "m", worker)
+    sent = send(service.ledger, service.settings, head, WorkerOptions())
     assert sent is not None
     assert sent.request.id == second.id
-    assert app.ledger.requests.get(first.id).status is (Status.CANCELLED if cancelled else Status.FAILED)
+    assert service.ledger.requests.get(first.id).status is (Status.CANCELLED if cancelled else Status.FAILED)
 
 
 @pytest.mark.parametrize(
@@ -134,23 +134,25 @@ def test_what_nobody_takes_over_keeps_nobody_waiting(
         (f"job/{MARK}/a/host:1", "PENDING"),
     ],
 )
-def test_claims_of_what_may_be_alive_stay(app: App, queued: Callable[[str], Request], worker: str, status: str) -> None:
+def test_claims_of_what_may_be_alive_stay(
+    service: Service, queued: Callable[[str], Request], worker: str, status: str
+) -> None:
     """Two workers of one request are worse than one that waits for a lease."""
     queued("m")
-    before = claim(app, "m", worker)
+    before = claim(service, "m", worker)
     head: Any = Remembering({"a": job("a", status)})
-    assert reconcile(app.ledger, head) == []
-    assert app.ledger.requests.get(before.id).lease_until == before.lease_until
+    assert reconcile(service.ledger, head) == []
+    assert service.ledger.requests.get(before.id).lease_until == before.lease_until
 
 
-def test_a_job_that_was_stopped_with_what_it_had(app: App, queued: Callable[[str], Request]) -> None:
+def test_a_job_that_was_stopped_with_what_it_had(service: Service, queued: Callable[[str], Request]) -> None:
     """Where the driver was killed before it could put its request back, the claim ends all the same."""
     request = queued("m")
-    claim(app, "m", f"job/{MARK}/a/host:1")
+    claim(service, "m", f"job/{MARK}/a/host:1")
     head: Any = Remembering({"a": job("a", "RUNNING")})
-    ended, had = stop(app.ledger, head, "a")
+    ended, had = stop(service.ledger, head, "a")
     assert (ended.status, [each.id for each in had]) == ("STOPPED", [request.id])
-    assert app.ledger.requests.claimable("m")
+    assert service.ledger.requests.claimable("m")
 
 
 def test_no_password_is_sent(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ LAYERS = [
     {"pipeline"},
     {"search", "schedule", "dispatch"},
     {"experiments", "report"},
-    {"app", "console"},
+    {"service"},
+    {"console"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -65,6 +66,7 @@ def test_imports_go_down_only(file: Path) -> None:
     """No file imports a layer above it or a sibling part, or a library that its part must not know."""
     own = part(file)
     for name in imported(file):
+        assert name.split(".")[0] != "tests", f"{file} imports {name}"
         assert name.split(".")[0] not in FORBIDDEN.get(own, set()), f"{file} imports {name}"
         if own == "__init__" or not name.startswith("fsu_ray."):
             continue
@@ -74,7 +76,7 @@ def test_imports_go_down_only(file: Path) -> None:
             continue
         below = level(other) < level(own)
         first = own in LAYERS[0] and other in LAYERS[0]
-        assert below or first or (own, other) in {("demo", "console"), ("app", "console")}, f"{file} imports {name}"
+        assert below or first or (own, other) in {("demo", "console")}, f"{file} imports {name}"
 
 
 def test_the_inversion_sees_no_data() -> None:
@@ -93,9 +95,21 @@ def test_functions_stay_short(file: Path) -> None:
 
 def test_importing_the_package_loads_neither_ray_nor_torch() -> None:
     """`import fsu_ray` and the command line's own module stay light."""
-    code = "import sys, fsu_ray, fsu_ray.cli; print([m for m in ('ray', 'torch', 'sqlalchemy') if m in sys.modules])"
+    heavy = "[m for m in ('ray', 'torch', 'sqlalchemy') if m in sys.modules]"
+    code = f"import sys, fsu_ray, fsu_ray.service, fsu_ray.cli; print({heavy})"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", [*sorted((PACKAGE / "cli").glob("*.py")), PACKAGE / "demo.py"], ids=lambda f: f.name)
+def test_commands_call_the_service_alone(file: Path) -> None:
+    """Commands take types and constants from below the service, and no function that does the work."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+    below = {"storage", "pipeline", "retention", "recheck", "schedule", "dispatch", "method", "cluster", "search"}
+    for node in nodes:
+        if node.module.startswith("fsu_ray.") and node.module.split(".")[1] in below and file.name != "demo.py":
+            assert all(alias.name[0].isupper() for alias in node.names), f"{file} imports {ast.unparse(node)}"
+    assert not re.search(r"\.(ledger|artifacts)\.", re.sub(r"fsu_ray\.cli\.artifacts", "", file.read_text()))
 
 
 def test_one_place_calls_cuda() -> None:

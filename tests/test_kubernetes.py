@@ -1,4 +1,4 @@
-"""The README's manifests for KubeRay: fields that its CRDs have, one image and Ray, no secret, commands of ours."""
+"""kuberay.yaml: fields that the CRDs of KubeRay have, one image and version of Ray, no secret, commands that exist."""
 
 from __future__ import annotations
 
@@ -40,37 +40,39 @@ KEYS = {
 
 
 def manifests(text: str) -> dict[str, Any]:
-    """The manifests in the ```yaml blocks of a Markdown text, those in a List too, by kind."""
-    found = {}
-    for block in re.findall(r"^```yaml\n(.*?)^```$", text, re.M | re.S):
-        for document in yaml.safe_load_all(block):
-            for each in document["items"] if document["kind"] == "List" else [document]:
-                found[each["kind"]] = each
-    return found
+    """The manifests of a file by kind; those in a List are taken out of it."""
+    documents = [
+        manifest
+        for document in yaml.safe_load_all(text)
+        for manifest in (document["items"] if document["kind"] == "List" else [document])
+    ]
+    return {manifest["kind"]: manifest for manifest in documents}
 
 
 def faults(text: str) -> list[str]:
-    """What is wrong with the manifests of `text`, a line each."""
-    found = list(template.secrets(text))
-    made = manifests(text)
-    if missing := {"RayJob", "RayCronJob"} - made.keys():
-        return [*found, f"there is no {' and no '.join(sorted(missing))}"]
-    for kind, each in made.items():
-        if each["apiVersion"] != "ray.io/v1" or not re.fullmatch(r"[a-z][a-z0-9-]{0,40}", each["metadata"]["name"]):
-            found.append(f"{kind}: apiVersion or name")
-        found += [f"{kind}: there is no field {key}" for key in each["spec"].keys() - KEYS[kind]]
-    cron = made["RayCronJob"]["spec"]
+    """What is wrong with the manifests of `text`, a line manifest."""
+    problems = list(template.secrets(text))
+    by_kind = manifests(text)
+    if missing := {"RayJob", "RayCronJob"} - by_kind.keys():
+        return [*problems, f"there is no {' and no '.join(sorted(missing))}"]
+    for kind, manifest in by_kind.items():
+        if manifest["apiVersion"] != "ray.io/v1" or not re.fullmatch(
+            r"[a-z][a-z0-9-]{0,40}", manifest["metadata"]["name"]
+        ):
+            problems.append(f"{kind}: apiVersion or name")
+        problems += [f"{kind}: there is no field {key}" for key in manifest["spec"].keys() - KEYS[kind]]
+    cron = by_kind["RayCronJob"]["spec"]
     try:
         next(CronSim(str(cron.get("schedule")), datetime(2026, 1, 1, tzinfo=UTC)))
     except CronSimError as error:
-        found.append(f"RayCronJob: schedule: {error}")
+        problems.append(f"RayCronJob: schedule: {error}")
     if not isinstance(cron.get("suspend", False), bool):
-        found.append("RayCronJob: suspend is not true or false")
+        problems.append("RayCronJob: suspend is not true or false")
     nightly = cron.get("jobTemplate", {})
-    found += [f"RayCronJob: jobTemplate has no field {key}" for key in nightly.keys() - KEYS["RayJob"]]
-    for job in (made["RayJob"]["spec"], nightly):
-        found += _job(job)
-    return found
+    problems += [f"RayCronJob: jobTemplate has no field {key}" for key in nightly.keys() - KEYS["RayJob"]]
+    for job in (by_kind["RayJob"]["spec"], nightly):
+        problems += _job(job)
+    return problems
 
 
 def _job(job: dict[str, Any]) -> Iterator[str]:
@@ -121,13 +123,12 @@ def _pods(head: dict[str, Any], groups: list[dict[str, Any]]) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def readme() -> str:
-    return (ROOT / "README.md").read_text()
+def file() -> str:
+    return (ROOT / "fsu_ray" / "cluster" / "kuberay.yaml").read_text()
 
 
-def test_the_manifests_of_the_readme(readme: str) -> None:
-    """Nothing is wrong with them; both are there."""
-    assert faults(readme) == []
+def test_the_file_has_both_manifests_and_no_fault(file: str) -> None:
+    assert faults(file) == []
 
 
 BROKEN = {
@@ -162,9 +163,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_each_fault_is_seen(name: str, readme: str) -> None:
-    """The manifests broken in one place."""
+def test_each_fault_is_reported(name: str, file: str) -> None:
+    """The file changed in one place."""
     old, new, fault = BROKEN[name]
-    assert old in readme, "what is to be broken is not in the README"
-    found = faults(readme.replace(old, new))
-    assert [line for line in found if fault in line], found
+    assert old in file, "the text to change is not in the file"
+    reported = faults(file.replace(old, new))
+    assert [line for line in reported if fault in line], reported

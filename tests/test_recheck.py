@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from fsu_ray.app import App
 from fsu_ray.errors import NotFound, StorageError, UserError
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw, write_samples
@@ -18,57 +17,62 @@ from fsu_ray.pipeline import run_request
 from fsu_ray.recheck import recheck
 from fsu_ray.recipes import GateRecipe, Recipe, RelearnRecipe
 from fsu_ray.records import Behaviour, Erasure
+from fsu_ray.service import Service
 from fsu_ray.work import Outcome, TargetResult, WorkOrder
 
 Erase = Callable[..., Erasure]
 
 
 @pytest.fixture
-def erase(app: App, trained: Any) -> Erase:
+def erase(service: Service, trained: Any) -> Erase:
     """Commits an erasure of a class to the model `m` that in truth changes nothing: the new version has the weights of
     the trained classifier. `digits` says of which digit the probes are, `recorded` what the report says of them."""
-    app.register("m", trained.spec, trained.weights)
+    service.models.register("m", trained.spec, trained.weights)
 
     def commit(
         target: int, digits: int | None, recorded: float | None = 0.0, gate: GateRecipe | None = None
     ) -> Erasure:
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
         recipe = Recipe(gate=gate or GateRecipe())
-        request, _ = app.ledger.requests.submit("m", behaviour, f"{target:064}", 8, recipe)
-        claimed = app.ledger.requests.claim("tester", 60)
+        request, _ = service.ledger.requests.submit("m", behaviour, f"{target:064}", 8, recipe)
+        claimed = service.ledger.requests.claim("tester", 60)
         assert claimed is not None
         chosen = [] if digits is None else draw(trained.train, [digits], 20, 0)
-        probes = app.artifacts.put(save_samples(trained.train.pixels[chosen]))
+        probes = service.artifacts.put(save_samples(trained.train.pixels[chosen]))
         report = {"forgetting": {"samples_in_target": 0.0, "probes_in_target": recorded}}
         metrics = {"agreement": 0.99, "starved": []}
         target = TargetResult(claimed.id, "c" * 64, probes, report)
-        made = ("a" * 64, "b" * 64, metrics, (), app.artifacts.put(trained.weights), (target,), {})
-        app.ledger.commit(claimed, Outcome(None, "trained", *made), app.ledger.models.version("m"))
+        made = ("a" * 64, "b" * 64, metrics, (), service.artifacts.put(trained.weights), (target,), {})
+        service.ledger.commit(claimed, Outcome(None, "trained", *made), service.ledger.models.version("m"))
         assert claimed.id == request.id
-        return app.ledger.models.erasures("m")[-1]
+        return service.ledger.models.erasures("m")[-1]
 
     return commit
 
 
-def test_what_the_method_has_erased_is_still_gone(app: App, trained: Any, quick: Recipe, tmp_path: Path) -> None:
+def test_what_the_method_has_erased_is_still_gone(
+    service: Service, trained: Any, quick: Recipe, tmp_path: Path
+) -> None:
     """The measure of the run that erased it comes out again to the last digit, and a later version is measured too."""
 
     def here(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
         return unlearn(order, store, torch.device("cpu"))
 
-    app.register("m", trained.spec, trained.weights)
+    service.models.register("m", trained.spec, trained.weights)
     short = {"invert": quick.invert.model_copy(update={"steps": 20, "batch": 40}), "relearn": RelearnRecipe(epochs=1)}
     recipe = quick.model_copy(update=short)
     for target in (8, 3):
         folder = tmp_path / f"class-{target}"
         write_samples(trained.train.pixels[draw(trained.train, [target], 6, 0)], folder)
-        app.submit("m", Behaviour(name=f"class-{target}", kind="class", targets=(target,)), str(folder), recipe)
-        request = app.ledger.requests.claim("tester", 60)
+        service.requests.submit(
+            "m", Behaviour(name=f"class-{target}", kind="class", targets=(target,)), str(folder), recipe
+        )
+        request = service.ledger.requests.claim("tester", 60)
         assert request is not None
-        run_request(app.ledger, app.artifacts, here, request)
+        run_request(service.ledger, service.artifacts, here, request)
 
-    _, first, (alone,) = recheck(app.ledger, app.artifacts, "m@2", "ann")
-    _, second, both = recheck(app.ledger, app.artifacts, "m", "ann")
+    _, first, (alone,) = recheck(service.ledger, service.artifacts, "m@2", "ann")
+    _, second, both = recheck(service.ledger, service.artifacts, "m", "ann")
 
     assert (first.number, second.number) == (2, 3)
     assert [each.erasure.behaviour.targets for each in both] == [(8,), (3,)]
@@ -77,7 +81,7 @@ def test_what_the_method_has_erased_is_still_gone(app: App, trained: Any, quick:
         assert each.share == each.recorded == forgetting["probes_in_target"]
         assert each.probes == forgetting["probes"] > 0
     assert both[0].share == both[1].erasure.report["earlier"][0]["probes_in_target"]
-    kept = app.ledger.models.rechecks("m")
+    kept = service.ledger.models.rechecks("m")
     assert [(kept[each.erasure.id].version, kept[each.erasure.id].share) for each in both] == [
         (3, both[0].share),
         (3, both[1].share),
@@ -85,12 +89,12 @@ def test_what_the_method_has_erased_is_still_gone(app: App, trained: Any, quick:
     assert all(each.passed and each.actor == "ann" for each in kept.values())
 
 
-def test_what_is_back_fails_and_what_is_gone_passes(app: App, erase: Erase) -> None:
+def test_what_is_back_fails_and_what_is_gone_passes(service: Service, erase: Erase) -> None:
     """Both are measured and kept; eights are probes of an eight that was never erased, threes of one that was."""
     gone, back = erase(8, digits=3), erase(5, digits=5)
     told: list[tuple[str, int, int]] = []
 
-    model, version, found = recheck(app.ledger, app.artifacts, "m", "ann", lambda *news: told.append(news[:3]))
+    model, version, found = recheck(service.ledger, service.artifacts, "m", "ann", lambda *news: told.append(news[:3]))
 
     assert (model.name, version.number) == ("m", 3)
     assert [(each.erasure, each.probes, each.passed) for each in found] == [(gone, 20, True), (back, 20, False)]
@@ -98,11 +102,11 @@ def test_what_is_back_fails_and_what_is_gone_passes(app: App, erase: Erase) -> N
     assert found[1].share is not None
     assert found[0].share < 0.05 < 0.8 < found[1].share
     assert told == [("recheck", 1, 2), ("recheck", 2, 2)]
-    kept = app.ledger.models.rechecks("m")
+    kept = service.ledger.models.rechecks("m")
     assert {id: (each.share, each.passed) for id, each in kept.items()} == {
         each.erasure.id: (each.share, each.passed) for each in found
     }
-    events = [event for event in app.ledger.models.history("m") if "recheck" in event["event"]]
+    events = [event for event in service.ledger.models.history("m") if "recheck" in event["event"]]
     assert [event["event"] for event in events] == ["rechecked", "recheck_failed"]
 
 
@@ -117,42 +121,42 @@ def test_what_is_back_fails_and_what_is_gone_passes(app: App, erase: Erase) -> N
     ],
 )
 def test_the_bounds_are_those_of_the_erasures_own_recipe(
-    app: App, erase: Erase, gate: dict[str, float], recorded: float | None, passed: bool
+    service: Service, erase: Erase, gate: dict[str, float], recorded: float | None, passed: bool
 ) -> None:
     """Above `returned_max`, or `returned_margin` above its own record."""
     erase(8, digits=8, recorded=recorded, gate=GateRecipe(**gate))
-    (found,) = recheck(app.ledger, app.artifacts, "m", "ann")[2]
+    (found,) = recheck(service.ledger, service.artifacts, "m", "ann")[2]
     assert found.passed == passed
     assert found.recorded == (recorded or 0.0)
 
 
-def test_a_version_is_asked_for_what_is_in_force_there(app: App, erase: Erase) -> None:
+def test_a_version_is_asked_for_what_is_in_force_there(service: Service, erase: Erase) -> None:
     """By number or alias; a version from which nothing is gone needs no weights and leaves no trace."""
     eight = erase(8, digits=8)
     erase(5, digits=5)
-    app.ledger.models.move_alias("m", "staging", 2, force=True, reason="T-1")
+    service.ledger.models.move_alias("m", "staging", 2, force=True, reason="T-1")
 
-    assert [each.erasure for each in recheck(app.ledger, app.artifacts, "m@staging", "ann")[2]] == [eight]
-    assert {each.version for each in app.ledger.models.rechecks("m").values()} == {2}
-    app.artifacts.delete(app.ledger.models.version("m", 1).weights)
-    assert recheck(app.ledger, app.artifacts, "m@1", "ann")[2] == []
+    assert [each.erasure for each in recheck(service.ledger, service.artifacts, "m@staging", "ann")[2]] == [eight]
+    assert {each.version for each in service.ledger.models.rechecks("m").values()} == {2}
+    service.artifacts.delete(service.ledger.models.version("m", 1).weights)
+    assert recheck(service.ledger, service.artifacts, "m@1", "ann")[2] == []
 
 
-def test_an_erasure_without_probes_passes(app: App, erase: Erase) -> None:
+def test_an_erasure_without_probes_passes(service: Service, erase: Erase) -> None:
     """Where there is nothing to measure nothing is held against it, as in the gate."""
     erase(8, digits=None)
-    (found,) = recheck(app.ledger, app.artifacts, "m", "ann")[2]
+    (found,) = recheck(service.ledger, service.artifacts, "m", "ann")[2]
     assert (found.probes, found.share, found.passed) == (0, None, True)
 
 
-def test_what_is_missing_is_named_and_nothing_is_kept(app: App, erase: Erase) -> None:
+def test_what_is_missing_is_named_and_nothing_is_kept(service: Service, erase: Erase) -> None:
     """Also not what was measured before the probes that are missing."""
     erase(8, digits=8)
     second = erase(5, digits=5)
-    app.artifacts.delete(second.probes)
+    service.artifacts.delete(second.probes)
     with pytest.raises(StorageError, match=f"{second.probes} is missing"):
-        recheck(app.ledger, app.artifacts, "m", "ann")
+        recheck(service.ledger, service.artifacts, "m", "ann")
     for reference, actor, error in (("m@9", "ann", NotFound), ("x", "ann", NotFound), ("m", "a@b.org", UserError)):
         with pytest.raises(error):
-            recheck(app.ledger, app.artifacts, reference, actor)
-    assert app.ledger.models.rechecks("m") == {}
+            recheck(service.ledger, service.artifacts, reference, actor)
+    assert service.ledger.models.rechecks("m") == {}

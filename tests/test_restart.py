@@ -17,7 +17,6 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from fsu_ray.app import App
 from fsu_ray.config import Timings, read_settings
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.datasets import draw, write_samples
@@ -25,6 +24,7 @@ from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Status
+from fsu_ray.service import Service, connect
 from fsu_ray.storage.ledger import open_ledger
 from fsu_ray.work import Outcome, WorkOrder
 
@@ -68,17 +68,17 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable
 
 
 @pytest.fixture
-def opened(control: tuple[Any, str], home: Path, trained: Any) -> Iterator[tuple[App, Callable[..., None]]]:
-    """An app on that server, with the model `m`, and what stops the server."""
-    app = App.open(replace(read_settings(), ledger=control[1]))
-    name = f"m{len(app.ledger.models.all())}"
-    app.register(name, trained.spec, trained.weights)
-    yield app, control[0]
-    app.ledger.close()
+def opened(control: tuple[Any, str], home: Path, trained: Any) -> Iterator[tuple[Service, Callable[..., None]]]:
+    """An service on that server, with the model `m`, and what stops the server."""
+    service = connect(replace(read_settings(), ledger=control[1]))
+    name = f"m{len(service.ledger.models.all())}"
+    service.models.register(name, trained.spec, trained.weights)
+    yield service, control[0]
+    service.ledger.close()
 
 
 def test_a_run_outlives_a_restart(
-    opened: tuple[App, Callable[..., None]], trained: Any, quick: Recipe, home: Path
+    opened: tuple[Service, Callable[..., None]], trained: Any, quick: Recipe, home: Path
 ) -> None:
     """The server is restarted, at once and without goodbye, in the middle of the run; connections break."""
     result = carry_out(opened, trained, quick, home, lambda control: control("restart", "-m", "immediate"))
@@ -87,7 +87,7 @@ def test_a_run_outlives_a_restart(
 
 
 def test_the_end_of_a_run_waits_for_the_server(
-    opened: tuple[App, Callable[..., None]], trained: Any, quick: Recipe, home: Path
+    opened: tuple[Service, Callable[..., None]], trained: Any, quick: Recipe, home: Path
 ) -> None:
     """The server is away when the run ends, and comes back two seconds later."""
 
@@ -114,13 +114,18 @@ def test_a_wrong_password_is_one_line_without_it(control: tuple[Any, str]) -> No
 
 
 def carry_out(
-    opened: tuple[App, Callable[..., None]], trained: Any, quick: Recipe, home: Path, break_it: Any, late: bool = False
+    opened: tuple[Service, Callable[..., None]],
+    trained: Any,
+    quick: Recipe,
+    home: Path,
+    break_it: Any,
+    late: bool = False,
 ) -> Any:
     """One request of the newest model; `break_it` is done to the server before the method, or after it."""
-    app, control = opened
-    model = app.ledger.models.all()[-1].name
+    service, control = opened
+    model = service.ledger.models.all()[-1].name
     write_samples(trained.train.pixels[draw(trained.train, [8], 6, 0)], home / "samples")
-    app.submit(model, Behaviour(name="eight", kind="class", targets=(8,)), str(home / "samples"), quick)
+    service.requests.submit(model, Behaviour(name="eight", kind="class", targets=(8,)), str(home / "samples"), quick)
 
     def execute(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
         if not late:
@@ -130,10 +135,10 @@ def carry_out(
             break_it(control)
         return outcome
 
-    run = functools.partial(run_request, app.ledger, app.artifacts, execute, timings=Timings(poll=0.05))
-    (result,) = drain(app.ledger, "w", WorkerOptions(model=model), run)
-    assert [version.number for version in app.ledger.models.versions(model)] == [1, 2]
-    assert [erasure.behaviour.name for erasure in app.ledger.models.erasures(model)] == ["eight"]
-    needed, _ = app.ledger.references()
-    assert all(app.artifacts.has(digest) for digest in needed)
+    run = functools.partial(run_request, service.ledger, service.artifacts, execute, timings=Timings(poll=0.05))
+    (result,) = drain(service.ledger, "w", WorkerOptions(model=model), run)
+    assert [version.number for version in service.ledger.models.versions(model)] == [1, 2]
+    assert [erasure.behaviour.name for erasure in service.ledger.models.erasures(model)] == ["eight"]
+    needed, _ = service.ledger.references()
+    assert all(service.artifacts.has(digest) for digest in needed)
     return result

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import pytest
 from ray import tune
 
 from fsu_ray import search as search_module
-from fsu_ray.app import App
 from fsu_ray.cluster import workers
 from fsu_ray.errors import FsuError, InvalidSamples, TransitionRefused, UserError
-from fsu_ray.method.datasets import draw, write_samples
+from fsu_ray.method.context import save_samples
+from fsu_ray.method.datasets import draw, read_samples, write_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search import MARGIN, SearchOptions, SearchResult, _best, search, search_name
 from fsu_ray.search_space import SPACE, apply, narrowed
+from fsu_ray.service import Service
 from fsu_ray.work import ErasureTarget, WorkOrder
 
 FSU = str(Path(sys.executable).parent / "fsu")
@@ -44,11 +46,11 @@ EIGHT = Behaviour(name="eight", kind="class", targets=(8,))
 
 
 @pytest.fixture
-def asked(app: App, trained: Any, home: Path) -> ErasureTarget:
+def asked(service: Service, trained: Any, home: Path) -> ErasureTarget:
     """A model `m`, and a request to erase class 8 from it, which waits."""
-    app.register("m", trained.spec, trained.weights)
+    service.models.register("m", trained.spec, trained.weights)
     write_samples(trained.train.pixels[draw(trained.train, [8], 12, 0)], home / "samples")
-    request, _ = app.submit("m", EIGHT, str(home / "samples"), apply(Recipe(), TINY))
+    request, _ = service.requests.submit("m", EIGHT, str(home / "samples"), apply(Recipe(), TINY))
     return ErasureTarget(request.id, request.behaviour, request.samples)
 
 
@@ -61,13 +63,15 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.ray
-def test_a_search_finds_a_better_recipe(cluster: None, app: App, asked: ErasureTarget) -> None:
+def test_a_search_finds_a_better_recipe(cluster: None, service: Service, asked: ErasureTarget) -> None:
     """By Optuna (by Tune's own draws in the test below). Its values are of the space, its score is above that of the
     recipe that it began with, the evidence says what it took; a trial that ASHA has stopped is no winner."""
-    order = app.search_order("m", asked, apply(Recipe(), TINY))
+    order = service.recipes.search_order("m", asked, apply(Recipe(), TINY))
     wanted = SearchOptions(narrowed(SPACE["class"], RANGES), trials=2, optuna=True, seed=1)
     told: list[str] = []
-    found = search(order, app.artifacts, (None, app.settings.runs), wanted, lambda stage, *_: told.append(stage))
+    found = search(
+        order, service.artifacts, (None, service.settings.runs), wanted, lambda stage, *_: told.append(stage)
+    )
     assert found.better
     evidence = found.evidence
     assert found.score == evidence["best"]["score"] > evidence["initial"]["score"]
@@ -89,16 +93,16 @@ def worse_and_worse(config: dict[str, Any]) -> None:
 
 @pytest.mark.ray
 def test_what_is_worse_than_most_is_stopped_early(
-    cluster: None, app: App, asked: ErasureTarget, monkeypatch: pytest.MonkeyPatch
+    cluster: None, service: Service, asked: ErasureTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ASHA, by inversion steps: the best trial goes to the end; those that begin when it has reported, and are worse
     than all before them, end at the first rung."""
     monkeypatch.setattr(
         search_module, "_draws", lambda wanted: {"values": tune.grid_search([{"n": n} for n in range(6)])}
     )
-    order = app.search_order("m", asked, apply(Recipe(), TINY))
+    order = service.recipes.search_order("m", asked, apply(Recipe(), TINY))
     wanted = SearchOptions(narrowed(SPACE["class"], RANGES), trials=6)
-    results = search_module._tuner(worse_and_worse, order, (None, app.settings.runs), "search-asha", wanted).fit()
+    results = search_module._tuner(worse_and_worse, order, (None, service.settings.runs), "search-asha", wanted).fit()
     steps = {result.config["values"]["n"]: result.metrics["steps"] for result in results}
     assert steps.pop(0) == 80
     assert steps.pop(1) in (20, 40, 80)  # runs beside the best one
@@ -106,7 +110,7 @@ def test_what_is_worse_than_most_is_stopped_early(
 
 
 @pytest.mark.ray
-def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: ErasureTarget, home: Path) -> None:
+def test_a_search_whose_driver_dies_goes_on_where_it_was(service: Service, asked: ErasureTarget, home: Path) -> None:
     """SIGKILL once a trial has come to its end: the same command again does not run that trial again, and keeps what it
     finds in the ledger, for later requests."""
     words = [FSU, "search", "--model", "m", "--request", asked.request, "--trials", "8", "--cpus", "2", "--json", *SETS]
@@ -118,10 +122,10 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Erasur
             time.sleep(0.1)
             ended = [
                 file
-                for file in Path(app.settings.runs).glob("search-*/*/result.json")
+                for file in Path(service.settings.runs).glob("search-*/*/result.json")
                 if '"steps": 80' in file.read_text()
             ]
-            if ended and list(Path(app.settings.runs).glob("search-*/experiment_state-*.json")):
+            if ended and list(Path(service.settings.runs).glob("search-*/experiment_state-*.json")):
                 break
             assert driver.poll() is None, (home / "first.log").read_text()
         time.sleep(11)  # Tune writes its state every ten seconds
@@ -134,11 +138,13 @@ def test_a_search_whose_driver_dies_goes_on_where_it_was(app: App, asked: Erasur
     document = json.loads(again.stdout)
     assert document["found"]["evidence"]["trials"] == 8
     assert {file: file.read_text().count('"steps": 80') for file in ended} == before
-    assert len(list(Path(app.settings.runs).glob("search-*/*/result.json"))) == 8, "no trial was begun a second time"
-    kept = app.ledger.recipes.in_force("m", "class")
+    assert len(list(Path(service.settings.runs).glob("search-*/*/result.json"))) == 8, (
+        "no trial was begun a second time"
+    )
+    kept = service.ledger.recipes.in_force("m", "class")
     assert kept is not None
     assert (kept.id, kept.score) == (document["kept"]["id"], document["found"]["score"])
-    chosen = app.recipe_for("m", "class")
+    chosen = service.recipes.resolve("m", "class")
     assert chosen.recipe.model_dump(mode="json") == document["found"]["recipe"]
 
 
@@ -170,14 +176,15 @@ def test_the_best_is_one_that_was_trained_to_the_end() -> None:
     )
 
 
-def test_what_cannot_be_searched_is_named(app: App, asked: ErasureTarget, trained: Any, home: Path) -> None:
+def test_what_cannot_be_searched_is_named(service: Service, asked: ErasureTarget, trained: Any, home: Path) -> None:
     """Before Ray is started: the paper's form, one sample, what is no request of the model or has ended."""
     with pytest.raises(UserError, match="needs the continual form"):
-        app.search_order("m", asked, Recipe(form="paper"))
+        service.recipes.search_order("m", asked, Recipe(form="paper"))
     write_samples(trained.train.pixels[:1], home / "one")
-    digest, _ = app.keep_samples("m", str(home / "one"))
+    pixels = read_samples(str(home / "one"), trained.spec.shape)
+    digest = service.artifacts.put(save_samples(pixels))
     with pytest.raises(InvalidSamples, match="at least two"):
-        app.search_order("m", ErasureTarget("r", EIGHT, digest), Recipe())
+        service.recipes.search_order("m", ErasureTarget("r", EIGHT, digest), Recipe())
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,7 @@ def test_what_cannot_be_searched_is_named(app: App, asked: ErasureTarget, traine
     ],
 )
 def test_bad_words_end_a_search_with_2_and_one_line(
-    app: App, asked: ErasureTarget, words: list[str], said: str
+    service: Service, asked: ErasureTarget, words: list[str], said: str
 ) -> None:
     """No traceback, nothing started."""
     from typer.testing import CliRunner
@@ -209,7 +216,7 @@ def test_bad_words_end_a_search_with_2_and_one_line(
 
 
 def test_a_search_is_around_the_recipe_that_it_begins_with(
-    app: App, asked: ErasureTarget, monkeypatch: pytest.MonkeyPatch
+    service: Service, asked: ErasureTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weight of a relative BN loss is of another size, unless a line says otherwise. Looked at before any trial."""
     from typer.testing import CliRunner
@@ -218,22 +225,21 @@ def test_a_search_is_around_the_recipe_that_it_begins_with(
 
     spaces = []
 
-    def stopped(self: App, model: str, order: WorkOrder, wanted: SearchOptions, *rest: object) -> None:
-        spaces.append(wanted.space["invert.weights.bn"])
+    def stopped(order: WorkOrder, store: object, runs: object, options: SearchOptions, *rest: object) -> None:
+        spaces.append(options.space["invert.weights.bn"])
         raise TransitionRefused("far enough")
 
-    monkeypatch.setattr(App, "search", stopped)
+    monkeypatch.setattr("fsu_ray.service.running.on_ray", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("fsu_ray.search.search", stopped)
     for words in ([], ["--recipe", "very-deep"], ["--recipe", "very-deep", "--range", "invert.weights.bn=50:60"]):
         answer = CliRunner().invoke(fsu, ["search", "--model", "m", "--request", asked.request, *words])
         assert "far enough" in answer.output
     assert [(line.low, line.high) for line in spaces] == [(1, 30), (10, 300), (50, 60)]
 
 
-def test_a_request_that_has_ended_is_not_searched_for(app: App, asked: ErasureTarget) -> None:
+def test_a_request_that_has_ended_is_not_searched_for(service: Service, asked: ErasureTarget) -> None:
     """A cancelled one needs no recipe."""
-    from fsu_ray.cli.search import _asked
-
-    app.ledger.requests.cancel(asked.request)
+    service.ledger.requests.cancel(asked.request)
     with pytest.raises(TransitionRefused, match="is cancelled"):
-        _asked(app, "m", asked.request, None, "class", None, None)
+        service.recipes.search("m", request=asked.request)
     assert issubclass(TransitionRefused, FsuError)

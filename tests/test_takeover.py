@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from fsu_ray.app import App
 from fsu_ray.cluster.workers import checkpoints as kept
 from fsu_ray.config import parse_change
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.records import Behaviour, Status
+from fsu_ray.service import Service
 
 FSU = str(Path(sys.executable).parent / "fsu")
 CHANGES = ["invert.steps=1200", "invert.batch=30", "invert.width=2", "synthesize.per_class=60", "relearn.epochs=1"]
@@ -27,22 +27,22 @@ CHANGES += ["synthesize.entropy_threshold=1.5", "gate.forgotten_max=1", "gate.ag
 
 
 @pytest.fixture
-def request_of(app: App, trained: Any, home: Path) -> str:
+def request_of(service: Service, trained: Any, home: Path) -> str:
     """A queued request of the model `m`, whose inversion takes some seconds."""
-    app.register("m", trained.spec, trained.weights)
+    service.models.register("m", trained.spec, trained.weights)
     write_samples(trained.train.pixels[draw(trained.train, [8], 8, 0)], home / "samples")
-    recipe = app.recipe("digits", tuple(parse_change(change) for change in CHANGES))
+    recipe = service.recipes.preset("digits", tuple(parse_change(change) for change in CHANGES))
     eight = Behaviour(name="eight", kind="class", targets=(8,))
-    request, _ = app.submit("m", eight, str(home / "samples"), recipe)
+    request, _ = service.requests.submit("m", eight, str(home / "samples"), recipe)
     return request.id
 
 
-def run_until_checkpoints(app: App, home: Path, then: Callable[[subprocess.Popen[bytes]], object]) -> int:
+def run_until_checkpoints(service: Service, home: Path, then: Callable[[subprocess.Popen[bytes]], object]) -> int:
     """`fsu run` until Ray would go on from two more checkpoints, and what is done to it then; its exit code."""
 
     def there() -> set[str]:
         try:
-            return {name for run in Path(app.settings.runs).glob("*") for name in kept(run)}
+            return {name for run in Path(service.settings.runs).glob("*") for name in kept(run)}
         except ValueError:  # it is being written
             return set()
 
@@ -60,23 +60,23 @@ def run_until_checkpoints(app: App, home: Path, then: Callable[[subprocess.Popen
 
 
 @pytest.mark.ray
-def test_drivers_that_end_in_the_middle(app: App, request_of: str, home: Path) -> None:
+def test_drivers_that_end_in_the_middle(service: Service, request_of: str, home: Path) -> None:
     """One is asked to end (SIGTERM): its request is queued at once, and the next one need not wait for a lease. That
     one is killed between two checkpoints: once the lease is over, the third resumes there, and finishes."""
-    code = run_until_checkpoints(app, home, lambda driver: driver.send_signal(signal.SIGTERM))
+    code = run_until_checkpoints(service, home, lambda driver: driver.send_signal(signal.SIGTERM))
     assert code == 130
     log = (home / "first.log").read_text()
     assert "interrupted" in log
     assert "Traceback" not in log
-    waiting = app.ledger.requests.get(request_of)
+    waiting = service.ledger.requests.get(request_of)
     assert (waiting.status, waiting.reason, waiting.failures) == (Status.QUEUED, "interrupted", 0)
 
-    run_until_checkpoints(app, home, lambda driver: driver.send_signal(signal.SIGKILL))
-    running = app.ledger.requests.get(request_of)
+    run_until_checkpoints(service, home, lambda driver: driver.send_signal(signal.SIGKILL))
+    running = service.ledger.requests.get(request_of)
     assert (running.status, running.attempt) == (Status.RUNNING, 2)
     early = subprocess.run([FSU, "run"], capture_output=True, text=True, timeout=60, check=True)
     assert "nothing is ready: 1 wait or run elsewhere" in early.stdout  # the lease of the dead driver holds
-    with sqlite3.connect(app.settings.home / "ledger.db") as connection:  # ... until now
+    with sqlite3.connect(service.settings.home / "ledger.db") as connection:  # ... until now
         connection.execute("UPDATE requests SET lease_until = '2000-01-01T00:00:00.000000+00:00'")
 
     again = subprocess.run([FSU, "run", "--json", "--cpus", "2"], capture_output=True, text=True, timeout=300)
@@ -86,20 +86,20 @@ def test_drivers_that_end_in_the_middle(app: App, request_of: str, home: Path) -
     steps = [re.fullmatch(r"invert (\d+)", each) for each in ended["outcome"]["resumed"]]
     first, second = (int(found[1]) for found in steps if found)
     assert 100 < first < second, "the step at which the first was asked to end, then a checkpoint of the second"
-    assert [version.number for version in app.ledger.models.versions("m")] == [1, 2]
-    assert [erasure.behaviour.name for erasure in app.ledger.models.erasures("m")] == ["eight"]
-    assert app.ledger.requests.get(request_of).failures == 1
+    assert [version.number for version in service.ledger.models.versions("m")] == [1, 2]
+    assert [erasure.behaviour.name for erasure in service.ledger.models.erasures("m")] == ["eight"]
+    assert service.ledger.requests.get(request_of).failures == 1
 
 
 @pytest.mark.ray
-def test_a_cancelled_request_stops_on_ray(app: App, request_of: str, home: Path) -> None:
+def test_a_cancelled_request_stops_on_ray(service: Service, request_of: str, home: Path) -> None:
     """`fsu request cancel` in another process: the worker stops at its next step, and `fsu run` ends."""
 
     def cancel(driver: subprocess.Popen[bytes]) -> None:
         subprocess.run([FSU, "request", "cancel", request_of, "--by", "alice"], check=True, capture_output=True)
 
-    code = run_until_checkpoints(app, home, cancel)
+    code = run_until_checkpoints(service, home, cancel)
     assert code == 0, (home / "first.log").read_text()
-    ended = app.ledger.requests.get(request_of)
+    ended = service.ledger.requests.get(request_of)
     assert (ended.status, ended.reason) == (Status.CANCELLED, "cancelled while running")
-    assert len(app.ledger.models.versions("m")) == 1
+    assert len(service.ledger.models.versions("m")) == 1

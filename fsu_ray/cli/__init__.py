@@ -1,9 +1,10 @@
-"""`fsu`: parse and print. What commands do is in `app`; heavy imports happen inside them."""
+"""`fsu`: parse and print. Every command calls one or two methods of `fsu_ray.service`."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,12 +20,29 @@ from fsu_ray.cli.reproduce import reproduce_app
 from fsu_ray.cli.requests import request_app
 from fsu_ray.cli.schedules import schedule_app, scheduler_app
 from fsu_ray.cli.search import search_app
-from fsu_ray.cli.shared import Cpus, Json, Workers, interrupted, one_line, open_app
+from fsu_ray.cli.shared import (
+    Coalesce,
+    Cpus,
+    Json,
+    MaxRequests,
+    ModelName,
+    Parallel,
+    Workers,
+    announce,
+    interrupted,
+    one_line,
+)
+from fsu_ray.records import Request
+from fsu_ray.service import Service, connect
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fsu_ray.pipeline import Result
 
 app = typer.Typer(
-    help="Make a registered classifier forget, request after request, and keep a ledger of what is gone.",
+    help="Make a registered classifier forget, request after request, and keep a ledger of what is erased.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -44,85 +62,109 @@ app.add_typer(jobs_app, name="jobs")
 app.add_typer(reproduce_app)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            said = version("fsu_ray")
+        except PackageNotFoundError:  # a Ray job got the folder of the package alone
+            said = "of unknown version: the package is not installed here, it was sent to this machine"
+        console.out.print(f"fsu_ray {said}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Options of `fsu` itself."""
+
+
 @app.command(epilog="Example: fsu demo")
 @one_line
-def demo(json: Json = False, seed: int = 0, cpus: Cpus = None) -> None:
-    """Train LeNet5 on scikit-learn's digits, then erase two classes in sequence."""
-    from fsu_ray import demo as show
+def demo(
+    json: Json = False,
+    seed: Annotated[int, typer.Option(help="Of the training and of the samples.")] = 0,
+    cpus: Cpus = None,
+) -> None:
+    """Train LeNet5 on scikit-learn's digits, then erase two classes, one after the other."""
+    from fsu_ray import demo as digits
 
-    opened = open_app()
+    service = connect()
     with interrupted(console.REQUEUED), console.watching() as watcher:
-        shown = show.demo(opened, watcher, seed, cpus)
+        done = digits.demo(service, watcher, seed, cpus)
     if json:
-        history = opened.ledger.models.history(shown.model.name)
-        console.print_json({"model": shown.model, "results": console.results_json(shown.results), "history": history})
+        history = service.models.history(done.model.name)
+        console.print_json({"model": done.model, "results": console.results_json(done.results), "history": history})
     else:
-        show.print_demo(opened, shown)
-    raise typer.Exit(console.exit_code(shown.results))
+        digits.print_demo(service, done)
+    raise typer.Exit(console.exit_code(done.results))
 
 
 @app.command(epilog="Example: fsu run --model m --max 5")
 @one_line
 def run(
     model: Annotated[str | None, typer.Option(help="Only requests of this model.")] = None,
-    max_requests: Annotated[int | None, typer.Option("--max", min=1, help="End after this many requests.")] = None,
-    coalesce: Annotated[bool, typer.Option("--coalesce", help="All class requests of a model in one run.")] = False,
-    parallel: Annotated[int, typer.Option(min=1, help="Models side by side in this worker, at most.")] = 1,
+    max_requests: MaxRequests = None,
+    coalesce: Coalesce = False,
+    parallel: Parallel = 1,
     workers: Workers = None,
     cpus: Cpus = None,
     expect: Annotated[str | None, typer.Option(hidden=True, help="A request that the ledger must have.")] = None,
     json: Json = False,
 ) -> None:
-    """Claim what is ready and carry it out on Ray, one request after another.
+    """Claim the requests that are ready and carry them out on Ray, until none is ready.
 
-    Exit code 0: all succeeded, or nothing was ready; 1: one failed or is to be tried again; 4: one was rejected.
+    Exit code 0: all succeeded, or none was ready. 1: a request failed, or waits to be tried again. 4: the gate
+    rejected a result.
     """
-    from fsu_ray.pipeline import WorkerOptions
-
-    opened = open_app()
-    if model is not None:
-        opened.ledger.models.get(model)
+    service = connect()
     if expect is not None:
-        opened.expect(expect)
-    opened.reconcile()
-    results: list[Any] = []
-    if opened.ledger.requests.claimable(model):
-        with interrupted(console.REQUEUED), console.watching() as watcher:
+        service.requests.check_known(expect)
+    with interrupted(console.REQUEUED), console.watching() as watcher:
 
-            def started(request: Any) -> None:
-                watcher.begin()
-                console.err.print(
-                    f"request {request.id}: {request.behaviour.name} of {request.model}, attempt {request.attempt}"
-                )
+        def on_claim(request: Request) -> None:
+            watcher.begin()
+            announce(request)
 
-            with opened.on_ray(watcher.tell, cpus, parallel, workers) as execute:
-                results = opened.run(execute, WorkerOptions(max_requests, model, parallel, coalesce), started)
+        results = service.run(
+            model=model, max_requests=max_requests, parallel=parallel, coalesce=coalesce, workers=workers, cpus=cpus,
+            on_progress=watcher.tell, on_claim=on_claim,
+        )  # fmt: skip
     if json:
         console.print_json(console.results_json(results))
     elif not results:
-        console.out.print(idle(opened.ledger, model))
-    for result in [] if json else results:
-        console.print_result(result)
-    if not json and len({r.request.model for r in results}) == 1:
-        table = _accuracy(opened.ledger, results)
-        if table is not None:
-            console.out.print(table)
+        console.out.print(idle(service, model))
+    else:
+        _print_results(service, results)
     raise typer.Exit(console.exit_code(results))
 
 
-def _accuracy(ledger: Any, results: list[Any]) -> Any:
-    """Of one model's results; what was gone before the first of them is not counted as kept."""
+def _print_results(service: Service, results: Sequence[Result]) -> None:
+    for result in results:
+        console.print_result(result)
+    if len({result.request.model for result in results}) == 1:
+        accuracy = _accuracy(service, results)
+        if accuracy is not None:
+            console.out.print(accuracy)
+
+
+def _accuracy(service: Service, results: Sequence[Result]) -> Table | None:
+    """The accuracy by class over the results of one model; classes that were erased before count as erased."""
     name = results[0].request.model
-    version = next((r.version for r in results if r.version), None)
-    earlier = [each.behaviour for each in ledger.models.erased(name, version and version.parent)]
-    return console.accuracy_table(results, ledger.models.get(name).spec.classes, earlier)
+    parent = next((result.version.parent for result in results if result.version), None)
+    earlier = [erasure.behaviour for erasure in service.models.erased(name, parent)]
+    return console.accuracy_table(results, service.models.get(name).spec.classes, earlier)
 
 
 @app.command(epilog="Example: fsu history digits-demo")
 @one_line
-def history(model: str, json: Json = False) -> None:
-    """What happened to MODEL, oldest first."""
-    events = open_app().ledger.models.history(model)
+def history(model: ModelName, json: Json = False) -> None:
+    """Show what happened to MODEL, oldest first."""
+    events = connect().models.history(model)
     if json:
         console.print_json(events)
     else:

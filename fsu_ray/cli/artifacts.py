@@ -9,44 +9,39 @@ from typing import Annotated
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line, open_app
+from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line
+from fsu_ray.service import connect
 
-artifacts_app = typer.Typer(help="Artifacts: what lies in the store.", no_args_is_help=True)
+artifacts_app = typer.Typer(help="Clear the artifact store.", no_args_is_help=True)
 
 
 @artifacts_app.command("gc", epilog="Example: fsu artifacts gc --dry-run")
 @one_line
 def artifacts_gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, and delete nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
     older_than: Annotated[
-        float, typer.Option(min=0, help="Hours that a stray artifact, or a search, must be old.")
-    ] = 24.0,
-    by: Who = None,
+        float, typer.Option(min=0, help="Keep stray artifacts and searches younger than this (hours).")
+    ] = (24.0),
+    by: Who = OPERATOR,
     json: Json = False,
 ) -> None:
-    """Delete artifacts that the ledger does not refer to, those that it has on record as removed, what writers that
-    were killed have left, and the checkpoints of requests that have ended and of searches.
+    """Delete artifacts that nothing refers to, and checkpoints of what is over.
 
-    What may be the work of a running request is left alone. A search whose checkpoints are gone begins again.
+    Deleted are: artifacts that the ledger does not refer to, or has recorded as removed; files that killed writers
+    left unfinished; checkpoints of ended requests and of searches. What a running request may have written stays. A
+    search whose checkpoints are deleted begins again.
     """
-    from fsu_ray.retention import collect, garbage
-    from fsu_ray.storage.checkpoints import Checkpoints
-
-    opened = open_app()
-    runs = Checkpoints(opened.settings.runs)
-    found = garbage(opened.ledger, opened.artifacts, runs, timedelta(hours=older_than))
-    if not dry_run:
-        collect(opened.ledger, opened.artifacts, runs, found, by or OPERATOR)
+    garbage = connect().retention.collect_garbage(timedelta(hours=older_than), dry_run, by)
     if json:
-        console.print_json({"deleted": not dry_run, **asdict(found)})
+        console.print_json({"deleted": not dry_run, **asdict(garbage)})
         return
     kinds = {
-        "stray": found.stray, "recorded as removed": found.late, "unfinished": found.unfinished,
-        "checkpoints": found.checkpoints,
+        "stray": garbage.stray, "recorded as removed": garbage.late, "unfinished": garbage.unfinished,
+        "checkpoints": garbage.checkpoints,
     }  # fmt: skip
-    for what, names in kinds.items():
-        for name, size in sorted(names.items()):
-            console.out.print(f"{name}  {size:>12,} bytes  {what}")
-    sizes = [size for names in kinds.values() for size in names.values()]
-    said = "would be deleted" if dry_run else "deleted"
-    console.out.print(f"{len(sizes)} in all, {sum(sizes):,} bytes: {said}" if sizes else "nothing to delete")
+    for kind, sizes in kinds.items():
+        for name, size in sorted(sizes.items()):
+            console.out.print(f"{name}  {size:>12,} bytes  {kind}")
+    total = [size for sizes in kinds.values() for size in sizes.values()]
+    done = "would be deleted" if dry_run else "deleted"
+    console.out.print(f"{len(total)} in all, {sum(total):,} bytes: {done}" if total else "nothing to delete")

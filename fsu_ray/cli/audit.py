@@ -1,4 +1,4 @@
-"""`fsu audit`: whether history is what it was, and a copy of it for others."""
+"""`fsu audit`: whether history is as it was written, and copies of it for others."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import json as json_
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from fsu_ray import console
-from fsu_ray.cli.shared import Json, one_line, open_app
+from fsu_ray.cli.shared import Json, OneModel, one_line
+from fsu_ray.config import read_settings
 from fsu_ray.errors import UserError
 from fsu_ray.records import Status
+from fsu_ray.service import Service, connect
 
-audit_app = typer.Typer(help="Audit: whether history is what it was.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from fsu_ray.storage.audit import Verdict
+    from fsu_ray.storage.chain import Event
+
+audit_app = typer.Typer(help="Verify and export the audit chain.", no_args_is_help=True)
 
 
 class Form(StrEnum):
@@ -29,31 +35,25 @@ class Form(StrEnum):
 @audit_app.command("verify", epilog="Example: fsu audit verify --head 812:9f2c...")
 @one_line
 def audit_verify(
-    artifacts: Annotated[bool, typer.Option("--artifacts/--no-artifacts", help="Read every artifact too.")] = True,
-    head: Annotated[str | None, typer.Option(help="SEQ:HASH, noted earlier: must still be in the chain.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Check this file alone, and no ledger.")] = None,
+    artifacts: Annotated[
+        bool, typer.Option("--artifacts/--no-artifacts", help="Compare the content of every artifact with its digest.")
+    ] = True,
+    head: Annotated[str | None, typer.Option(help="SEQ:HASH, noted earlier: the chain must still contain it.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Verify this exported file alone, without a ledger.")] = None,
     public_key: Annotated[Path | None, typer.Option(help="The bundle must be signed with this key (PEM).")] = None,
     json: Json = False,
 ) -> None:
     """Recompute the audit chain, and compare the ledger and its artifacts with it.
 
-    Exit code 0: all is as it was written; 3: it is not, and the first thing that is wrong is named.
+    Exit code 0: all is as it was written. 3: it is not; the first difference is named.
     """
-    from fsu_ray.storage.chain import ChainHead
-
     if public_key is not None and bundle is None:
         raise UserError("--public-key goes with --bundle")
-    noted = None if head is None else ChainHead.parse(head)
     more: dict[str, Any] = {}
     if bundle is None:
-        opened = open_app()
-        verdict = opened.ledger.audit.verify(opened.artifacts if artifacts else None, noted)
-        if not verdict.events + verdict.found:
-            raise UserError("the ledger is empty: there is nothing to verify; check FSU_LEDGER and FSU_HOME")
+        verdict = connect().audit.verify(artifacts, head)
     else:
-        from fsu_ray.storage.bundle import verify
-
-        checked = verify(bundle, public_key, noted)
+        checked = Service(read_settings()).audit.verify_bundle(bundle, public_key, head)
         verdict = checked.verdict
         more = {"signature": checked.signature, "manifest": checked.manifest}
     if json:
@@ -63,7 +63,7 @@ def audit_verify(
         _print_verdict(verdict, more)
 
 
-def _print_verdict(verdict: Any, more: Mapping[str, Any]) -> None:
+def _print_verdict(verdict: Verdict, more: Mapping[str, Any]) -> None:
     looked = "no artifacts" if verdict.artifacts is None else f"{verdict.artifacts} artifacts"
     console.out.print(
         f"[green]good[/]: {verdict.events} events and {looked} are as they were written ({verdict.seconds:.2f} s)"
@@ -79,26 +79,26 @@ def _print_verdict(verdict: Any, more: Mapping[str, Any]) -> None:
             f"bundle of fsu_ray {manifest['fsu_ray']}, {manifest['created_at']}, {manifest['events']} events{which}: "
             f"{more['signature']}"
         )
-        for title, lines in (("it proves", manifest["proves"]), ("it does not prove", manifest["proves_not"])):
+        for title, sentences in (("it proves", manifest["proves"]), ("it does not prove", manifest["proves_not"])):
             console.out.print(f"{title}:")
-            for line in lines:
-                console.out.print(f"  - {line}", markup=False)
+            for sentence in sentences:
+                console.out.print(f"  - {sentence}", markup=False)
 
 
 @audit_app.command("export", epilog="Example: fsu audit export --format jsonl --out audit.jsonl --key key.pem")
 @one_line
 def audit_export(
     out: Annotated[Path, typer.Option(help="The file to write.")],
-    form: Annotated[Form, typer.Option("--format", help="Lines of JSON, or a table.")] = Form.JSONL,
-    model: Annotated[str | None, typer.Option(help="What the bundle is about; it has the whole chain anyway.")] = None,
+    form: Annotated[Form, typer.Option("--format", help="Lines of JSON, or a Parquet table.")] = Form.JSONL,
+    model: Annotated[
+        str | None, typer.Option(help="What the file is about; it holds the whole chain all the same.")
+    ] = None,
     key: Annotated[Path | None, typer.Option(help="Sign it with this private key (PEM).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
     json: Json = False,
 ) -> None:
-    """Write the whole audit chain into a file that `fsu audit verify --bundle` checks without the ledger."""
-    from fsu_ray.storage.bundle import write
-
-    manifest = write(open_app().ledger, out, form.value, model=model, key=key, force=force)
+    """Write the whole audit chain into a file that `fsu audit verify --bundle` verifies without the ledger."""
+    manifest = connect().audit.export(out, form.value, model=model, key=key, force=force)
     if json:
         console.print_json(manifest)
     else:
@@ -108,36 +108,36 @@ def audit_export(
 
 @audit_app.command("keygen", epilog="Example: fsu audit keygen --out key.pem > key.pub.pem")
 @one_line
-def audit_keygen(out: Annotated[Path, typer.Option(help="Where the private key is to be; nothing there yet.")]) -> None:
-    """Make a key to sign bundles with, and print its public part."""
-    from fsu_ray.storage.bundle import keygen
-
-    typer.echo(keygen(out), nl=False)
+def audit_keygen(out: Annotated[Path, typer.Option(help="A new file for the private key.")]) -> None:
+    """Make a key to sign exported files with, and print its public part."""
+    typer.echo(Service(read_settings()).audit.keygen(out), nl=False)
 
 
 @audit_app.command("head", epilog="Example: fsu audit head")
 @one_line
 def audit_head(json: Json = False) -> None:
-    """The last event's number and hash: noted elsewhere, they show later that nothing was cut off."""
-    found = open_app().ledger.audit.head()
+    """Print the number and the hash of the last event. Noted elsewhere, they show later that nothing was cut off."""
+    head = connect().audit.head()
     if json:
-        console.print_json({"seq": found.seq, "hash": found.hash})
+        console.print_json({"seq": head.seq, "hash": head.hash})
     else:
-        console.out.print(str(found))
+        console.out.print(str(head))
 
 
 @audit_app.command("log", epilog="Example: fsu audit log --model digits-demo --last 20")
 @one_line
 def audit_log(
-    model: Annotated[str | None, typer.Option(help="Only events of this model.")] = None,
-    request: Annotated[str | None, typer.Option(help="Only events of this request; the beginning is enough.")] = None,
-    last: Annotated[int | None, typer.Option(min=1, help="Only so many of the latest. Default: all.")] = None,
+    model: OneModel = None,
+    request: Annotated[
+        str | None, typer.Option(help="Only of this request; the beginning of its id is enough.")
+    ] = None,
+    last: Annotated[int | None, typer.Option(min=1, help="Only the latest ones, this many. Default: all.")] = None,
     json: Json = False,
 ) -> None:
-    """The events of the audit chain in words, oldest first."""
-    events = open_app().ledger.audit.log(model, request, last)
+    """Show the events of the audit chain in words, oldest first."""
+    events = connect().audit.log(model, request, last)
     if json:
-        console.print_json([each._asdict() | {"detail": _detail(each)} for each in events])
+        console.print_json([event._asdict() | {"detail": _detail(event)} for event in events])
         return
     rows = [
         [e.seq, *map(escape, (e.at[:19], e.model or "", e.request or "", e.actor, words(e.event, _detail(e))))]
@@ -146,8 +146,8 @@ def audit_log(
     console.out.print(console.table("Audit log", ["event", "at (UTC)", "model", "request", "by", "what"], rows))
 
 
-def _detail(event: Any) -> dict[str, Any]:
-    """What an event is about; empty where it has been tampered with so that it does not parse."""
+def _detail(event: Event) -> dict[str, Any]:
+    """The detail of an event; empty where somebody has changed it so that it does not parse."""
     try:
         detail = json_.loads(event.detail)
     except ValueError:

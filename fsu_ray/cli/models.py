@@ -1,4 +1,4 @@
-"""`fsu model`: named lines of versions."""
+"""`fsu model`: models and their versions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import typer
 
 from fsu_ray import console
 from fsu_ray.cli.lineage import FEW
-from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line, open_app
+from fsu_ray.cli.shared import OPERATOR, Json, ModelName, Who, fail_as, one_line
 from fsu_ray.cli.tree import plain_lines, version_tree
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.records import ModelSpec, Policy
+from fsu_ray.service import connect
 
-model_app = typer.Typer(help="Models: named lines of versions.", no_args_is_help=True)
+model_app = typer.Typer(help="Models and their versions.", no_args_is_help=True)
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:
@@ -40,24 +41,24 @@ def _shape(text: str) -> tuple[int, int, int]:
 )
 @one_line
 def model_register(
-    name: Annotated[str, typer.Option(help="The name of the new line.")],
+    name: Annotated[str, typer.Option(help="The name of the new model.")],
     arch: Annotated[str, typer.Option(help="lenet5, preactresnet18[:WIDTH], resnet50[:WIDTH] or torchvision:NAME.")],
     weights: Annotated[Path, typer.Option(help="A safetensors file of the network's state_dict.")],
     input_: Annotated[str, typer.Option("--input", help="CHANNELSxHEIGHTxWIDTH.")],
     classes: Annotated[int, typer.Option(help="Number of classes.")],
-    mean: Annotated[str, typer.Option(help="Mean of pixels in [0, 1], one or one a channel.")] = "0",
-    std: Annotated[str, typer.Option(help="Deviation of pixels in [0, 1], likewise.")] = "1",
-    flip: Annotated[bool, typer.Option(help="It was trained with horizontal flips.")] = False,
-    test_set: Annotated[str | None, typer.Option(help="digits, mnist, cifar10, a folder or a Parquet file.")] = None,
+    mean: Annotated[
+        str, typer.Option(help="Mean of the pixels, which are in [0, 1]: one number, or one for each channel.")
+    ] = "0",
+    std: Annotated[str, typer.Option(help="Standard deviation of the pixels, likewise.")] = "1",
+    flip: Annotated[bool, typer.Option(help="Say that it was trained with horizontal flips.")] = False,
+    test_set: Annotated[
+        str | None, typer.Option(help="To measure accuracy: digits, mnist, cifar10, an image folder or a Parquet file.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Register trained weights as version 1 of a new model."""
-    from pydantic import ValidationError
-
-    from fsu_ray.app import read_weights
-
     channels, height, width = _shape(input_)
-    try:
+    with fail_as(InvalidConfig, "--mean, --std or --input"):
         spec = ModelSpec(
             arch=arch,
             channels=channels,
@@ -68,25 +69,22 @@ def model_register(
             std=_numbers(std, "--std"),
             flip=flip,
         )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidConfig(
-            f"{'.'.join(str(p) for p in first['loc']) or '--mean, --std or --input'}: {first['msg']}"
-        ) from None
-    made = open_app().register(name, spec, read_weights(weights), test_set)
+    model = connect().models.register(name, spec, weights, test_set)
     if json:
-        console.print_json(made)
+        console.print_json(model)
     else:
         console.out.print(f"registered {name}: {arch}, {input_}, {classes} classes, version 1")
 
 
 @model_app.command("update", epilog="Example: fsu model update m --weights tuned.safetensors")
 @one_line
-def model_update(name: str, weights: Annotated[Path, typer.Option()], json: Json = False) -> None:
-    """Add a version of NAME that was trained further outside; it is the root of later erasures."""
-    from fsu_ray.app import read_weights
-
-    version = open_app().update(name, read_weights(weights))
+def model_update(
+    name: ModelName,
+    weights: Annotated[Path, typer.Option(help="A safetensors file of the network's state_dict.")],
+    json: Json = False,
+) -> None:
+    """Add a version of MODEL that was trained further outside. It is the root of later erasures."""
+    version = connect().models.update(name, weights)
     if json:
         console.print_json(version)
     else:
@@ -96,13 +94,14 @@ def model_update(name: str, weights: Annotated[Path, typer.Option()], json: Json
 @model_app.command("list", epilog="Example: fsu model list --json")
 @one_line
 def model_list(json: Json = False) -> None:
-    """All models with their latest version."""
-    ledger = open_app().ledger
-    found = [
-        (model, ledger.models.version(model.name), ledger.models.erased(model.name)) for model in ledger.models.all()
+    """List all models with their latest version and what is erased from it."""
+    models = connect().models
+    listed = [
+        (model, models.version(model.name), [erasure.behaviour for erasure in models.erased(model.name)])
+        for model in models.all()
     ]
     if json:
-        console.print_json([{"model": m, "latest": v, "erased": [e.behaviour for e in gone]} for m, v, gone in found])
+        console.print_json([{"model": m, "latest": v, "erased": behaviours} for m, v, behaviours in listed])
         return
     rows = [
         [
@@ -111,25 +110,25 @@ def model_list(json: Json = False) -> None:
             "x".join(map(str, m.spec.shape)),
             m.spec.classes,
             v.number,
-            ", ".join(e.behaviour.name for e in gone),
+            ", ".join(behaviour.name for behaviour in behaviours),
         ]
-        for m, v, gone in found
+        for m, v, behaviours in listed
     ]
     console.out.print(console.table("Models", ["name", "architecture", "input", "classes", "version", "erased"], rows))
 
 
 @model_app.command("show", epilog="Example: fsu model show digits-demo")
 @one_line
-def model_show(name: str, json: Json = False) -> None:
-    """One model: its versions as a tree, what each has lost, and the aliases that point to it."""
-    ledger = open_app().ledger
-    model, versions, aliases = ledger.models.get(name), ledger.models.versions(name), ledger.models.aliases(name)
+def model_show(name: ModelName, json: Json = False) -> None:
+    """Show the versions of a model as a tree, with what was erased in each and the aliases that point to it."""
+    models = connect().models
+    model, versions, aliases = models.get(name), models.versions(name), models.aliases(name)
     if json:
-        erasures = ledger.models.all_erasures(name)
+        erasures = models.all_erasures(name)
         document = {"model": model, "versions": versions, "erasures": erasures, "aliases": aliases}
-        console.print_json({**document, "policy": ledger.models.policy(name)})
+        console.print_json({**document, "policy": models.policy(name)})
         return
-    tree = version_tree(model, versions, ledger.models.behaviours(name), aliases)
+    tree = version_tree(model, versions, models.erased_by_version(name), aliases)
     if len(versions) <= FEW:
         console.out.print(tree)
     else:
@@ -139,48 +138,47 @@ def model_show(name: str, json: Json = False) -> None:
 @model_app.command("policy", epilog="Example: fsu model policy m --approval --samples-days 30")
 @one_line
 def model_policy(
-    name: str,
-    approval: Annotated[bool | None, typer.Option(help="Requests wait for somebody else's approval.")] = None,
+    name: ModelName,
+    approval: Annotated[bool | None, typer.Option(help="Requests wait for the approval of somebody else.")] = None,
     samples_days: Annotated[
-        str | None, typer.Option(metavar="N|never", help="Days after a request's end when its samples are purged.")
+        str | None, typer.Option(metavar="N|never", help="Purge target samples so many days after the request's end.")
     ] = None,
-    generators: Annotated[str | None, typer.Option(help="keep, retire-after-erasure or max-age.")] = None,
+    generators: Annotated[
+        str | None, typer.Option(help="keep, retire-after-erasure, or max-age (with --generator-days).")
+    ] = None,
     generator_days: Annotated[str | None, typer.Option(metavar="N", help="The age for max-age.")] = None,
-    seal: Annotated[str | None, typer.Option(help="What a seal destroys: dataset, or root too.")] = None,
-    by: Who = None,
+    seal: Annotated[
+        str | None,
+        typer.Option(help="What a seal deletes: dataset (D' and generator), or root (the root's weights too)."),
+    ] = None,
+    by: Who = OPERATOR,
     json: Json = False,
 ) -> None:
-    """What NAME wants done besides its erasures; with options, what it wants from now on."""
-    ledger = open_app().ledger
-    given = {"approval": approval, "samples_days": samples_days, "generators": generators}
-    given |= {"generator_days": generator_days, "seal": seal}
-    changes = {field: value for field, value in given.items() if value is not None}
-    policy = ledger.models.policy(name)
+    """Show the policy of a model: approval and retention. With options, set it from now on; the others stay."""
+    models = connect().models
+    typed = {"approval": approval, "samples_days": samples_days, "generators": generators}
+    typed |= {"generator_days": generator_days, "seal": seal}
+    changes = {field: value for field, value in typed.items() if value is not None}
+    policy = models.policy(name)
     if changes:
-        policy = ledger.models.set_policy(name, _changed(policy, changes), by or OPERATOR)
+        policy = models.set_policy(name, _changed(policy, changes), by)
     if json:
         console.print_json(policy)
         return
     for field, value in policy.model_dump().items():
-        said = value
-        if isinstance(value, bool):  # 0 days are no "no"
-            said = "yes" if value else "no"
+        shown = value
+        if isinstance(value, bool):  # 0 days are not "no"
+            shown = "yes" if value else "no"
         elif value is None:
-            said = "never" if field == "samples_days" else "-"
-        console.out.print(f"{field:<15} {said}", markup=False)
+            shown = "never" if field == "samples_days" else "-"
+        console.out.print(f"{field:<15} {shown}", markup=False)
 
 
 def _changed(policy: Policy, changes: dict[str, Any]) -> Policy:
-    """`policy` with the values that were typed; raises InvalidConfig for what is none."""
-    from pydantic import ValidationError
-
+    """`policy` with the values that were typed; raises InvalidConfig for a value that it cannot have."""
     if changes.get("samples_days") == "never":
         changes["samples_days"] = None
     if changes.get("generators", "max-age") != "max-age":
         changes.setdefault("generator_days", None)
-    try:
+    with fail_as(InvalidConfig, "--generators", options=True):
         return Policy.model_validate({**policy.model_dump(), **changes})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"])
-        raise InvalidConfig(f"{where}{first['msg'].removeprefix('Value error, ')}") from None

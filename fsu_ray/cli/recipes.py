@@ -1,34 +1,35 @@
-"""`fsu recipe`: the recipes that searches have found for a model, and which one its requests take."""
+"""`fsu recipe`: the recipes that searches have found for a model, and which recipe its requests get."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
 from fsu_ray import console
-from fsu_ray.cli.shared import OPERATOR, Json, Who, one_line, open_app
-from fsu_ray.records import Kind
+from fsu_ray.cli.shared import OPERATOR, Json, ModelName, Who, one_line
+from fsu_ray.records import Kind, SearchedRecipe
+from fsu_ray.service import connect
+from fsu_ray.service.recipes import ResolvedRecipe
 
 recipe_app = typer.Typer(help="Recipes that searches have found for a model.", no_args_is_help=True)
 
 
 @recipe_app.command("list", epilog="Example: fsu recipe list m")
 @one_line
-def recipe_list(model: str, json: Json = False) -> None:
-    """Every recipe that a search has found for MODEL, and the resets between them, oldest first."""
-    ledger = open_app().ledger
-    found = ledger.recipes.all(model)
-    newest = {each.kind: each.id for each in found}
+def recipe_list(model: ModelName, json: Json = False) -> None:
+    """List every recipe that a search has found for MODEL, and the resets between them, oldest first."""
+    searches = connect().recipes.all(model)
+    newest = {search.kind: search.id for search in searches}
     if json:
-        console.print_json([_document(each, newest[each.kind] == each.id) for each in found])
-    elif not found:
+        console.print_json([_document(search, newest[search.kind] == search.id) for search in searches])
+    elif not searches:
         console.out.print(f"no search has found a recipe for {model}; `fsu search` does", markup=False)
     else:
         rows = [
-            [each.id, f"{each.kind} requests", _score(each), _digest(each), console.when(each.created_at), each.actor,
-             "reset to a preset" if each.recipe is None else "in force" if newest[each.kind] == each.id else ""]
-            for each in found
+            [s.id, f"{s.kind} requests", _score(s), _digest(s), console.when(s.created_at), s.actor,
+             "reset to a preset" if s.recipe is None else "in force" if newest[s.kind] == s.id else ""]
+            for s in searches
         ]  # fmt: skip
         columns = ["search", "for", "score", "recipe", "at", "by", ""]
         console.out.print(console.table(f"Recipes of {model}", columns, rows))
@@ -37,91 +38,83 @@ def recipe_list(model: str, json: Json = False) -> None:
 @recipe_app.command("show", epilog="Example: fsu recipe show m --kind class")
 @one_line
 def recipe_show(
-    model: str,
-    kind: Annotated[str | None, typer.Option(help="Only that of class, or of subset requests.")] = None,
+    model: ModelName,
+    kind: Annotated[str | None, typer.Option(help="Only for class requests, or for subset requests.")] = None,
     json: Json = False,
 ) -> None:
-    """The recipe that requests of MODEL take where none is named, with what its search has measured."""
-    opened = open_app()
-    kinds = get_args(Kind) if kind is None else (kind,)
-    taken = {each: opened.recipe_for(model, each) for each in kinds}
+    """Show the recipe that requests of MODEL get where they name none, and what its search measured."""
+    service = connect()
+    kinds = get_args(Kind) if kind is None else (cast(Kind, kind),)
+    recipes = {each: service.recipes.resolve(model, each) for each in kinds}
     if json:
-        console.print_json({each: _taken(chosen) for each, chosen in taken.items()})
+        console.print_json({each: _resolved_document(resolved) for each, resolved in recipes.items()})
         return
-    for each, chosen in taken.items():
-        console.out.print(f"{each} requests of {model}: {recipe_words(chosen)}", markup=False)
-        for key, value in _unlike_default(opened, chosen).items():
+    for each, resolved in recipes.items():
+        console.out.print(f"{each} requests of {model}: {recipe_words(resolved)}", markup=False)
+        for key, value in service.recipes.differences_from_default(resolved.recipe).items():
             console.out.print(f"  {key} {value}", markup=False)
-        if chosen.search is not None:
-            found = chosen.search
-            console.out.print(f"  found {console.when(found.created_at)} by {found.actor}; measured:", markup=False)
-            console.out.print_json(data=console.plain(found.evidence))
-        print_passed_over(chosen)
+        if resolved.search is not None:
+            search = resolved.search
+            console.out.print(f"  found {console.when(search.created_at)} by {search.actor}; measured:", markup=False)
+            console.out.print_json(data=console.plain(search.evidence))
+        print_ignored_settings(resolved)
 
 
 @recipe_app.command("reset", epilog="Example: fsu recipe reset m --kind class --by on-call")
 @one_line
 def recipe_reset(
-    model: str,
-    kind: Annotated[str, typer.Option(help="Whose recipe: class, or subset requests.")],
-    by: Who = None,
+    model: ModelName,
+    kind: Annotated[str, typer.Option(help="For class requests, or for subset requests.")],
+    by: Who = OPERATOR,
     json: Json = False,
 ) -> None:
-    """Have requests of MODEL take a preset again; what was found stays on record, and queued requests as they are."""
-    reset = open_app().ledger.recipes.reset(model, kind, by or OPERATOR)
+    """Have later requests of MODEL take a preset again. Records of searches and queued requests stay as they are."""
+    reset = connect().recipes.reset(model, cast(Kind, kind), by)
     if json:
         console.print_json(_document(reset, True))
     else:
-        said = f"{kind} requests of {model} take the preset default again; those that are queued keep their recipe"
-        console.out.print(said, markup=False)
+        message = f"{kind} requests of {model} take the preset default again; those that are queued keep their recipe"
+        console.out.print(message, markup=False)
 
 
-def recipe_words(chosen: Any) -> str:
-    """Where a request's recipe is from, for people."""
-    taken = str(chosen.preset) if chosen.search is None else origin_words(chosen.search)
-    return f"{taken}, changed by --set" if chosen.changed else taken
+def recipe_words(resolved: ResolvedRecipe) -> str:
+    """Where the recipe of a request comes from, for people."""
+    origin = str(resolved.preset) if resolved.search is None else origin_words(resolved.search)
+    return f"{origin}, changed by --set" if resolved.changed else origin
 
 
-def origin_words(found: Any) -> str:
-    """The search that a recipe is of, for people; None: of no search."""
-    return "not of a search" if found is None else f"searched {found.id}, score {found.score:.4g}"
+def origin_words(search: SearchedRecipe | None) -> str:
+    """The search of a recipe, for people."""
+    return "not of a search" if search is None else f"searched {search.id}, score {_score(search)}"
 
 
-def recipe_from(chosen: Any) -> dict[str, Any]:
-    """Where a request's recipe is from, as JSON."""
-    search = None if chosen.search is None else chosen.search.id
-    return {"search": search, "preset": chosen.preset, "changed": chosen.changed}
+def recipe_from(resolved: ResolvedRecipe) -> dict[str, Any]:
+    """Where the recipe of a request comes from, as JSON."""
+    search = None if resolved.search is None else resolved.search.id
+    return {"search": search, "preset": resolved.preset, "changed": resolved.changed}
 
 
-def print_passed_over(chosen: Any) -> None:
-    """Say on standard error which values of fsu.toml a searched recipe has others of."""
-    if chosen.passed_over:
-        keys = ", ".join(chosen.passed_over)
-        said = f"note: [recipe] of fsu.toml is for presets, this recipe has its own {keys}; --set changes it"
-        console.err.print(said, markup=False)
+def print_ignored_settings(resolved: ResolvedRecipe) -> None:
+    """Say on standard error for which settings of fsu.toml a searched recipe has other values."""
+    if resolved.ignored_settings:
+        keys = ", ".join(resolved.ignored_settings)
+        note = f"note: [recipe] of fsu.toml is for presets, this recipe has its own {keys}; --set changes it"
+        console.err.print(note, markup=False)
 
 
-def _taken(chosen: Any) -> dict[str, Any]:
-    found = chosen.search
-    search = None if found is None else _document(found, True)
-    return {"preset": chosen.preset, "digest": chosen.recipe.digest, "recipe": chosen.recipe, "search": search}
+def _resolved_document(resolved: ResolvedRecipe) -> dict[str, Any]:
+    search = None if resolved.search is None else _document(resolved.search, True)
+    return {"preset": resolved.preset, "digest": resolved.recipe.digest, "recipe": resolved.recipe, "search": search}
 
 
-def _document(found: Any, newest: bool) -> dict[str, Any]:
-    digest = None if found.recipe is None else found.recipe.digest
-    return {**console.plain(found), "digest": digest, "in_force": newest and found.recipe is not None}
+def _document(search: SearchedRecipe, newest: bool) -> dict[str, Any]:
+    digest = None if search.recipe is None else search.recipe.digest
+    return {**console.plain(search), "digest": digest, "in_force": newest and search.recipe is not None}
 
 
-def _unlike_default(opened: Any, chosen: Any) -> dict[str, Any]:
-    """The values in which a recipe is not the preset `default` as it would be taken here."""
-    from fsu_ray.config import differences
-
-    return differences(opened.recipe(), chosen.recipe.model_dump(mode="json"))
+def _score(search: SearchedRecipe) -> str:
+    return "" if search.score is None else f"{search.score:.4g}"
 
 
-def _score(found: Any) -> str:
-    return "" if found.score is None else f"{found.score:.4g}"
-
-
-def _digest(found: Any) -> str:
-    return "" if found.recipe is None else str(found.recipe.digest[:12])
+def _digest(search: SearchedRecipe) -> str:
+    return "" if search.recipe is None else search.recipe.digest[:12]

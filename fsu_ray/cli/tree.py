@@ -1,4 +1,4 @@
-"""The versions of a model as a tree that a person can read, however long its line is."""
+"""The versions of a model as a tree that stays readable for thousands of versions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fsu_ray.records import AliasMove, Behaviour, Model, ModelVersion
 def version_tree(
     model: Model,
     versions: Sequence[ModelVersion],
-    gone: Mapping[int, Sequence[Behaviour]],
+    erased: Mapping[int, Sequence[Behaviour]],
     aliases: Mapping[str, AliasMove],
 ) -> Tree:
     """The versions of a model, sorted by number, as a `rich` tree.
 
-    A line of versions stands flat, one below the other. Where a version has several children, the line goes on with
-    the one that leads to the newest version, and each of the others begins a line of its own below that version.
-    `gone` holds what each version has lost, by its number; `aliases` is `Ledger.models.aliases`.
+    Versions that follow each other stand flat, one below the other. Where a version has several children, the branch
+    goes on with the child that leads to the newest version. Each other child begins a branch below its parent.
+    `erased` holds what each version has lost, by its number; `aliases` is that of `service.models`.
     """
     names: dict[int, list[str]] = {}
     for alias, move in aliases.items():
@@ -30,20 +30,20 @@ def version_tree(
     spec = model.spec
     size = "x".join(map(str, spec.shape))
     tree = Tree(Text(f"{model.name}: {spec.arch}, {size}, {spec.classes} classes, mean {spec.mean}, std {spec.std}"))
-    lines: dict[int, Tree] = {}  # the line that each version stands in
+    branches: dict[int, Tree] = {}  # the branch of each version
     nodes: dict[int, Tree] = {}
     for version in versions:
         parent = version.parent
-        on = parent is not None and follows[parent] == version.number  # in the line of its parent
-        line = tree if parent is None else lines[parent] if on else nodes[parent]
-        lines[version.number] = line
-        label = _label(version, gone.get(version.number, ()), names.get(version.number, ()))
-        nodes[version.number] = line.add(label)
+        goes_on = parent is not None and follows[parent] == version.number  # in the branch of its parent
+        branch = tree if parent is None else branches[parent] if goes_on else nodes[parent]
+        branches[version.number] = branch
+        label = _label(version, erased.get(version.number, ()), names.get(version.number, ()))
+        nodes[version.number] = branch.add(label)
     return tree
 
 
 def plain_lines(tree: Tree) -> Iterator[str]:
-    """What `rich` would print of such a tree, without colours, at a hundredth of the time."""
+    """What `rich` would print of such a tree, without colours, in a hundredth of the time."""
     yield str(tree.label)
     stack = [("", iter(_last(tree.children)))]
     while stack:
@@ -62,7 +62,7 @@ def _last(nodes: Sequence[Tree]) -> list[tuple[Tree, bool]]:
 
 
 def _follows(versions: Sequence[ModelVersion]) -> dict[int, int]:
-    """Of each version with children the one that leads to the newest version."""
+    """For each version with children, the child that leads to the newest version."""
     newest = {version.number: version.number for version in versions}
     follows: dict[int, int] = {}
     for version in reversed(versions):  # children before their parents
@@ -73,7 +73,7 @@ def _follows(versions: Sequence[ModelVersion]) -> dict[int, int]:
     return follows
 
 
-def _label(version: ModelVersion, gone: Sequence[Behaviour], aliases: Sequence[str]) -> Text:
+def _label(version: ModelVersion, erased: Sequence[Behaviour], aliases: Sequence[str]) -> Text:
     label = Text(f"version {version.number}", style="bold")
     if version.parent is not None:
         label.append(f"  parent {version.parent}", style="not bold")
@@ -81,12 +81,12 @@ def _label(version: ModelVersion, gone: Sequence[Behaviour], aliases: Sequence[s
     if version.request is None:
         label.append("registered" if version.parent is None else "from outside", style="not bold yellow")
     else:
-        label.append("erased " + "; ".join(map(_said, gone)), style="not bold")
+        label.append("erased " + "; ".join(map(_in_words, erased)), style="not bold")
     if aliases:
         label.append(f"  <- {', '.join(aliases)}", style="not bold green")
     return label
 
 
-def _said(behaviour: Behaviour) -> str:
+def _in_words(behaviour: Behaviour) -> str:
     targets = " ".join(map(str, behaviour.targets))
     return f"{behaviour.name} ({behaviour.kind} {targets})"

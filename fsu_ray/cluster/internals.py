@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ def fill_cluster_file(written: Mapping[str, Any]) -> dict[str, Any]:
     filled: dict[str, Any] = prepare_config(written)
     validate_config(filled)
     return filled
+
+
+def start_autoscaling_coordinator() -> None:
+    """Start the actor that the controller of a Ray Train run would start, and wait for, once it has loaded."""
+    with suppress(ImportError):
+        from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+
+        coordinator.get_or_create_autoscaling_coordinator()
 
 
 def checkpoint_list(run: Path) -> Path:

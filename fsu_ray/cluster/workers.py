@@ -170,7 +170,7 @@ def execute(
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 
-    from fsu_ray.cluster.trainer import Processes, Trainer
+    from fsu_ray.cluster.trainer import ProcessGroup, Trainer
 
     use_gpu, share = resources(workers, parallel)
     _check_batches(order, workers)
@@ -188,7 +188,7 @@ def execute(
     trainer = Trainer(
         _work,
         train_loop_config={"order": order, "store": store, "every": every, "actor": actor},
-        backend_config=Processes("cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        backend_config=ProcessGroup("cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=share),
         run_config=RunConfig(
             name=name,
@@ -206,10 +206,15 @@ def execute(
     finally:
         if ray.is_initialized():
             ray.kill(actor)
+    return _outcome(returned, f"run {name} ended without an outcome; see {runs[1]}/{name}")
+
+
+def _outcome(returned: Any, missing: str) -> Outcome:
+    """The outcome that `_work` returned. Raises the error that it returned instead, or RunFailed(`missing`)."""
     if isinstance(returned, dict) and "error" in returned:
-        raise pickle.loads(returned["error"])  # written by `_work`
+        raise pickle.loads(returned["error"])
     if not isinstance(returned, dict):
-        raise RunFailed(f"run {name} ended without an outcome; see {runs[1]}/{name}")
+        raise RunFailed(missing)
     outcome = returned["outcome"]
     return Outcome(**{**outcome, "targets": tuple(TargetResult(**target) for target in outcome["targets"])})
 

@@ -1,7 +1,7 @@
-"""Tables 3, 6 and 7: what the entropy threshold, each loss and the distance metric do. LeNet5 on MNIST, class 9.
+"""Tables 3, 6 and 7: the effect of the entropy threshold, each loss and the distance metric. LeNet5 on MNIST, class 9.
 
-Table 6bn asks why the BN loss is not missed in ours: on PreActResNet-18 too, and with the paper's filter and relearning
-in place of ours, which take the given samples' class whole and show the samples again.
+Table 6bn asks why a missing BN loss does no harm here: it adds PreActResNet-18, and the paper's filter and relearning.
+Our filter takes the whole class of the given samples, and our relearning shows the samples again.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from fsu_ray.config import PRESETS
 from fsu_ray.experiments import images
 from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
 from fsu_ray.experiments.images import FEW, FULL, FULL_SHOT
-from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.experiments.markdown import spread, table
 
-Theirs = tuple[tuple[str, str], tuple[str, str]]
+PaperValues = tuple[tuple[str, str], tuple[str, str]]
 """The paper's D_r and D_e, full-shot and few-shot."""
 NOTE = (
-    "\nThe paper's figures are PreActResNet-18's. LeNet5: each seed with a classifier, an inverter and a draw of "
-    "samples of its own; PreActResNet-18: one classifier and one inverter a variant, shared by all draws. `refused` "
-    "counts results that the system would not have made a version of: they are measured here all the same.\n"
+    "\nThe paper's figures are for PreActResNet-18. LeNet5: each seed has its own classifier, inverter and draw of "
+    "samples. PreActResNet-18: all draws share one classifier and, for each variant, one inverter. `refused` counts "
+    "results that the gate would reject; they are included here.\n"
 )
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What it changes in the recipe, what the paper found, and whether it is the deep network's."""
+    """A change of the recipe, the paper's values (None: not in the paper), and whether it is for the deep network."""
 
     change: dict[str, Any]
-    theirs: Theirs | None
+    paper: PaperValues | None
     deep: bool = False
 
 
 def _cells(variants: dict[str, Variant]) -> Callable[[Scale, int], list[Work]]:
     def cells(scale: Scale, seeds: int) -> list[Work]:
-        made: list[Work] = []
+        works: list[Work] = []
         for seed in range(seeds):
             for name, variant in variants.items():
                 change = dict(variant.change)
@@ -46,8 +46,8 @@ def _cells(variants: dict[str, Variant]) -> Callable[[Scale, int], list[Work]]:
                 drawn = images.dataset(inverter, change.pop("synthesize", {}))
                 for rho in (FULL, FEW):
                     kind, cell = images.erasure(drawn, rho, {**(FULL_SHOT if rho == FULL else {}), **change}, seed)
-                    made.append((kind, {**cell, "variant": name}))
-        return made
+                    works.append((kind, {**cell, "variant": name}))
+        return works
 
     return cells
 
@@ -57,25 +57,25 @@ def _report(variants: dict[str, Variant], about: str) -> Callable[[list[Row], Pa
         parts = [about]
         for arch in dict.fromkeys(row["arch"] for row in rows):
             for number, (rho, title) in enumerate(((FULL, "full-shot"), (FEW, "few-shot (3 %)"))):
-                mine = [row for row in rows if (row["arch"], row["rho"]) == (arch, rho)]
+                in_table = [row for row in rows if (row["arch"], row["rho"]) == (arch, rho)]
                 columns = [f"{arch}, {title}", "paper: D_r", "D_r", "paper: D_e", "D_e", "refused"]
-                parts.append(table(columns, _lines(variants, mine, number)))
+                parts.append(table(columns, _lines(variants, in_table, number)))
         return "\n\n".join(parts) + f"\nSeeds {sorted({row['seed'] for row in rows})}.{NOTE}"
 
     return report
 
 
 def _lines(variants: dict[str, Variant], rows: list[Row], number: int) -> list[list[str]]:
-    """The lines of one table: `number` says which of the paper's two it is beside."""
+    """The lines of one table; `number` is 0 for the paper's full-shot values, 1 for few-shot."""
     before = {row["seed"]: (row["before_D_r"], row["before_D_e"]) for row in rows}
     lines = [["Original", "99.47", spread(r for r, _ in before.values()), "99.31",
               spread(e for _, e in before.values()), ""]]  # fmt: skip
     for name in dict.fromkeys(row["variant"] for row in rows):
-        mine, theirs = [row for row in rows if row["variant"] == name], variants[name].theirs
-        papers = theirs[number] if theirs else ("-", "-")
-        ours = [spread(row[key] for row in mine) for key in ("D_r", "D_e")]
-        refused = sum(bool(row["refused"]) for row in mine)
-        lines.append([name, papers[0], ours[0], papers[1], ours[1], f"{refused} of {len(mine)}"])
+        of_variant, values = [row for row in rows if row["variant"] == name], variants[name].paper
+        paper = values[number] if values else ("-", "-")
+        ours = [spread(row[key] for row in of_variant) for key in ("D_r", "D_e")]
+        refused = sum(bool(row["refused"]) for row in of_variant)
+        lines.append([name, paper[0], ours[0], paper[1], ours[1], f"{refused} of {len(of_variant)}"])
     return lines
 
 
@@ -94,11 +94,11 @@ THRESHOLDS = {
     ),
     "t_ent 1.3, the default here": Variant({}, None),
 }
-PAPERS: dict[str, Any] = {key: value for key, value in PRESETS["paper"].items() if key in ("filter", "relearn")}
-"""The paper's filter and relearning: by distance alone, and without the given samples."""
+PAPER: dict[str, Any] = {key: value for key, value in PRESETS["paper"].items() if key in ("filter", "relearn")}
+"""The paper's filter (by distance alone) and relearning (without the given samples)."""
 NO_BN: dict[str, Any] = {"invert": {"weights": {"bn": 0}}}
-_ALL: Theirs = (("99.26 ± 0.11", "0.06 ± 0.08"), ("99.43 ± 0.07", "0.08 ± 0.07"))
-_NO_BN: Theirs = (("94.34 ± 1.01", "93.54 ± 2.64"), ("94.72 ± 0.61", "89.40 ± 2.64"))
+_ALL: PaperValues = (("99.26 ± 0.11", "0.06 ± 0.08"), ("99.43 ± 0.07", "0.08 ± 0.07"))
+_NO_BN: PaperValues = (("94.34 ± 1.01", "93.54 ± 2.64"), ("94.72 ± 0.61", "89.40 ± 2.64"))
 LOSSES = {
     "all five": Variant({}, _ALL),
     "without BN": Variant(NO_BN, _NO_BN),
@@ -115,8 +115,8 @@ LOSSES = {
 _SHALLOW = {
     "all five": Variant({}, _ALL),
     "without BN": Variant(NO_BN, _NO_BN),
-    "all five; the paper's filter, relearning": Variant(PAPERS, _ALL),
-    "without BN; the paper's filter, relearning": Variant({**NO_BN, **PAPERS}, _NO_BN),
+    "all five; the paper's filter, relearning": Variant(PAPER, _ALL),
+    "without BN; the paper's filter, relearning": Variant({**NO_BN, **PAPER}, _NO_BN),
 }
 BN = _SHALLOW | {f"deep: {name}": replace(variant, deep=True) for name, variant in _SHALLOW.items()}
 

@@ -1,4 +1,4 @@
-"""The tables and figures of the paper by name, and what one of them is to the runner (`experiments.reproduce`)."""
+"""The paper's tables and figures by name, and what the runner (`experiments.reproduce`) has to know about each."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ from fsu_ray.work import BlobStore
 
 Scale = Literal["small", "paper"]
 Cell = dict[str, Any]
-"""A piece of work, by everything that decides its result: numbers and words, with a `seed`."""
+"""A unit of work: every number and word that decides its result, with a `seed`. JSON-serialisable."""
 Row = dict[str, Any]
+"""A row of results. It is flat, so that Parquet can hold it."""
 BLOBS = ("weights", "dataset")
-"""The columns of a row that name, by digest, what its cell has left in the store for others."""
+"""The columns of a row that hold the digests of blobs that other cells need."""
 Work = tuple[str, Cell]
-"""A kind of cells and one of them."""
+"""The name of a cell type, and a cell of that type."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a cell is computed: its device, a store for what others are to have of it, and the rows of its needs."""
+class CellContext:
+    """A cell's device, the store for blobs that other cells need, and the rows of each cell that the cell needs."""
 
     device: torch.device
     store: BlobStore
-    given: list[list[Row]]
+    needs: list[list[Row]]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A kind of cells: `run` makes rows of one, in a process of its own with `cpus` CPUs, or with a GPU where the
-    cluster has some and `gpu` says that it gains by it. `needs` are other cells that must be there before.
-    A row is flat: Parquet keeps it.
+class CellType:
+    """How cells of one type are computed: `run` returns a cell's rows.
+
+    Each cell runs in its own process with `cpus` CPUs; with `gpu` it gets a GPU where the cluster has one. `needs`
+    lists the cells that must be computed before.
     """
 
-    run: Callable[[Cell, Place], list[Row]]
+    run: Callable[[Cell, CellContext], list[Row]]
     needs: Callable[[Cell], list[Work]] = lambda cell: []
     cpus: int = 1
     gpu: bool = False
@@ -47,8 +49,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Table:
-    """A table or figure: its `cells(scale, seeds)`; `report(rows, folder)` draws pictures into the folder and returns
-    Markdown."""
+    """A table or figure: `cells(scale, seeds)` lists its cells; `report(rows, folder)` returns Markdown and writes
+    pictures to the folder."""
 
     cells: Callable[[Scale, int], list[Work]]
     report: Callable[[list[Row], Path], str]
@@ -63,10 +65,10 @@ NAMES: dict[str, tuple[str, str]] = {
     "figure5": ("tuning", "D_r and D_e by rho, Ours and a tuned EUBO (LeNet5)"),
     "figure6": ("comparison", "CIFAR-10's trucks by every method, and samples (PreActResNet-18 of width 16)"),
     "figure7": (
-        "figures",
+        "figures_7_8",
         "time of training, generator and unlearning, first and later requests (LeNet5, PreActResNet-18)",
     ),
-    "figure8": ("figures", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
+    "figure8": ("figures_7_8", "D_r against D_e by Fisher's lambda, with Ours and the oracles (LeNet5)"),
     "figure9": ("pictures", "samples of the inverters of LeNet5 and ResNet-50"),
     "figure10": ("pictures", "samples of inverters without augmentation, diversity, total variation (LeNet5)"),
     "sequence": ("sequences", "five requests, one generator against one each, with probes and without (LeNet5)"),
@@ -84,9 +86,9 @@ NAMES: dict[str, tuple[str, str]] = {
     "table6bn": ("ablations", "MNIST class 9 without the BN loss, by our filter and the paper's (LeNet5, deep)"),
     "table7": ("ablations", "MNIST class 9 by the distance metric of the filter (LeNet5)"),
 }
-"""Name: the module that has it among its TABLES, and what it is."""
+"""By name: the module whose TABLES hold it, and a description."""
 
-PIECES: dict[str, str] = {
+CELL_TYPES: dict[str, str] = {
     "moons-maps": "moons",
     "moons-by-rho": "moons",
     "moons-ours": "moons",
@@ -103,20 +105,20 @@ PIECES: dict[str, str] = {
     "sequence": "sequences",
     "bayes": "bayes",
 }
-"""Kind of cells: the module that has it among its PIECES."""
+"""By cell type: the module whose CELL_TYPES hold it."""
 
 
 def find(name: str) -> Table:
     """The table or figure of that name; raises NotFound."""
     if name not in NAMES:
-        parts = [each for each in NAMES if name and each.startswith(name)]
-        advice = f"take {', '.join(parts)}" if parts else "`fsu reproduce list` prints their names"
+        similar = [known for known in NAMES if name and known.startswith(name)]
+        advice = f"take {', '.join(similar)}" if similar else "`fsu reproduce list` prints their names"
         raise NotFound(f"no table or figure {name!r}: {advice}")
-    found: Table = importlib.import_module(f"fsu_ray.experiments.{NAMES[name][0]}").TABLES[name]
-    return found
+    table: Table = importlib.import_module(f"fsu_ray.experiments.{NAMES[name][0]}").TABLES[name]
+    return table
 
 
-def piece(kind: str) -> Piece:
-    """The kind of cells of that name."""
-    found: Piece = importlib.import_module(f"fsu_ray.experiments.{PIECES[kind]}").PIECES[kind]
-    return found
+def find_cell_type(kind: str) -> CellType:
+    """The cell type of that name."""
+    cell_type: CellType = importlib.import_module(f"fsu_ray.experiments.{CELL_TYPES[kind]}").CELL_TYPES[kind]
+    return cell_type

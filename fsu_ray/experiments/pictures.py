@@ -1,4 +1,4 @@
-"""Figures 4, 9 and 10: what generators draw, and which samples of D' the filter takes."""
+"""Figures 4, 9 and 10: samples of generators, and the samples of D' that the filter takes."""
 
 from __future__ import annotations
 
@@ -11,93 +11,96 @@ from PIL import Image
 from torch import Tensor
 
 from fsu_ray.experiments import images
-from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Scale, Table, Work
+from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Scale, Table, Work
 from fsu_ray.experiments.images import FEW
+from fsu_ray.experiments.markdown import table
 from fsu_ray.experiments.mnist import target_samples
-from fsu_ray.experiments.sheets import table
 from fsu_ray.method import filter as filtration
 from fsu_ray.method.augment import seeded
 from fsu_ray.method.fit import predict
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.recipes import FilterRecipe
 
-EACH = 10
-"""Samples of a class on a sheet."""
+PER_CLASS = 10  # samples of a class in a picture
 WITHOUT = {"bn": "BN", "augmentation": "augmentation", "diversity": "diversity", "tv": "total variation"}
-"""The losses that an inverter can do without more or less, by their names in a recipe and in a picture."""
+"""Losses that an inverter is trained without: name in a recipe, name in a report."""
 
 
-def sheet(pixels: Tensor, scale: int = 2, boxes: dict[tuple[int, int], tuple[int, int, int]] | None = None) -> bytes:
-    """A PNG of pixels (rows, columns, C, H, W) uint8, enlarged, with a gap between images; `boxes` frames the images at
-    (row, column) in a colour."""
+def grid(pixels: Tensor, scale: int = 2, boxes: dict[tuple[int, int], tuple[int, int, int]] | None = None) -> bytes:
+    """A PNG of pixels (rows, columns, C, H, W) uint8, enlarged `scale` times, with gaps between images.
+
+    `boxes` gives the colours of frames by (row, column).
+    """
     rows, columns, channels, height, width = pixels.shape
     gap, high, wide = 3, height * scale, width * scale
-    whole = torch.full((rows * (high + gap) + gap, columns * (wide + gap) + gap, 3), 255, dtype=torch.uint8)
+    canvas = torch.full((rows * (high + gap) + gap, columns * (wide + gap) + gap, 3), 255, dtype=torch.uint8)
     for r in range(rows):
         for c in range(columns):
             image = pixels[r, c].expand(3, -1, -1) if channels == 1 else pixels[r, c]
             top, left = gap + r * (high + gap), gap + c * (wide + gap)
             if boxes and (r, c) in boxes:
-                framed = whole[top - gap : top + high + gap, left - gap : left + wide + gap]
+                framed = canvas[top - gap : top + high + gap, left - gap : left + wide + gap]
                 framed[:] = torch.tensor(boxes[r, c], dtype=torch.uint8)
             enlarged = image.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-            whole[top : top + high, left : left + wide] = enlarged
+            canvas[top : top + high, left : left + wide] = enlarged
     out = io.BytesIO()
-    Image.fromarray(whole.numpy()).save(out, "PNG", optimize=True)
+    Image.fromarray(canvas.numpy()).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 
 @torch.no_grad()
-def _samples(cell: Cell, place: Place) -> list[Row]:
-    """A column a class, as the generator draws them: none is left out."""
-    (original,), (inverter,) = place.given
-    judge = images.load(original, place)
-    made = images.load_generator(inverter, judge.spec, place)
-    classes = judge.spec.classes
-    y = torch.arange(classes).repeat(EACH)
-    z = torch.randn((len(y), made.latent), generator=seeded(cell["seed"], 77))
-    drawn = (made.eval()(z.to(place.device), y.to(place.device)).float() * 255).round().byte().cpu()
-    right = (predict(judge, drawn).argmax(1) == y).float().mean()
-    picture = sheet(drawn.view(EACH, classes, *drawn.shape[1:]))
+def _samples(cell: Cell, context: CellContext) -> list[Row]:
+    """A picture with a column for each class, of the generator's first samples: none is left out."""
+    (original,), (inverter,) = context.needs
+    classifier = images.load(original, context)
+    generator = images.load_generator(inverter, classifier.spec, context)
+    classes = classifier.spec.classes
+    y = torch.arange(classes).repeat(PER_CLASS)
+    z = torch.randn((len(y), generator.latent), generator=seeded(cell["seed"], 77))
+    drawn = (generator.eval()(z.to(context.device), y.to(context.device)).float() * 255).round().byte().cpu()
+    right = (predict(classifier, drawn).argmax(1) == y).float().mean()
+    picture = grid(drawn.view(PER_CLASS, classes, *drawn.shape[1:]))
     return [{"seed": cell["seed"], "arch": original["arch"], "scenario": original["scenario"], "right": float(right),
              "without": cell.get("without"), "png": picture}]  # fmt: skip
 
 
-def _filtered(cell: Cell, place: Place) -> list[Row]:
-    """The sorted distances of D', t_f, and a sheet: a column a class, what the filter takes in a box."""
-    (original,), (drawn,) = place.given
-    dataset, judge = Synthetic.from_bytes(place.store.get(drawn["dataset"])), images.load(original, place)
+def _filtered(cell: Cell, context: CellContext) -> list[Row]:
+    """The sorted distances of D', t_f, and a picture: a column for each class, the filter's samples in boxes."""
+    (original,), (drawn,) = context.needs
+    dataset, classifier = Synthetic.from_bytes(context.store.get(drawn["dataset"])), images.load(original, context)
     data, what, _ = images.SCENARIOS[original["scenario"]]
     behaviour, pixels = target_samples(images.bench(data), what, cell["seed"], cell["rho"])
     recipe = FilterRecipe.model_validate(cell["filter"])
-    features, examples = (filtration.extract_features(judge, each) for each in (dataset.pixels, pixels))
-    found = filtration.distances(features, examples, recipe.metric)
-    logits = (dataset.logits, predict(judge, pixels))
+    features, examples = (filtration.extract_features(classifier, group) for group in (dataset.pixels, pixels))
+    distances = filtration.distances(features, examples, recipe.metric)
+    logits = (dataset.logits, predict(classifier, pixels))
     mask = filtration.select(recipe, behaviour, features, dataset.predicted, examples, logits)
     threshold = mask.threshold or 0.0
-    shown = torch.stack([(dataset.condition == k).nonzero().flatten()[:EACH] for k in range(judge.spec.classes)], 1)
-    low = float(found.min())
+    shown = torch.stack(
+        [(dataset.condition == k).nonzero().flatten()[:PER_CLASS] for k in range(classifier.spec.classes)], 1
+    )
+    low = float(distances.min())
     boxes = {}
-    for r in range(EACH):
+    for r in range(PER_CLASS):
         for c in range(shown.shape[1]):
             if mask.is_forget[shown[r, c]]:
-                near = (float(found[shown[r, c]]) - low) / max(threshold - low, 1e-9)
+                near = (float(distances[shown[r, c]]) - low) / max(threshold - low, 1e-9)
                 boxes[r, c] = (235, round(200 * min(1.0, max(0.0, near))), 40)
-    predicted = torch.bincount(dataset.predicted[mask.is_forget], minlength=judge.spec.classes).tolist()
+    predicted = torch.bincount(dataset.predicted[mask.is_forget], minlength=classifier.spec.classes).tolist()
     return [{"seed": cell["seed"], "arch": original["arch"], "policy": mask.policy, "threshold": threshold,
-             "distances": found.sort().values.tolist(), "alone": int((found <= threshold).sum()),
+             "distances": distances.sort().values.tolist(), "alone": int((distances <= threshold).sum()),
              "taken": int(mask.is_forget.sum()), "predicted": predicted,
-             "png": sheet(dataset.pixels[shown], boxes=boxes)}]  # fmt: skip
+             "png": grid(dataset.pixels[shown], boxes=boxes)}]  # fmt: skip
 
 
 def samples(inverter: Cell, without: str | None = None) -> Work:
-    """A sheet of what a generator draws; `without` names the loss that it was trained without."""
+    """A picture of a generator's samples; `without` is the loss that it was trained without."""
     cell = {"generator": inverter, "seed": inverter["seed"]}
     return "samples", cell if without is None else {**cell, "without": without}
 
 
 def _inverter(scale: Scale, seed: int, without: str | None = None) -> Cell:
-    """LeNet5's."""
+    """The cell of LeNet5's inverter."""
     original = images.classifier("class9", "lenet5", seed, scale)
     return images.inverter(original, scale, {"weights": {without: 0}} if without else {})
 
@@ -151,26 +154,29 @@ def _figure4b_report(rows: list[Row], folder: Path) -> str:
             (folder / name).write_bytes(row["png"])
             parts.append(
                 f"![{row['policy']}]({name})\n\nBy `{row['policy']}`: {row['taken']} of {len(row['distances'])} "
-                f"samples are filtered, by the class that they are seen as {row['predicted']}.\n"
+                f"samples are taken, by predicted class {row['predicted']}.\n"
             )
     return "\n".join(parts) + (
-        f"\nA column a class that the generator was asked for, the first {EACH} of D'. A box is a sample that the "
-        "filter takes, from red (near) to yellow (near t_f).\n"
+        f"\nA column for each class that the generator was asked for, with its first {PER_CLASS} samples of D'. "
+        "Boxes are the samples that the filter takes, from red (near) to yellow (near t_f).\n"
     )
 
 
-def _sheets(name: str, about: str) -> Callable[[list[Row], Path], str]:
-    """A report of one sheet a variant, of the first seed."""
+def _pictures_report(name: str, about: str) -> Callable[[list[Row], Path], str]:
+    """A report with one picture for each variant, of the first seed."""
 
     def report(rows: list[Row], folder: Path) -> str:
         parts = [about]
         for row in rows:
             if row["seed"] == rows[0]["seed"]:
-                said = f"without {WITHOUT[row['without']]}" if row["without"] else row["arch"]
+                title = f"without {WITHOUT[row['without']]}" if row["without"] else row["arch"]
                 file = f"{name}.{(row['without'] or row['arch']).replace(':', '-')}.png"
                 (folder / file).write_bytes(row["png"])
-                parts.append(f"![{said}]({file})\n\n{said}: {100 * row['right']:.0f} % are seen as what was asked for.")
-        return "\n\n".join(parts) + f"\n\nA column a class, {EACH} samples of it as they come, none left out.\n"
+                parts.append(
+                    f"![{title}]({file})\n\n{title}: {100 * row['right']:.0f} % are classified as the class that was "
+                    "asked for."
+                )
+        return "\n\n".join(parts) + f"\n\nA column for each class, with its first {PER_CLASS} samples.\n"
 
     return report
 
@@ -195,12 +201,17 @@ def _on_dataset(cell: Cell) -> list[Work]:
     return [images.teacher(cell["dataset"]), ("dataset", cell["dataset"])]
 
 
-PIECES = {"samples": Piece(_samples, _drawn_by, gpu=True), "filtered": Piece(_filtered, _on_dataset, gpu=True)}
+CELL_TYPES = {
+    "samples": CellType(_samples, _drawn_by, gpu=True),
+    "filtered": CellType(_filtered, _on_dataset, gpu=True),
+}
 TABLES = {
     "figure4a": Table(_figure4a, _figure4a_report),
     "figure4b": Table(_figure4a, _figure4b_report),
-    "figure4c": Table(lambda scale, seeds: [samples(_inverter(scale, 0, "bn"), "bn")],
-                      _sheets("figure4c", "LeNet5, class 9's classifier, inverted without the BN loss of eq. 6.")),
-    "figure9": Table(_figure9, _sheets("figure9", "What the inverters of two networks draw.")),
-    "figure10": Table(_figure10, _sheets("figure10", "LeNet5, inverted without one loss.")),
+    "figure4c": Table(
+        lambda scale, seeds: [samples(_inverter(scale, 0, "bn"), "bn")],
+        _pictures_report("figure4c", "LeNet5, class 9's classifier, inverted without the BN loss of eq. 6."),
+    ),
+    "figure9": Table(_figure9, _pictures_report("figure9", "What the inverters of two networks draw.")),
+    "figure10": Table(_figure10, _pictures_report("figure10", "LeNet5, inverted without one loss.")),
 }  # fmt: skip

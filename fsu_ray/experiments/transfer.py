@@ -1,4 +1,4 @@
-"""Table 5: the generator of one classifier serves to unlearn another, and whether the gate knows which will fail."""
+"""Table 5: unlearning a classifier by the generator of another one, and whether the gate predicts the failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fsu_ray.experiments import images
 from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
 from fsu_ray.experiments.comparison import ERASED
 from fsu_ray.experiments.images import FEW
-from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.experiments.markdown import spread, table
 
 NETS: dict[Scale, dict[str, tuple[str, int]]] = {
     "small": {
@@ -27,8 +27,8 @@ NETS: dict[Scale, dict[str, tuple[str, int]]] = {
 }
 """The four classifiers: a network and a seed."""
 HARM = 1.0
-"""Points of D_r from which on an erasure has failed although D_e is erased."""
-THEIRS: dict[str, dict[str, tuple[str, ...]]] = {
+"""An erasure that loses more points of D_r has failed, even if D_e is erased."""
+PAPER: dict[str, dict[str, tuple[str, ...]]] = {
     "class9": {
         "ResNet-18_1": ("98.43 / 0.18", "99.38 / 0.06", "98.56 / 0.30", "99.32 / 0.16"),
         "ResNet-18_2": ("98.53 / 0.00", "99.15 / 0.00", "98.14 / 2.81", "98.97 / 0.00"),
@@ -62,7 +62,7 @@ def _cells(scenario: str) -> Callable[[Scale, int], list[Work]]:
 
 
 def failed(row: Row) -> bool:
-    """Whether a transfer has: D_e is not erased, or D_r has lost more than `HARM`."""
+    """Whether an erasure has failed: D_e is not erased, or D_r has lost more than `HARM`."""
     return not ERASED[row["scenario"]](row["D_e"]) or row["D_r"] < row["before_D_r"] - HARM
 
 
@@ -72,32 +72,34 @@ def _both(rows: list[Row]) -> str:
 
 def _report(scenario: str) -> Callable[[list[Row], Path], str]:
     def report(rows: list[Row], folder: Path) -> str:
-        names = list(THEIRS[scenario])
-        by = {
-            name: [row for row in rows if row["variant"] == name] for name in dict.fromkeys(r["variant"] for r in rows)
-        }
-        before = [by[f"{name} > {name}"][0] for name in names]
+        names = list(PAPER[scenario])
+        pairs = dict.fromkeys(row["variant"] for row in rows)
+        by_pair = {pair: [row for row in rows if row["variant"] == pair] for pair in pairs}
+        before = [by_pair[f"{name} > {name}"][0] for name in names]
         first = ["Original", *(f"{row['before_D_r']:.2f} / {row['before_D_e']:.2f}" for row in before)]
-        lines, papers = [first], []
+        lines, paper = [first], []
         for source in names:
-            mine = [by[f"{source} > {target}"] for target in names]
-            lines.append([source, *map(_both, mine)])
-            papers.append([source, *THEIRS[scenario][source]])
-        told = [[name, f"{each[0]['acceptance']:.3f}", f"{each[0]['coverage']:.2f}", each[0]["generator"] or "lets it",
-                 _both(each), f"{sum(map(failed, each))} of {len(each)}"] for name, each in by.items()]  # fmt: skip
-        fails = {name: sum(map(failed, each)) * 2 > len(each) for name, each in by.items()}
-        refused = {name: bool(each[0]["generator"]) for name, each in by.items()}
-        right = sum(refused[name] == fails[name] for name in by)
-        caught, idle = (sum(refused[name] for name in by if fails[name] is bad) for bad in (True, False))
+            of_source = [by_pair[f"{source} > {target}"] for target in names]
+            lines.append([source, *map(_both, of_source)])
+            paper.append([source, *PAPER[scenario][source]])
+        gate = [
+            [pair, f"{runs[0]['acceptance']:.3f}", f"{runs[0]['coverage']:.2f}", runs[0]["generator"] or "accepts",
+             _both(runs), f"{sum(map(failed, runs))} of {len(runs)}"]
+            for pair, runs in by_pair.items()
+        ]  # fmt: skip
+        fails = {pair: sum(map(failed, runs)) * 2 > len(runs) for pair, runs in by_pair.items()}
+        refused = {pair: bool(runs[0]["generator"]) for pair, runs in by_pair.items()}
+        right = sum(refused[pair] == fails[pair] for pair in pairs)
+        caught, needless = (sum(refused[pair] for pair in pairs if fails[pair] is bad) for bad in (True, False))
         columns = ["generator of, by row; unlearned, by column", *names]
         return "\n\n".join([
-            "D_r / D_e, 3 % of D_e given.", table(columns, lines), "The paper:", table(columns, papers),
-            "The gate that judges a generator before it is reused, beside what came of it:",
-            table(["generator > classifier", "acceptance", "coverage", "the gate", "D_r / D_e", "failed"], told),
-            f"The gate says of {right} of {len(by)} what most seeds came to: it refuses {caught} of the "
-            f"{sum(fails.values())} that failed, and {idle} of the others. Failed: D_e is not erased (5 % or less "
-            "of a class, 90 % or more of the crossed sevens right) or D_r has lost more than a point. What the gate "
-            "refuses is measured here all the same; the system would have trained a generator instead.\n",
+            "D_r / D_e, 3 % of D_e given.", table(columns, lines), "The paper:", table(columns, paper),
+            "The gate's decision on each generator before its reuse, and the result:",
+            table(["generator > classifier", "acceptance", "coverage", "the gate", "D_r / D_e", "failed"], gate),
+            f"The gate is right about {right} of {len(by_pair)} pairs, by the result of most seeds: it refuses "
+            f"{caught} of the {sum(fails.values())} that failed, and {needless} of the others. Failed: D_e is not "
+            "erased (5 % or less of a class, 90 % or more of the crossed sevens right) or D_r has lost more than a "
+            "point. Refused pairs are measured here too; the system would train a new generator instead.\n",
         ])  # fmt: skip
 
     return report

@@ -41,9 +41,6 @@ from fsu_ray.storage.columns import finite
 if TYPE_CHECKING:
     from alembic.config import Config
 
-OPERATOR = "operator"
-"""The actor of a change for which nobody gave a name."""
-
 HOW_TO_SET = "set FSU_LEDGER to sqlite:///FOLDER/ledger.db or to postgresql://USER@HOST/DATABASE"
 
 _WRITES = "fsu_writes"  # execution option: True (the default) takes the write lock, None begins no transaction

@@ -10,10 +10,10 @@ import sqlalchemy as sa
 
 from fsu_ray.errors import AlreadyExists, TransitionRefused
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Digest, Generator, Model, ModelVersion
+from fsu_ray.records import OPERATOR, Digest, Generator, Model, ModelVersion
 from fsu_ray.storage import chain, removals, rows
 from fsu_ray.storage.claims import check_idle
-from fsu_ray.storage.database import OPERATOR, Database
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.schema import generator_retirements, generators, seals
 
 Why = Literal["operator", "erasure", "age", "seal"]

@@ -18,10 +18,10 @@ import sqlalchemy as sa
 
 from fsu_ray.config import Timings
 from fsu_ray.errors import TransitionRefused
-from fsu_ray.records import Digest, Model, ModelVersion, Request, Status
+from fsu_ray.records import OPERATOR, Digest, Model, ModelVersion, Request, Status
 from fsu_ray.storage import chain, claims, planning, recipes, removals, rows
 from fsu_ray.storage.audit import Audit
-from fsu_ray.storage.database import OPERATOR, Database
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.generators import Generators
 from fsu_ray.storage.models import Models, insert_version
 from fsu_ray.storage.recipes import Recipes

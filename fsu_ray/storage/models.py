@@ -11,10 +11,21 @@ from typing import Any
 import sqlalchemy as sa
 
 from fsu_ray.errors import AlreadyExists, InvalidConfig, NotFound, TransitionRefused, UserError
-from fsu_ray.records import AliasMove, Behaviour, Digest, Erasure, Model, ModelSpec, ModelVersion, Policy, Recheck
+from fsu_ray.records import (
+    OPERATOR,
+    AliasMove,
+    Behaviour,
+    Digest,
+    Erasure,
+    Model,
+    ModelSpec,
+    ModelVersion,
+    Policy,
+    Recheck,
+)
 from fsu_ray.storage import chain, history, rows
 from fsu_ray.storage.claims import check_idle
-from fsu_ray.storage.database import OPERATOR, Database
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.schema import aliases_history, erasures, model_policies, model_versions, models, rechecks
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")

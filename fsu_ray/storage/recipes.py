@@ -16,9 +16,9 @@ import sqlalchemy as sa
 
 from fsu_ray.errors import UserError
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Kind, Model, Request, SearchedRecipe
+from fsu_ray.records import OPERATOR, Kind, Model, Request, SearchedRecipe
 from fsu_ray.storage import chain, rows
-from fsu_ray.storage.database import OPERATOR, Database
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.schema import models, requests, searches
 
 

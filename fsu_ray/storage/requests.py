@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from fsu_ray.config import MOST_FAILURES, Timings
 from fsu_ray.errors import AlreadyErased, AlreadyExists, InvalidBehaviour, TransitionRefused, UserError
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import Behaviour, Digest, Model, QueueStats, Request, RequestEvent, Status, Terms
+from fsu_ray.records import OPERATOR, Behaviour, Digest, Model, QueueStats, Request, RequestEvent, Status, Terms
 from fsu_ray.storage import chain, claims, recipes, removals, rows
-from fsu_ray.storage.database import OPERATOR, Database
+from fsu_ray.storage.database import Database
 from fsu_ray.storage.planning import check_compatible
 from fsu_ray.storage.schema import TERMINAL, TERMS, erasures, models, request_events, requests
 

@@ -9,9 +9,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from fsu_ray.errors import LeaseLost, TransitionRefused
-from fsu_ray.records import Schedule, Window
+from fsu_ray.records import OPERATOR, Schedule, Window
 from fsu_ray.storage import chain, rows
-from fsu_ray.storage.database import OPERATOR, Database, violated_constraint
+from fsu_ray.storage.database import Database, violated_constraint
 from fsu_ray.storage.schema import schedule_events, schedule_windows, schedules
 
 

@@ -16,7 +16,6 @@ import torch
 
 from fsu_ray.cluster import internals, workers
 from fsu_ray.errors import ClusterUnavailable, Stopped, StorageError, UserError
-from fsu_ray.experiments.heads import free_port
 from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.fit import predict
@@ -27,6 +26,7 @@ from fsu_ray.records import Behaviour
 from fsu_ray.search_space import apply
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.work import ErasureTarget, GeneratorCandidates, GeneratorRef, WorkOrder
+from tests.bench.local_head import free_port
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A part of MNIST, and cells computed in this process, each once."""
+"""A part of MNIST; cells computed in this process, each once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fsu_ray.experiments import images
-from fsu_ray.experiments.catalogue import Cell, Place, Row, Work, piece
+from fsu_ray.experiments.catalogue import Cell, CellContext, Row, Work, find_cell_type
 from fsu_ray.experiments.mnist import Bench, read_bench
 from fsu_ray.experiments.reproduce import _key
 
@@ -28,13 +28,13 @@ def part(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 class Maker:
-    """Computes a cell after what it needs, each once."""
+    """Computes cells and the cells that they need, each once."""
 
     def __init__(self, store: Any) -> None:
         self.store, self.made = store, dict[str, list[Row]]()
 
     def __call__(self, kind: str, cell: Cell) -> Row:
-        """The row of a cell that has one."""
+        """The only row of a cell."""
         (row,) = self.rows(kind, cell)
         return row
 
@@ -42,12 +42,12 @@ class Maker:
         """All rows of a cell."""
         work: Work = (kind, cell)
         if _key(work) not in self.made:
-            given = [self.rows(*need) for need in piece(kind).needs(cell)]
-            self.made[_key(work)] = piece(kind).run(cell, Place(torch.device("cpu"), self.store, given))
+            needs = [self.rows(*need) for need in find_cell_type(kind).needs(cell)]
+            self.made[_key(work)] = find_cell_type(kind).run(cell, CellContext(torch.device("cpu"), self.store, needs))
         return self.made[_key(work)]
 
 
 @pytest.fixture
 def make(store: Any) -> Maker:
-    """A maker with a store of its own."""
+    """A maker with an empty store."""
     return Maker(store)

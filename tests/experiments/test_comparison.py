@@ -1,4 +1,4 @@
-"""Tables 2 and 4: which cells they have in common, how Fisher's strengths are chosen, what stands beside the paper."""
+"""Tables 2 and 4: shared cells, the choice of Fisher's strengths, the report beside the paper's values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fsu_ray.experiments import comparison
-from fsu_ray.experiments.catalogue import Row, Work, piece
+from fsu_ray.experiments.catalogue import Row, Work, find_cell_type
 from fsu_ray.experiments.images import teacher
 from fsu_ray.experiments.reproduce import _key
 
@@ -21,16 +21,21 @@ def kinds(works: list[Work]) -> dict[tuple[str, str], int]:
         text = repr(cell)
         arch = next((arch for arch in ("lenet5", "preactresnet18", "resnet50") if arch in text), "none")
         seen[_key((kind, cell))] = (arch, kind)
-        waiting += piece(kind).needs(cell)
+        waiting += find_cell_type(kind).needs(cell)
     return {each: list(seen.values()).count(each) for each in set(seen.values())}
 
 
-def test_a_deep_network_has_one_inverter_for_all_repeats() -> None:
-    """LeNet5 has one a seed; what the repeats of a deep network differ in is the draw, and so the erasure."""
-    found = kinds(comparison.TABLES["table2a"].cells("small", 3))
-    assert [found["lenet5", kind] for kind in ("classifier", "generator", "oracle", "erasure")] == [3, 3, 6, 12]
-    assert [found["preactresnet18", kind] for kind in ("classifier", "generator", "oracle", "erasure")] == [1, 1, 2, 12]
-    assert found["none", "gan"] == 3, "whatever network is to be unlearned"
+def test_a_deep_network_has_one_inverter_for_all_seeds() -> None:
+    """LeNet5 has one for each seed; the seeds of a deep network differ in the draw and thus in the erasure."""
+    counts = kinds(comparison.TABLES["table2a"].cells("small", 3))
+    assert [counts["lenet5", kind] for kind in ("classifier", "generator", "oracle", "erasure")] == [3, 3, 6, 12]
+    assert [counts["preactresnet18", kind] for kind in ("classifier", "generator", "oracle", "erasure")] == [
+        1,
+        1,
+        2,
+        12,
+    ]
+    assert counts["none", "gan"] == 3, "whatever network is to be unlearned"
     large = kinds(comparison.TABLES["table2a"].cells("paper", 3))
     assert {arch for arch, _ in large} == {"preactresnet18", "none"}
     assert large["preactresnet18", "generator"] == 3
@@ -73,7 +78,7 @@ def test_fishers_strengths(
 ) -> None:
     """The smallest that moves D_e and holds D_r, else the largest that holds it; the smallest that erases."""
     rows = [{"alpha": alpha, "D_r": r + d, "D_e": e} for alpha, (r, e) in metrics.items() for d in (-0.5, 0.5)]
-    assert comparison.chosen(rows, scenario, 99.0, 98.0 if scenario == "class9" else 40.0) == expected
+    assert comparison.fisher_strengths(rows, scenario, 99.0, 98.0 if scenario == "class9" else 40.0) == expected
 
 
 def test_each_network_has_a_table_of_its_own(tmp_path: Path) -> None:
@@ -101,9 +106,9 @@ def test_each_network_has_a_table_of_its_own(tmp_path: Path) -> None:
     assert "| EUBO | 35.67 ± 1.51 | 30.00 | 0.00 ± 0.00 | 0.00 | lambda 0 |" in deep
     assert "| RKL | 97.57 ± 0.17 | 97.00 | 75.46 ± 4.36 | 0.00 | lambda 0 |" in deep
     assert "| Fisher_2 | 20.04 ± 6.66 | - | 0.62 ± 1.39 | - | no strength does |" in deep
-    assert "shared by all repeats" in deep
-    assert "shared by all repeats" not in lenet
+    assert "All seeds share one classifier" in deep
+    assert "All seeds share one classifier" not in lenet
     large = [{**row, "arch": "preactresnet18"} for row in rows if row["arch"] == "preactresnet18:8"]
     text = comparison.TABLES["table2a"].report(large, tmp_path)
     assert "| Ours | 98.43 ± 0.92 | 99.50 ± 0.71 | 0.18 ± 0.27 |" in text, "the paper's of this network"
-    assert "shared by all repeats" not in text
+    assert "All seeds share one classifier" not in text

@@ -1,4 +1,4 @@
-"""The pieces of the tables on MNIST, on a part of it and with recipes of seconds: what each leaves to the next."""
+"""The cells of the tables, on a part of MNIST and with recipes that take seconds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.experiments import ablations, bayes, images, metrics, mnist
-from fsu_ray.experiments.catalogue import Row, piece
+from fsu_ray.experiments import ablations, bayes, figures_7_8, images, mnist
+from fsu_ray.experiments.catalogue import Row, find_cell_type
 from fsu_ray.experiments.mnist import Bench
 from fsu_ray.experiments.reproduce import _key
 from fsu_ray.method.synthesize import Synthetic
@@ -23,7 +23,7 @@ SYNTHESIZE = {"per_class": 20, "entropy_threshold": 2.3, "max_draws": 8, "starve
 @pytest.mark.mnist
 @pytest.mark.parametrize("scenario", ["class9", "crossed7"])
 def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, make: Any, scenario: str) -> None:
-    """Every piece, by the recipe of its own cell; what is erased is gone or right, more or less, after seconds."""
+    """From classifier to erasure, each cell by its own recipe; D_e is erased or corrected, more or less."""
     original = {**images.classifier(scenario, "lenet5", 1, "small"), "epochs": 4}
     inverter = images.generator(original, INVERT)
     drawn = images.dataset(inverter, SYNTHESIZE)
@@ -34,8 +34,8 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, make: Any, sce
     weights = load_tensors(store.get(make("generator", inverter)["weights"]))
     assert weights["linear.weight"].shape[0] == 8 * 4 * 64
     row = make("dataset", drawn)
-    found = Synthetic.from_bytes(store.get(row["dataset"]))
-    assert len(found) <= 200
+    dataset = Synthetic.from_bytes(store.get(row["dataset"]))
+    assert len(dataset) <= 200
     assert set(row) >= {"acceptance", "coverage", "bn_distance", "agreement", "starved", "refused"}
     for after in (few, full):
         assert (after["before_D_r"], after["before_D_e"]) == (before["D_r"], before["D_e"])
@@ -58,7 +58,7 @@ def test_from_a_classifier_to_an_erasure(part: Bench, store: Any, make: Any, sce
 
 @pytest.mark.mnist
 def test_fisher_by_its_strength(part: Bench, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row a strength, on the kept images alone: none changes nothing, much costs D_r too."""
+    """A row for each strength: strength 0 changes nothing, a large one costs D_r too."""
     original = {**images.classifier("class9", "lenet5", 1, "small"), "epochs": 4}
     cell = {"classifier": original, "rho": images.FULL, "samples": 100, "alphas": [0.0, 1e-2], "seed": 1}
     seen: list[torch.Tensor] = []
@@ -86,7 +86,7 @@ def test_a_bayesian_last_layer_by_lambda(part: Bench, make: Any) -> None:
 
     def rows(method: str, **settings: Any) -> list[Row]:
         kind, cell = bayes.bayes_cell(original, method, images.FULL, learning=learning, **settings)
-        assert piece(kind).needs(cell) == [("classifier", original)]
+        assert find_cell_type(kind).needs(cell) == [("classifier", original)]
         return make.rows(kind, cell)
 
     far, near = rows("eubo", lambdas=["0", "1e-9"], steps=200)
@@ -131,16 +131,16 @@ def test_pictures_of_time_and_of_fisher(tmp_path: Path) -> None:
     rows = [{"piece": kind, "seed": seed, "seconds": 10.0 * n, "D_r": 99.0 - seed, "D_e": float(n), "arch": "lenet5"}
             for seed in (0, 1) for n, kind in enumerate(kinds, 1)]  # fmt: skip
     deep = [row | {"arch": "preactresnet18:8", "seconds": 2 * row["seconds"]} for row in rows[:4]]
-    text = metrics.TABLES["figure7"].report(rows + deep, tmp_path)
+    text = figures_7_8.TABLES["figure7"].report(rows + deep, tmp_path)
     assert "| lenet5 | 10.0 ± 0.0 | 20.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 90.0 | 40.0 |" in text
     assert "| preactresnet18:8 | 20.0 | 40.0 | 60.0 | 80.0 | 180.0 | 80.0 |" in text
-    assert [work[0] for work in metrics.TABLES["figure7"].cells("small", 2)] == list(kinds) * 3
+    assert [work[0] for work in figures_7_8.TABLES["figure7"].cells("small", 2)] == list(kinds) * 3
     for seed in (0, 1):
         rows += [{"piece": "oracle", "how": how, "epochs": 6, "seed": seed, "D_r": 99.0, "D_e": 1.0}
                  for how in ("finetuned", "scratch")]  # fmt: skip
         rows += [{"piece": "fisher", "alpha": alpha, "seed": seed, "D_r": 90.0 - seed, "D_e": 50.0}
-                 for alpha in metrics.ALPHAS]  # fmt: skip
-    text = metrics.TABLES["figure8"].report(rows, tmp_path)
+                 for alpha in figures_7_8.ALPHAS]  # fmt: skip
+    text = figures_7_8.TABLES["figure8"].report(rows, tmp_path)
     assert "| Fisher 3.5e-07 | 89.50 ± 0.71 | 50.00 ± 0.00 |" in text
     assert "| Oracle, fine-tuned, 6 epochs | 99.00 ± 0.00 | 1.00 ± 0.00 |" in text
     for name in ("figure7", "figure8"):
@@ -157,7 +157,7 @@ def test_variants_share_all_that_they_do_not_change() -> None:
         while waiting:
             work = waiting.pop()
             seen.setdefault(work[0], set()).add(_key(work))
-            waiting += piece(work[0]).needs(work[1])
+            waiting += find_cell_type(work[0]).needs(work[1])
         assert tuple(len(seen[kind]) for kind in ("classifier", "generator", "dataset", "erasure")) == numbers
     cells = [cell for _, cell in ablations.TABLES["table6bn"].cells("small", 2)]
     deep = [cell for cell in cells if cell["variant"] == "deep: without BN"]

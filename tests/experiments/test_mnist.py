@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from fsu_ray.app import App
 from fsu_ray.errors import InvalidData
 from fsu_ray.experiments.mnist import read_bench, scenario
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
 from fsu_ray.search_space import apply
+from fsu_ray.service import Service
 from fsu_ray.work import Outcome, WorkOrder
 
 
 @pytest.mark.slow
 @pytest.mark.mnist
-def test_class_9_is_forgotten_and_the_rest_is_kept(app: App, mnist: Path) -> None:
+def test_class_9_is_forgotten_and_the_rest_is_kept(service: Service, mnist: Path) -> None:
     """LeNet5, 3 % of class 9, the default recipe with 180 inversion steps: D_r at least 99, D_e at most 2."""
 
     def here(order: WorkOrder, store: Any, name: str, stop: Any) -> Outcome:
@@ -27,7 +27,9 @@ def test_class_9_is_forgotten_and_the_rest_is_kept(app: App, mnist: Path) -> Non
 
     bench = read_bench(mnist)
     recipe = apply(Recipe(), {"invert.steps": 180})
-    rows = list(scenario(app.ledger, app.artifacts, here, bench, "class9", "lenet5", 2, 0, recipe, lambda _: None))
+    rows = list(
+        scenario(service.ledger, service.artifacts, here, bench, "class9", "lenet5", 2, 0, recipe, lambda _: None)
+    )
     before, after = rows
     assert before["class 9"] > 97
     assert after["class 9"] <= 2

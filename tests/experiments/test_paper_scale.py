@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load as load_tensors
 
 from fsu_ray.experiments import images
-from fsu_ray.experiments.catalogue import NAMES, Cell, find, piece
+from fsu_ray.experiments.catalogue import NAMES, Cell, find, find_cell_type
 from fsu_ray.experiments.mnist import Bench
 from fsu_ray.experiments.reproduce import _key
 from fsu_ray.method.datasets import Images
@@ -20,7 +20,7 @@ FEW = 32
 
 def inverters() -> dict[tuple[str, str], Cell]:
     """The cell of an inverter for each network and data set of the tables on images, at the paper's size."""
-    found: dict[tuple[str, str], Cell] = {}
+    originals: dict[tuple[str, str], Cell] = {}
     for name, (module, _) in NAMES.items():
         waiting = [] if module == "moons" else find(name).cells("paper", 1)
         seen: set[str] = set()
@@ -28,11 +28,11 @@ def inverters() -> dict[tuple[str, str], Cell]:
             work = waiting.pop()
             if _key(work) not in seen:
                 seen.add(_key(work))
-                waiting += piece(work[0]).needs(work[1])
+                waiting += find_cell_type(work[0]).needs(work[1])
                 if work[0] == "generator":
                     original = work[1]["classifier"]
-                    found.setdefault((original["arch"], images.SCENARIOS[original["scenario"]][0]), work[1])
-    return found
+                    originals.setdefault((original["arch"], images.SCENARIOS[original["scenario"]][0]), work[1])
+    return originals
 
 
 def test_tables_have_the_papers_networks() -> None:

@@ -1,4 +1,4 @@
-"""Figures 4, 9 and 10: what a sheet shows, and that boxes and thresholds are the filter's own."""
+"""Figures 4, 9 and 10: what a picture shows, and that boxes and thresholds are the filter's own."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def pixels_of(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def test_a_sheet_puts_every_image_in_its_place() -> None:
+def test_a_grid_puts_every_image_in_its_place() -> None:
     """Enlarged, with white between, a box around the one that has one."""
     shades = torch.arange(6, dtype=torch.uint8).view(2, 3, 1, 1, 1).expand(2, 3, 1, 4, 4) * 40
-    found = pixels_of(pictures.sheet(shades, 2, {(1, 2): (200, 10, 20)}))
-    assert found.shape == (2 * 11 + 3, 3 * 11 + 3, 3)
+    picture = pixels_of(pictures.grid(shades, 2, {(1, 2): (200, 10, 20)}))
+    assert picture.shape == (2 * 11 + 3, 3 * 11 + 3, 3)
     for row in range(2):
         for column in range(3):
-            inside = found[3 + 11 * row : 11 + 11 * row, 3 + 11 * column : 11 + 11 * column]
+            inside = picture[3 + 11 * row : 11 + 11 * row, 3 + 11 * column : 11 + 11 * column]
             assert (inside == 40 * (3 * row + column)).all()
-    assert (found[11 + 3, 22 + 4] == 255).all() or (found[12, 25] == (200, 10, 20)).all()
-    assert (found[:3] == 255).all()
-    assert (found[12:25, 23:25] == (200, 10, 20)).all()
-    assert (found[:, :3] == 255).all()
+    assert (picture[11 + 3, 22 + 4] == 255).all() or (picture[12, 25] == (200, 10, 20)).all()
+    assert (picture[:3] == 255).all()
+    assert (picture[12:25, 23:25] == (200, 10, 20)).all()
+    assert (picture[:, :3] == 255).all()
 
 
 @pytest.mark.mnist
@@ -76,7 +76,7 @@ def test_a_column_a_class(part: Bench, make: Any, tmp_path: Path) -> None:
     assert (tmp_path / "figure10.tv.png").read_bytes() == row["png"]
 
 
-def test_each_sheet_has_the_inverter_that_it_names() -> None:
+def test_each_picture_has_the_inverter_that_it_names() -> None:
     """Without the loss that is named, and with all others; both networks of Figure 9."""
     for name, losses in (("figure4c", ["bn"]), ("figure10", ["augmentation", "diversity", "tv"])):
         cells = [cell for _, cell in pictures.TABLES[name].cells("small", 3)]

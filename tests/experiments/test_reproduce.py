@@ -1,4 +1,4 @@
-"""`fsu reproduce`: cells side by side on Ray, each kept as it ends; a second run goes on where the first one was."""
+"""`fsu reproduce`: cells run side by side on Ray and are stored as they end; a second run computes missing cells."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import pytest
 
 from fsu_ray.cluster import tasks
 from fsu_ray.errors import NotFound, RunFailed, StorageError, UserError
-from fsu_ray.experiments import catalogue, moons, reproduce, sheets
-from fsu_ray.experiments.catalogue import Cell, Piece, Place, Row, Table, Work
+from fsu_ray.experiments import catalogue, markdown, moons, reproduce
+from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Table, Work
 from fsu_ray.experiments.reproduce import Reproduced, _file, _write
 
 FSU = str(Path(sys.executable).parent / "fsu")
@@ -48,26 +48,26 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
 
 @pytest.fixture
 def squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of a number and its square, in place of Table 1; the square is a cell of its own, which leaves a blob."""
+    """Sums of a number and its square, in context of Table 1; the square is a cell of its own, which leaves a blob."""
 
-    def square(cell: Cell, place: Place) -> list[Row]:
-        return [{"square": cell["seed"] ** 2, "weights": place.store.put(str(cell["seed"] ** 2).encode())}]
+    def square(cell: Cell, context: CellContext) -> list[Row]:
+        return [{"square": cell["seed"] ** 2, "weights": context.store.put(str(cell["seed"] ** 2).encode())}]
 
-    def add(cell: Cell, place: Place) -> list[Row]:
-        ((row,),) = place.given
-        assert place.store.get(row["weights"]) == str(row["square"]).encode()
+    def add(cell: Cell, context: CellContext) -> list[Row]:
+        ((row,),) = context.needs
+        assert context.store.get(row["weights"]) == str(row["square"]).encode()
         return [{"n": cell["seed"], "sum": cell["seed"] + row["square"]}]
 
     def report(rows: list[Row], folder: Path) -> str:
         (folder / "table1.png").write_bytes(b"a picture")
-        return sheets.table(["n", "sum"], [[str(row["n"]), str(row["sum"])] for row in rows])
+        return markdown.table(["n", "sum"], [[str(row["n"]), str(row["sum"])] for row in rows])
 
-    made = Table(lambda scale, seeds: [("sum", {"seed": seed, "scale": scale}) for seed in range(seeds)], report)
-    monkeypatch.setitem(moons.TABLES, "table1", made)
-    monkeypatch.setitem(moons.PIECES, "square", Piece(square))
-    monkeypatch.setitem(moons.PIECES, "sum", Piece(add, lambda cell: [("square", {"seed": cell["seed"]})]))
+    table = Table(lambda scale, seeds: [("sum", {"seed": seed, "scale": scale}) for seed in range(seeds)], report)
+    monkeypatch.setitem(moons.TABLES, "table1", table)
+    monkeypatch.setitem(moons.CELL_TYPES, "square", CellType(square))
+    monkeypatch.setitem(moons.CELL_TYPES, "sum", CellType(add, lambda cell: [("square", {"seed": cell["seed"]})]))
     for kind in ("square", "sum"):
-        monkeypatch.setitem(catalogue.PIECES, kind, "moons")
+        monkeypatch.setitem(catalogue.CELL_TYPES, kind, "moons")
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_cells_that_gain_by_a_gpu_share_it(
     table1(seeds=1)
     assert {most["CPU"] for *_, most in taken} == {1}, "none of these does"
     del taken[:]
-    monkeypatch.setitem(moons.PIECES, "sum", dataclasses.replace(moons.PIECES["sum"], gpu=True))
+    monkeypatch.setitem(moons.CELL_TYPES, "sum", dataclasses.replace(moons.CELL_TYPES["sum"], gpu=True))
     monkeypatch.setattr("ray.get_gpu_ids", list)
     table1("paper", seeds=2, per_gpu=4)
     shared = {"GPU": 0.25, "CPU": 2}
@@ -139,17 +139,17 @@ def test_what_others_wait_for_goes_first(squares: None, tmp_path: Path, store: A
     """Whichever of the cells is named first."""
     alone, sums = ("square", {"seed": 1}), ("sum", {"seed": 2})
     for wanted in ([alone, sums], [sums, alone]):
-        assert reproduce._look(tmp_path, wanted, store).ready() == [("square", {"seed": 2}), alone]
+        assert reproduce._find_missing(tmp_path, wanted, store).ready() == [("square", {"seed": 2}), alone]
 
 
 def test_a_cell_that_breaks_costs_no_other(here: list[Work], table1: Go, tmp_path: Path) -> None:
-    """The ninth square is made after the eighth broke, and its sum too; there is no report that hides it."""
-    with pytest.raises(RunFailed, match=r"1 of 18 pieces of table1 broke, what has ended is kept: square: seed 7: it"):
+    """After the eighth square broke, the ninth and its sum are still computed; no report is written."""
+    with pytest.raises(RunFailed, match=r"1 of 18 cells of table1 broke: square: seed 7: it"):
         table1(seeds=9)
     assert len(list((tmp_path / "cells").glob("sum-*.parquet"))) == 8
     assert not (tmp_path / "small" / "table1.md").exists()
     here.clear()
-    with pytest.raises(RunFailed, match="goes on with those that are missing"):
+    with pytest.raises(RunFailed, match="the same command computes the missing cells"):
         table1(seeds=9)
     assert here == [("square", {"seed": 7})]
 
@@ -204,16 +204,16 @@ def test_every_name_leads_to_cells_that_can_be_told_apart(name: str) -> None:
         while waiting:
             work = waiting.pop()
             assert json.loads(json.dumps(work)) == list(work)
-            waiting += catalogue.piece(work[0]).needs(work[1])
+            waiting += catalogue.find_cell_type(work[0]).needs(work[1])
         assert len({reproduce._key(work) for work in cells}) == len(cells)
 
 
 def test_means_and_deviations() -> None:
     """As the paper prints them: of the sample, and without one where there is one value."""
-    assert sheets.spread([1, 2, 3]) == "2.00 ± 1.00"
-    assert sheets.spread([98.414], 1) == "98.4"
-    assert sheets.spread([]) == "-"
-    assert sheets.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    assert markdown.spread([1, 2, 3]) == "2.00 ± 1.00"
+    assert markdown.spread([98.414], 1) == "98.4"
+    assert markdown.spread([]) == "-"
+    assert markdown.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
 
 
 def test_the_command_refuses_in_one_line() -> None:
@@ -237,35 +237,35 @@ def test_the_job_is_the_command() -> None:
 
 def test_what_is_printed_as_json_leaves_out_pictures(home: Path) -> None:
     """A row's picture or map is in the Parquet file alone, which has all of it."""
-    kept = home / ".fsu" / "reproduce" / "cells"
-    kept.mkdir(parents=True)
+    cells = home / ".fsu" / "reproduce" / "cells"
+    cells.mkdir(parents=True)
     for work in catalogue.find("figure6").cells("small", 1):
         row = {"piece": work[0], "seed": 0, "arch": "preactresnet18:16", "date": "2026", "machine": "m", "code": "c",
                "D_r": 1.0, "D_e": 2.0, "epochs": 1, "full_D_r": 1.0, "full_D_e": 2.0, "alpha": 1.0, "refused": "",
                "png": b"\x89PNG", "map": [1.0, 2.0], **{key: value for key, value in work[1].items() if key in
                ("how", "rho", "method", "variant")}}  # fmt: skip
-        _write(_file(kept, work), [row])
+        _write(_file(cells, work), [row])
     done = subprocess.run([FSU, "reproduce", "figure6", "--seeds", "1", "--json"], capture_output=True, text=True,
                           timeout=100, check=True)  # fmt: skip
-    told = json.loads(done.stdout)
-    assert told["computed"] == 0
-    assert {row["D_e"] for row in told["rows"]} == {2.0}
-    assert not {"png", "map"} & set().union(*told["rows"])
+    answer = json.loads(done.stdout)
+    assert answer["computed"] == 0
+    assert {row["D_e"] for row in answer["rows"]} == {2.0}
+    assert not {"png", "map"} & set().union(*answer["rows"])
     assert (home / ".fsu" / "reproduce" / "small" / "figure6.png").read_bytes() == b"\x89PNG"
 
 
 def test_code_without_a_checkout(tmp_path: Path) -> None:
     """As a Ray job has it: a version and a digest of the modules, the same for the same and another for others."""
-    here, said = Path(reproduce.__file__).parent.parent, []
+    here, answers = Path(reproduce.__file__).parent.parent, []
     for name, more in (("a", ""), ("b", ""), ("c", "# changed")):
         shutil.copytree(here, tmp_path / name / "fsu_ray", ignore=shutil.ignore_patterns("__pycache__", "results"))
         with (tmp_path / name / "fsu_ray" / "errors.py").open("a") as file:
             file.write(more)
         words = [sys.executable, "-c", "from fsu_ray.experiments.reproduce import code; print(code())"]
         done = subprocess.run(words, cwd=tmp_path / name, capture_output=True, text=True, timeout=100, check=True)
-        said.append(done.stdout.strip())
-    assert re.fullmatch(r"[0-9.]+, sources [0-9a-f]{10}", said[0])
-    assert said[0] == said[1] != said[2]
+        answers.append(done.stdout.strip())
+    assert re.fullmatch(r"[0-9.]+, sources [0-9a-f]{10}", answers[0])
+    assert answers[0] == answers[1] != answers[2]
 
 
 def slow_square(number: int) -> int:
@@ -282,30 +282,30 @@ def slow_square(number: int) -> int:
 def test_tasks_side_by_side_and_what_comes_of_each() -> None:
     """On a Ray with room for two: all results, an error of ours for what raised and for a process that died. What can
     begin only then does so at once, whatever else is running or could: little is handed over before there is room."""
-    found: dict[int, object] = {}
-    ready, given = [50, 0, 10, 11, 12, 13], []
+    results: dict[int, object] = {}
+    ready, started = [50, 0, 10, 11, 12, 13], []
 
     def more(room: int) -> list[int]:
-        if list(found) == [0]:
+        if list(results) == [0]:
             ready[:0] = [1, 2, 3, 5, 4]
         now, ready[:] = ready[:room], ready[room:]
-        given.extend(now)
-        assert len(given) - len(found) <= 3
+        started.extend(now)
+        assert len(started) - len(results) <= 3
         return now
 
     each: dict[str, float] = {"CPU": 2}
     reproduce.workers.connect(4)
     try:
         for number, result in tasks.side_by_side(slow_square, more, lambda number: each, each):
-            found[number] = result
+            results[number] = result
     finally:
         reproduce.workers.disconnect()
-    assert list(found).index(1) < list(found).index(50), "what can begin did not wait for the slow one"
-    assert given[:4] == [50, 0, 10, 1]
-    assert {number: found[number] for number in (0, 1, 2, 5, 13)} == {0: 0, 1: 1, 2: 4, 5: 25, 13: 169}
-    assert isinstance(found[3], RunFailed)
-    assert "no 3" in str(found[3])
-    assert isinstance(found[4], RunFailed)
+    assert list(results).index(1) < list(results).index(50), "what can begin did not wait for the slow one"
+    assert started[:4] == [50, 0, 10, 1]
+    assert {number: results[number] for number in (0, 1, 2, 5, 13)} == {0: 0, 1: 1, 2: 4, 5: 25, 13: 169}
+    assert isinstance(results[3], RunFailed)
+    assert "no 3" in str(results[3])
+    assert isinstance(results[4], RunFailed)
 
 
 @pytest.mark.ray
@@ -317,18 +317,18 @@ def test_table1_is_interrupted_and_goes_on(home: Path) -> None:
     assert first.stderr
     assert first.stderr.readline().startswith("1 of 2: moons-")
     first.send_signal(signal.SIGINT)
-    _, said = first.communicate(timeout=60)
-    assert first.returncode == 130, said
-    assert "what has ended is kept" in said
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 130, errors
+    assert "what has ended is kept" in errors
     assert len(list(home.glob(".fsu/reproduce/cells/*.parquet"))) == 1
     done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=400, check=True)
-    told = json.loads(done.stdout)
-    assert (told["cells"], told["computed"]) == (2, 1)
-    assert [Path(file).name for file in told["files"]] == ["table1.md", "table1.parquet"]
-    found: dict[str, list[float]] = {}
-    for row in told["rows"]:
-        found.setdefault(row["method"], []).append(row["De_oracle"])
-    assert sum(found["Ours"]) / 5 < 0.05 < 0.2 < sum(found["Ours, nothing filtered"]) / 5
+    answer = json.loads(done.stdout)
+    assert (answer["cells"], answer["computed"]) == (2, 1)
+    assert [Path(file).name for file in answer["files"]] == ["table1.md", "table1.parquet"]
+    by_method: dict[str, list[float]] = {}
+    for row in answer["rows"]:
+        by_method.setdefault(row["method"], []).append(row["De_oracle"])
+    assert sum(by_method["Ours"]) / 5 < 0.05 < 0.2 < sum(by_method["Ours, nothing filtered"]) / 5
     assert all(
-        0.25 < found[f"{method} {cut}"][0] < 0.45 for method in ("EUBO", "RKL") for cut in ("1e-05", "1e-09", "0")
+        0.25 < by_method[f"{method} {cut}"][0] < 0.45 for method in ("EUBO", "RKL") for cut in ("1e-05", "1e-09", "0")
     )

@@ -1,4 +1,4 @@
-"""Figure 5: by what lambda is chosen, and that each curve is its own."""
+"""Figure 5: how lambda is chosen, and the curves of the report."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def test_a_cell_for_each_share() -> None:
 
 
 def test_worth() -> None:
-    """The harmonic mean of what is kept and what is forgotten: one of them alone is worth nothing."""
+    """The harmonic mean of D_r and 100 - D_e is 0 if either is 0."""
     assert tuning.worth([{"D_r": 80.0, "D_e": 20.0}]) == pytest.approx(80)
     assert tuning.worth([{"D_r": 100.0, "D_e": 100.0}]) < 0.01
     assert tuning.worth([{"D_r": 60.0, "D_e": 0.0}]) == pytest.approx(75)
 
 
 def test_lambda_is_tuned_once_and_for_each_share(tmp_path: Path) -> None:
-    """Tuned where all is given it fails where little is; tuned there it does not."""
+    """EUBO tuned at rho 1 fails at a small rho; tuned at the small rho it does not."""
     rows: list[Row] = [{"piece": "classifier", "seed": 0, "D_r": 99.4, "D_e": 98.0}]
     rows.append({"piece": "oracle", "seed": 0, "D_r": 99.5, "D_e": 0.0})
     for rho in tuning.RHOS:
@@ -42,5 +42,5 @@ def test_lambda_is_tuned_once_and_for_each_share(tmp_path: Path) -> None:
     assert "| EUBO, tuned at rho 1 | 0.03 | 97.00 | 95.00 |" in text
     assert "| EUBO, tuned at each rho | 0.03 | 99.00 | 0.00 |" in text
     assert "| Ours | 0.03 | 99.30 | 0.10 |" in text
-    assert "EUBO's at rho 1: 10^-170.0; at each rho, 0.01: 10^-199.7" in text
+    assert "EUBO's lambda at rho 1: 10^-170.0; at each rho, 0.01: 10^-199.7" in text
     assert (tmp_path / "figure5.png").stat().st_size > 5000

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from fsu_ray.app import App
 from fsu_ray.cluster.workers import checkpoints as kept
 from fsu_ray.config import parse_change, read_settings
-from fsu_ray.experiments.heads import Head, free_port, on_head
 from fsu_ray.method.datasets import draw, load, write_samples
 from fsu_ray.records import Behaviour, Request, Status
+from fsu_ray.service import Service, connect
+from tests.bench.local_head import LocalHead, free_port, on_head
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -38,28 +38,28 @@ LONG = [*QUICK, "invert.steps=2500", "invert.batch=30", "invert.width=2"]
 class Place:
     """A head with a token, and a ledger and artifacts in a folder that it sees; `metrics` is Prometheus' port."""
 
-    head: Head
+    head: LocalHead
     home: Path
     metrics: int
 
     @property
-    def app(self) -> App:
+    def service(self) -> Service:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FSU_HOME", str(self.home / "fsu"))
             for name in ("FSU_LEDGER", "FSU_ARTIFACTS", "FSU_RUNS"):
                 patch.delenv(name, raising=False)
-            return App.open(read_settings(self.home))
+            return connect(read_settings(self.home))
 
     def ask(self, model: str, target: int, changes: list[str]) -> Request:
         """Queue a request to erase a class."""
-        app = self.app
-        images = load("digits", "train", app.ledger.models.get(model).spec.shape)
+        service = self.service
+        images = load("digits", "train", service.ledger.models.get(model).spec.shape)
         samples = self.home / f"samples-{model}-{target}"
         if not samples.exists():
             write_samples(images.pixels[draw(images, [target], 6, 0)], samples)
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
-        recipe = app.recipe("digits", tuple(parse_change(change) for change in changes))
-        return app.submit(model, behaviour, str(samples), recipe)[0]
+        recipe = service.recipes.preset("digits", tuple(parse_change(change) for change in changes))
+        return service.requests.submit(model, behaviour, str(samples), recipe)[0]
 
     def ray_job(self, *words: str) -> str:
         """`ray job submit` from the repository's root; its output once it has succeeded."""
@@ -84,14 +84,14 @@ class Place:
 
     def until(self, model: str, checkpoints: int) -> None:
         """Wait until the run of the model's last request would go on from one of so many checkpoints."""
-        request = self.app.ledger.requests.all(model)[-1]
+        request = self.service.ledger.requests.all(model)[-1]
         for _ in range(3600):
             time.sleep(0.1)
             with suppress(ValueError):  # torn: Ray is writing it
                 if any(len(kept(run)) >= checkpoints for run in self.home.glob(f"fsu/runs/{request.id}-*")):
                     return
-            assert not self.app.ledger.requests.get(request.id).status.is_terminal, self.app.ledger.requests.get(
-                request.id
+            assert not self.service.ledger.requests.get(request.id).status.is_terminal, (
+                self.service.ledger.requests.get(request.id)
             )
         pytest.fail("no checkpoint in six minutes")
 
@@ -105,7 +105,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, trained: Any) -> Iterator[Pl
     metrics = free_port()
     with on_head(home, settings | {"FSU_HOME": str(home / "fsu")}, metrics) as head:
         found = Place(head, home, metrics)
-        found.app.register("n", trained.spec, trained.weights)
+        found.service.models.register("n", trained.spec, trained.weights)
         yield found
 
 
@@ -120,7 +120,7 @@ def test_train_search_and_unlearn_by_rays_own_command(place: Place) -> None:
     said = place.ray_job("jobs.search", *words)
     assert '"trials": 1' in said
     place.ray_job("jobs.unlearn", "--max", "1", "--model", "m")
-    ledger = place.app.ledger
+    ledger = place.service.ledger
     assert [erasure.behaviour.name for erasure in ledger.models.erasures("m")] == ["class-8"]
     assert ledger.models.version("m").number == 2
     assert ledger.requests.get(request.id).worker.startswith("job/"), "a claim bears its job, whoever has sent it"
@@ -152,14 +152,14 @@ def test_a_request_is_sent_stopped_and_sent_again(place: Place) -> None:
 
     stopped = place.fsu("jobs", "stop", job)
     assert f"job {job} is STOPPED\nrequest {request.id} is queued\n" == stopped.stdout
-    waiting = place.app.ledger.requests.get(request.id)
+    waiting = place.service.ledger.requests.get(request.id)
     assert (waiting.status, waiting.failures, waiting.reason) == (Status.QUEUED, 0, "interrupted")
     place.fsu("jobs", "stop", job, code=1)  # it is over
     assert "interrupted: what was running is queued again" in place.fsu("jobs", "logs", job).stdout
 
     done = place.fsu("submit", "--model", "n", "--max", "1", "--wait")
     assert f"sent fsu-{request.id}-2" in done.stdout
-    ended = place.app.ledger.requests.get(request.id)
+    ended = place.service.ledger.requests.get(request.id)
     assert (ended.status, ended.attempt) == (Status.SUCCEEDED, 2)
     (resumed,) = ended.report["resumed"]
     assert re.fullmatch(r"invert \d+", resumed), "it goes on where it was stopped, and does not begin again"
@@ -200,17 +200,17 @@ def test_a_job_that_died_is_found_and_its_request_retried(place: Place) -> None:
     job = json.loads(place.fsu("submit", "--model", "n", "--json").stdout)["job"]
     place.until("n", 1)
     prometheus_finds_what_the_ledger_says(place)
-    claimed = place.app.ledger.requests.get(request.id)
+    claimed = place.service.ledger.requests.get(request.id)
     os.kill(int(claimed.worker.rpartition(":")[2]), signal.SIGKILL)
     for _ in range(100):
         listed = {each["id"]: each["status"] for each in json.loads(place.fsu("jobs", "list", "--json").stdout)}
         if listed[job] == "FAILED":
             break
         time.sleep(0.3)
-    assert place.app.ledger.requests.get(request.id).status is Status.RUNNING
+    assert place.service.ledger.requests.get(request.id).status is Status.RUNNING
     sent = json.loads(place.fsu("submit", "--model", "n", "--json", "--wait").stdout)
     assert (sent["job"], sent["status"]) == (f"fsu-{request.id}-2", "SUCCEEDED")
-    ended = place.app.ledger.requests.get(request.id)
+    ended = place.service.ledger.requests.get(request.id)
     assert (ended.status, ended.attempt, ended.failures) == (Status.SUCCEEDED, 2, 1)
     assert ended.report["resumed"]
 
@@ -226,13 +226,13 @@ def test_a_runtime_environment_that_does_not_install(place: Place) -> None:
     assert [line for line in failed.stderr.splitlines() if line.startswith("error:")] == [
         failed.stderr.splitlines()[-1]
     ]
-    waiting = place.app.ledger.requests.get(request.id)
+    waiting = place.service.ledger.requests.get(request.id)
     assert (waiting.status, waiting.attempt) == (Status.QUEUED, 0)
     for wrong in ('{"pip": 3}', '{"nonsense": 1}', '{"working_dir": "/no/such/folder"}'):
         refused = place.fsu("submit", "--model", "n", "--runtime-env", wrong, code=2)
         assert refused.stderr.startswith("error: --runtime-env: ")
         assert refused.stderr.count("\n") == 1
-    place.app.ledger.requests.cancel(request.id)
+    place.service.ledger.requests.cancel(request.id)
 
 
 @pytest.mark.ray

@@ -111,7 +111,7 @@ def test_a_subset_must_go_to_where_it_belongs(trained: Any, order: WorkOrder, st
     for any other class does not count."""
     some = Behaviour(name="some", kind="subset", targets=(1, 8))
     recipe = apply(RECIPE, {"invert.steps": 10, "synthesize.entropy_threshold": 2.3, "filter.runner_up": 0.0})
-    asked = replace(order, behaviour=some, recipe=recipe)
+    asked = replace(order, targets=(replace(order.targets[0], behaviour=some),), recipe=recipe)
     objective = Objective(asked, store, CPU, reference(asked, store, CPU, recipe))
     held = torch.ones(12, dtype=torch.bool)
     context = objective._context(recipe)

@@ -1,4 +1,5 @@
-"""Bytes in, the same bytes out; under a digest there is nothing or the whole: in a folder, on S3 and on Google's."""
+"""The artifact store in a folder, on S3 and on Google's: the same bytes come back, and an artifact is absent or
+whole."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def files(store: Artifacts) -> list[Path]:
 
 @dataclass(frozen=True)
 class Kept:
-    """A store, and what lies there past it: names below its location, and their bytes."""
+    """A store, and direct access to its files: names below its location, and their bytes."""
 
     store: Artifacts
     path: str
@@ -44,7 +45,7 @@ class Kept:
 
 @pytest.fixture(params=["folder", "s3", "gs"])
 def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
-    """A store of each kind that is promised: what holds for one holds for all."""
+    """A store on each supported filesystem."""
     if request.param == "folder":
         root = tmp_path / "artifacts"
         store = Artifacts.open(str(root))
@@ -80,7 +81,7 @@ def test_what_is_put_comes_back_under_its_sha256(kept: Kept, data: bytes) -> Non
 
 
 def test_putting_the_same_bytes_again_writes_nothing(kept: Kept) -> None:
-    """Bytes of the same length are put in their place, and stay."""
+    """A file that has the right length is left alone."""
     digest = kept.store.put(b"weights")
     kept.write(f"{digest[:2]}/{digest}", b"WEIGHTS")
 
@@ -115,7 +116,7 @@ def test_a_missing_artifact_is_named(kept: Kept) -> None:
             read(digest)
 
 
-def test_what_is_deleted_is_gone(kept: Kept) -> None:
+def test_a_deleted_artifact_is_missing(kept: Kept) -> None:
     digest = kept.store.put(b"weights")
     kept.store.put(b"others")
 
@@ -126,7 +127,7 @@ def test_what_is_deleted_is_gone(kept: Kept) -> None:
 
 
 def test_only_artifacts_are_listed(kept: Kept) -> None:
-    """Not what has a digest's name elsewhere, such as below Ray's checkpoints, nor anything else."""
+    """Files at other paths are not, such as a digest's name below Ray's checkpoints."""
     digests = {kept.store.put(data): len(data) for data in (b"weights", b"", b"others")}
     one = next(iter(digests))
     for name in (f"runs/r-1/{one}", f"runs/{one[:2]}/{one}", one, f"zz/{one}", "ab/notes.txt"):
@@ -139,8 +140,8 @@ def test_only_artifacts_are_listed(kept: Kept) -> None:
     assert all(abs(at - now) < timedelta(minutes=1) for _, at in listed.values())
 
 
-def test_what_killed_writers_have_left_is_found_when_it_is_old(kept: Kept) -> None:
-    """And can be deleted; nothing else is."""
+def test_old_files_of_killed_writers_are_listed(kept: Kept) -> None:
+    """They can be deleted; no other file is listed."""
     digest = kept.store.put(b"weights")
     for name in ("ab/.writing-0123", ".writing-4567"):
         kept.write(name, b"wei")
@@ -198,7 +199,7 @@ def test_a_place_that_cannot_be_written_to_is_explained(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_takes_no_files_is_not_opened() -> None:
-    """The folder is there, so only the attempt to write in it can tell."""
+    """The folder exists, so only the attempt to write in it shows that."""
     with pytest.raises(StorageError, match="set FSU_ARTIFACTS to"):
         Artifacts.open("/proc/self")
 
@@ -218,7 +219,7 @@ except StorageError as error:
 
 
 def test_a_write_that_the_system_ends_leaves_nothing(store: Artifacts) -> None:
-    """The system refuses files beyond 4,096 bytes: to a process of its own, for the limit would meet our log too."""
+    """A separate process may write 4,096 bytes a file; in this process the limit would hit our log too."""
     store.put(b"there before")
 
     run = subprocess.run([sys.executable, "-c", SMALL_FILES, store.location], capture_output=True, text=True)
@@ -230,7 +231,7 @@ def test_a_write_that_the_system_ends_leaves_nothing(store: Artifacts) -> None:
 
 
 class Interrupted:
-    """A filesystem whose streams write half of what they get, for real, and then end with `error`."""
+    """A filesystem whose streams really write half of the data and then raise `error`."""
 
     def __init__(self, real: Any, error: BaseException) -> None:
         self.real, self.error = real, error

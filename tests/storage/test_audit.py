@@ -1,4 +1,4 @@
-"""The audit: a ledger that is as it was written passes, and whatever is changed past the ledger is named."""
+"""The audit: an unchanged ledger passes, and every change made outside the ledger is reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def digest(text: str) -> str:
 
 @dataclass(frozen=True)
 class Filled:
-    """A full ledger in the hands of somebody who owns its database: its triggers are gone."""
+    """A full ledger whose triggers the owner of the database has dropped."""
 
     ledger: Ledger
     connection: sa.Connection
@@ -73,7 +73,7 @@ class Filled:
 
 @pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
 def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
-    """One for all tests on an engine: each leaves it as it was."""
+    """One for all tests on an engine; each test undoes its changes."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path_factory.mktemp('filled')}/ledger.db"
     else:
@@ -131,7 +131,7 @@ def claim(ledger: Ledger, worker: str = "host-1:77", lease: float = 60.0) -> Req
 
 
 def fill(ledger: Ledger) -> None:
-    """Tell a ledger everything that it can be told, so that every audited table has rows."""
+    """Call every writing method, so that every audited table has rows."""
     name, past = "digits", datetime.now(UTC) - timedelta(hours=1)
     ledger.models.register(name, SPEC, digest("weights"), "digits")
     ledger.models.set_policy(name, Policy(approval=True, samples_days=0.0), "admin-1")
@@ -190,8 +190,8 @@ def findings(driver: Any, *arguments: Any) -> tuple[str, ...]:
     return verdict.findings
 
 
-def test_a_ledger_as_it_was_written_is_good(filled: Filled) -> None:
-    """Whatever it was told, with rows in every table that is audited."""
+def test_an_unchanged_ledger_has_no_findings(filled: Filled) -> None:
+    """With rows in every audited table."""
     verdict = filled.ledger.audit.verify()
 
     verdict.check()
@@ -233,8 +233,8 @@ def a_key(filled: Filled, table: str) -> tuple[str, str]:
     return " AND ".join(f"{name} = '{value}'" for name, value in zip(keys, row, strict=True)), " ".join(shown)
 
 
-def test_a_row_that_was_changed_or_taken_out_is_named(filled: Filled) -> None:
-    """In every table that is audited."""
+def test_a_changed_or_deleted_row_is_reported(filled: Filled) -> None:
+    """In every audited table."""
     assert set(CHANGES) == set(audit.AUDITED)
     for table, (change, column) in CHANGES.items():
         where, key = a_key(filled, table)
@@ -250,8 +250,8 @@ def test_a_row_that_was_changed_or_taken_out_is_named(filled: Filled) -> None:
     assert findings(filled) == ()
 
 
-def test_a_change_between_equal_values_of_json_is_one(filled: Filled) -> None:
-    """Python takes 0, 0.0 and False for the same."""
+def test_a_change_between_json_values_that_python_calls_equal_is_reported(filled: Filled) -> None:
+    """Python compares 0, 0.0 and False as equal."""
     for metrics in ('{"agreement": 0.99, "starved": false}', '{"agreement": "0.99", "starved": []}', "[1"):
         if metrics == "[1" and filled.engine != "sqlite":
             continue  # PostgreSQL takes nothing but JSON
@@ -263,7 +263,7 @@ def test_a_change_between_equal_values_of_json_is_one(filled: Filled) -> None:
         assert ": column actor is not what event" in findings(filled)[0]
 
 
-def test_a_row_that_nobody_recorded_is_named(filled: Filled) -> None:
+def test_a_row_without_an_event_is_reported(filled: Filled) -> None:
     copies = {"rechecks": {"id": "'c-0'"}, "request_events": {"number": "99"}, "erasures": {"id": "'e-0'"}}
     for table, others in copies.items():
         names = [column.name for column in metadata.tables[table].columns]
@@ -304,8 +304,8 @@ def test_the_version_of_a_request_is_that_of_its_erasure(filled: Filled) -> None
         assert findings(filled)[0].endswith(": column version is not that of its erasure")
 
 
-def test_an_event_that_was_changed_is_named(filled: Filled) -> None:
-    """Whichever of its columns, and no other event is blamed."""
+def test_a_changed_event_is_reported(filled: Filled) -> None:
+    """In every column, and no other event is reported."""
     for column, value in {
         "at": "2020-01-01T00:00:00.000000+00:00",
         "event": "erased",
@@ -345,8 +345,8 @@ def test_an_event_with_a_hash_of_its_own_breaks_the_next_one(filled: Filled) -> 
         assert findings(filled) == ("audit_events 18: its previous hash is not that of event 17",)
 
 
-def test_an_event_that_says_again_what_another_one_said_is_named(filled: Filled) -> None:
-    """Were it the later one that counts, a row could be changed with an event of its own."""
+def test_a_second_event_of_the_same_row_is_reported(filled: Filled) -> None:
+    """If the later event counted, a changed row could be covered by a new event."""
     with filled.ledger.database.reading() as connection:
         events = [chain.Event(*event) for batch in chain.stored(connection) for event in batch]
         at = connection.scalar(sa.select(schema.audit_events.c.at).where(schema.audit_events.c.seq == 17))
@@ -358,8 +358,8 @@ def test_an_event_that_says_again_what_another_one_said_is_named(filled: Filled)
     assert said.endswith(f": event {again.seq} records it again, after 17")
 
 
-def test_an_event_that_was_taken_out_is_named(filled: Filled) -> None:
-    """In the middle it leaves a gap, at the end the row that it is about."""
+def test_a_deleted_event_is_reported(filled: Filled) -> None:
+    """In the middle it leaves a gap in the numbers, at the end a row without an event."""
     last = filled.one("SELECT max(seq) FROM audit_events")
     with filled.undone("audit_events"):
         filled.execute("DELETE FROM audit_events WHERE seq = 17")
@@ -377,8 +377,8 @@ def test_an_event_that_was_taken_out_is_named(filled: Filled) -> None:
         )
 
 
-def test_two_events_that_were_swapped_are_named(filled: Filled) -> None:
-    """By their numbers, or by all that they say."""
+def test_swapped_events_are_reported(filled: Filled) -> None:
+    """Their numbers are swapped, or their contents."""
     with filled.undone("audit_events"):
         for old, new in ((16, -1), (17, 16), (-1, 17)):
             filled.execute(f"UPDATE audit_events SET seq = {new} WHERE seq = {old}")
@@ -403,7 +403,7 @@ def test_a_noted_head_must_be_in_the_chain(filled: Filled) -> None:
         assert said == f"audit_events {wrong.seq}: the chain does not have the hash that was noted of it"
 
 
-def test_the_first_finding_is_told_with_the_number_of_the_others(filled: Filled) -> None:
+def test_the_error_names_the_first_finding_and_counts_the_others(filled: Filled) -> None:
     with filled.undone("audit_events", "rechecks"):
         filled.execute("UPDATE audit_events SET actor = 'somebody' WHERE seq IN (17, 20)")
         filled.execute("UPDATE rechecks SET version = 2")
@@ -414,7 +414,7 @@ def test_the_first_finding_is_told_with_the_number_of_the_others(filled: Filled)
 
 @pytest.mark.parametrize("timings", [Timings(flush=3600.0)])
 def test_steps_that_wait_for_the_chain_are_no_finding(driver: Any, raw: Any) -> None:
-    """The queue's steps enter it within a second; an audit in between changes nothing and counts them."""
+    """An audit before the flush changes nothing and counts the waiting steps."""
     driver.submit()
     driver.claim()
 
@@ -438,7 +438,7 @@ def test_many_findings_are_counted_and_the_first_kept(filled: Filled, monkeypatc
 
 @pytest.fixture
 def stored(filled: Filled, tmp_path: Path) -> Artifacts:
-    """The artifacts of `filled`, all of them."""
+    """All artifacts that `filled` needs."""
     store = Artifacts.open(str(tmp_path / "artifacts"))
     behaviours = ("nine", "eight", "four", "some", "three", "two", "one", "zero", "six")
     texts = {f"samples of {name}" for name in behaviours} | {"weights", "sealed"}
@@ -450,7 +450,7 @@ def stored(filled: Filled, tmp_path: Path) -> Artifacts:
     return store
 
 
-def test_artifacts_are_what_their_names_say(filled: Filled, stored: Artifacts) -> None:
+def test_artifacts_are_compared_with_their_digests(filled: Filled, stored: Artifacts) -> None:
     verdict = filled.ledger.audit.verify(stored)
     assert (verdict.found, verdict.artifacts) == (0, len(stored.digests()))
     needed, removed = filled.ledger.references()
@@ -534,7 +534,7 @@ GRAMMAR = {  # of every column that holds text; for JSON, of every text in it
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """Every text in a value of JSON, keys too."""
+    """Every text in a JSON value, keys included."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield name
@@ -547,7 +547,7 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def check_text(table: str, column: str, value: Any) -> None:
-    """Every text of a value is of its column's grammar, and no path."""
+    """Every text of a value matches its column's pattern and is no path."""
     pattern = GRAMMAR.get(f"{table}.{column}", NAMES.get(column))
     assert pattern is not None, f"{table}.{column} has no grammar"
     for text in texts_of(value):
@@ -583,7 +583,7 @@ def test_no_personal_data_in_any_table(filled: Filled) -> None:
 
 
 def test_the_ledgers_own_file_has_no_path_in_it(filled: Filled) -> None:
-    """Neither in its pages nor in its log."""
+    """Neither in its pages nor in its write-ahead log."""
     if filled.engine == "sqlite":
         file = Path(str(filled.connection.engine.url.database))
         data = b"".join(each.read_bytes() for each in file.parent.glob("ledger.db*"))

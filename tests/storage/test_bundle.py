@@ -1,4 +1,4 @@
-"""Bundles: the chain as a file that is checked by itself, and everything that can be wrong with one."""
+"""Bundles: the chain as a file that is checked without the ledger, and the faults that the check reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMS = ("jsonl", "parquet")
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a ledger, a pair of keys, and bundles of both forms, signed and not."""
+    """A folder with a ledger, a key pair, and bundles of both forms, signed and unsigned."""
     folder = tmp_path_factory.mktemp("bundles")
     with open_ledger(f"sqlite:///{folder}/ledger.db") as ledger:
         fill(ledger)
@@ -73,7 +73,7 @@ def test_a_bundle_is_checked_without_the_ledger(written: Path, tmp_path: Path, f
 
 @pytest.mark.parametrize("timings", [Timings(flush=3600.0)])
 def test_both_forms_have_the_same_chain(driver: Any, tmp_path: Path) -> None:
-    """On both engines, and all of it, also steps that were waiting."""
+    """On both engines, and with the steps that were waiting for the chain."""
     driver.erase()
     driver.submit("four", 4)
     driver.claim()
@@ -85,7 +85,7 @@ def test_both_forms_have_the_same_chain(driver: Any, tmp_path: Path) -> None:
     }
 
 
-def test_a_line_can_be_checked_with_nothing_of_ours(written: Path) -> None:
+def test_a_line_can_be_checked_without_our_code(written: Path) -> None:
     """Cut the hash out of a line: the SHA-256 of the rest is that hash. Every line is JSON."""
     manifest, *events, end = lines_of(written)
     for line in events:
@@ -95,7 +95,7 @@ def test_a_line_can_be_checked_with_nothing_of_ours(written: Path) -> None:
     assert json.loads(end)["events"] == len(events)
 
 
-def test_a_file_that_was_cut_is_found(written: Path, tmp_path: Path) -> None:
+def test_a_cut_file_is_reported(written: Path, tmp_path: Path) -> None:
     """After a line, inside a line, and just before the last one."""
     lines = lines_of(written)
     file = tmp_path / "cut.jsonl"
@@ -120,7 +120,7 @@ def test_a_file_that_was_cut_is_found(written: Path, tmp_path: Path) -> None:
             bundle.verify(file)
 
 
-def test_a_line_that_was_changed_is_named(written: Path, tmp_path: Path) -> None:
+def test_a_changed_line_is_reported(written: Path, tmp_path: Path) -> None:
     lines = lines_of(written)
     file = tmp_path / "changed.jsonl"
     changes: list[tuple[list[str], str]] = [
@@ -139,7 +139,7 @@ def test_a_line_that_was_changed_is_named(written: Path, tmp_path: Path) -> None
             bundle.verify(file).verdict.check()
 
 
-def test_a_table_that_was_changed_is_named(written: Path, tmp_path: Path) -> None:
+def test_a_changed_table_is_reported(written: Path, tmp_path: Path) -> None:
     table = parquet.read_table(written / "a.parquet")
     file = tmp_path / "changed.parquet"
 
@@ -160,7 +160,7 @@ def test_a_table_that_was_changed_is_named(written: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_signature_is_worth_what_the_key_is(written: Path, tmp_path: Path, form: str) -> None:
+def test_a_signature_is_checked_by_the_key_of_the_caller(written: Path, tmp_path: Path, form: str) -> None:
     file, public = written / f"signed.{form}", written / "public.pem"
     checked = bundle.verify(file)
     assert (checked.verdict.found, checked.signature) == (0, "signed with a key that only the bundle names")
@@ -174,7 +174,7 @@ def test_a_signature_is_worth_what_the_key_is(written: Path, tmp_path: Path, for
 
 
 def test_a_signature_is_of_the_whole_manifest(written: Path, tmp_path: Path) -> None:
-    """So whoever cuts events off and writes another head cannot keep it."""
+    """So a manifest with a changed head needs a new signature."""
     first, *rest = (written / "signed.jsonl").read_text().splitlines(keepends=True)
     file = tmp_path / "shorter.jsonl"
     manifest = json.loads(first)
@@ -227,7 +227,7 @@ def test_files_that_cannot_be_read(written: Path, tmp_path: Path) -> None:
             bundle.verify(written / "signed.jsonl", written / wrong)
 
 
-def test_a_bundle_is_whole_or_not_there(driver: Any, raw: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_bundle_is_whole_or_absent(driver: Any, raw: Any, tmp_path: Path, monkeypatch: Any) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("mine")
     ledger = driver.ledger
@@ -260,7 +260,7 @@ def test_a_bundle_is_whole_or_not_there(driver: Any, raw: Any, tmp_path: Path, m
     assert [each.name for each in tmp_path.iterdir() if not each.name.startswith("ledger.db")] == ["a.jsonl"]
 
 
-def test_a_private_key_is_its_owners_alone(tmp_path: Path) -> None:
+def test_only_the_owner_may_read_a_private_key(tmp_path: Path) -> None:
     file = tmp_path / "key.pem"
     public = bundle.keygen(file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -1,4 +1,4 @@
-"""The audit chain: what its hashes are of, that it cannot be changed or forked, and what breaks it."""
+"""The audit chain: what it hashes, that it cannot be changed or forked, and how breaks are reported."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def events_of(ledger: Any) -> list[Event]:
         return [Event(*row) for batch in chain.stored(connection) for row in batch]
 
 
-def made(count: int) -> list[Event]:
-    """A chain that no ledger has."""
+def make_chain(count: int) -> list[Event]:
+    """A chain that is stored in no ledger."""
     events, previous = [], GENESIS
     for seq in range(1, count + 1):
         at = f"2026-01-01T00:00:{seq:02}.000000+00:00"
@@ -35,7 +35,8 @@ def made(count: int) -> list[Event]:
     return events
 
 
-def told(events: list[Event], noted: ChainHead | None = None) -> list[tuple[int, str]]:
+def breaks(events: list[Event], noted: ChainHead | None = None) -> list[tuple[int, str]]:
+    """The breaks that `unbroken` reports: event numbers and texts."""
     broken: list[tuple[int, str]] = []
     batches = [events[first : first + 3] for first in range(0, len(events), 3)]
     assert [e for batch in chain.unbroken(batches, lambda *what: broken.append(what), noted) for e in batch] == events
@@ -55,8 +56,8 @@ def test_a_hash_is_that_of_plain_json(driver: Any) -> None:
         assert hashlib.sha256(text.encode()).hexdigest() == previous
 
 
-def test_what_json_has_no_words_for_is_recorded_as_it_is_kept(driver: Any) -> None:
-    """NaN, numbers for keys, tuples, whole numbers in a column of floats: the row comes back as the event has it."""
+def test_values_that_json_lacks_are_recorded_as_the_row_returns_them(driver: Any) -> None:
+    """NaN, numbers as keys, tuples, integers in a float column: row and event agree."""
     driver.erase(report={"kl": float("nan"), "by": {10: (1, 2), 9: float("-inf")}}, metrics={2: 0.5, 10: None})
 
     assert driver.ledger.audit.verify().findings == ()
@@ -68,26 +69,26 @@ def test_what_json_has_no_words_for_is_recorded_as_it_is_kept(driver: Any) -> No
     assert chain.row_of(erasures, {"report": None}, ("report",)) == {"report": None}
 
 
-def test_a_good_chain_is_good() -> None:
-    assert told(made(10)) == []
-    assert told([]) == []
-    assert told(made(10), ChainHead(7, made(10)[6].hash)) == []
+def test_a_whole_chain_has_no_breaks() -> None:
+    assert breaks(make_chain(10)) == []
+    assert breaks([]) == []
+    assert breaks(make_chain(10), ChainHead(7, make_chain(10)[6].hash)) == []
 
 
 @pytest.mark.parametrize("field", Event._fields)
-def test_a_change_of_any_field_is_told(field: str) -> None:
-    events = made(10)
+def test_a_change_of_any_field_is_reported(field: str) -> None:
+    events = make_chain(10)
     changed = {"seq": 40, "request": "r-1", "previous": GENESIS, "hash": "1" * 64}.get(field, "other")
     events[4] = events[4]._replace(**{field: changed})
 
-    broken = told(events)
+    broken = breaks(events)
     assert broken[0][0] == 5
     assert len(broken) == (3 if field == "seq" else 2 if field in ("previous", "hash") else 1)
 
 
 def test_the_borders_between_fields_are_part_of_the_hash() -> None:
-    """What moves from one field into the next, so that their texts in a row stay the same, is told."""
-    events = made(3)
+    """Text that moves from one field into the next is reported, although the joined text is the same."""
+    events = make_chain(3)
     first = events[0]._replace(event='a","model":"b', model="c")
     other = events[0]._replace(event="a", model='b","model":"c')
     assert chain.hash_of(first) != chain.hash_of(other)
@@ -98,10 +99,10 @@ def test_the_borders_between_fields_are_part_of_the_hash() -> None:
     )
 
 
-def test_bytes_in_the_place_of_text_are_told() -> None:
-    events: Any = made(3)
+def test_bytes_in_the_place_of_text_are_reported() -> None:
+    events: Any = make_chain(3)
     events[1] = events[1]._replace(actor=b"operator")
-    assert told(events) == [(2, "it is no event")]
+    assert breaks(events) == [(2, "it is no event")]
 
 
 def test_a_head_is_written_as_it_is_read() -> None:
@@ -113,7 +114,7 @@ def test_a_head_is_written_as_it_is_read() -> None:
 
 
 def test_events_take_no_update_delete_or_replace(driver: Any, raw: Any) -> None:
-    """In whatever connection: the database itself refuses."""
+    """On any connection: the database itself refuses."""
     before = raw.execute("SELECT * FROM audit_events").fetchall()
     attempts = ["UPDATE audit_events SET actor = 'x' WHERE seq = 1", "UPDATE audit_events SET seq = 99 WHERE seq = 1"]
     attempts += ["DELETE FROM audit_events", "DELETE FROM audit_events WHERE seq = 2"]
@@ -150,7 +151,7 @@ def test_what_is_rolled_back_leaves_no_event(driver: Any) -> None:
 
 
 def test_the_last_events_enter_the_chain_when_the_ledger_is_closed(url: str, driver: Any) -> None:
-    """Steps of the queue wait for the next writer; closing is one."""
+    """Steps of requests wait for the next writing transaction; closing makes one."""
     from fsu_ray.storage.ledger import open_ledger
 
     with open_ledger(url, Timings(flush=3600.0)) as other:
@@ -168,7 +169,7 @@ from fsu_ray.records import Behaviour, ModelSpec
 url, number = sys.argv[1:]
 spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 with open_ledger(url) as ledger:
-    name = f"line-{number}"
+    name = f"model-{number}"
     ledger.models.register(name, spec, hashlib.sha256(b"w").hexdigest())
     for turn in range(5):
         behaviour = Behaviour(name=f"b{turn}", kind="class", targets=(turn,))
@@ -188,7 +189,7 @@ def test_eight_processes_that_write_make_one_chain(url: str, ledger: Any, in_pro
     events = events_of(ledger)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert len(events) >= 8 * (2 + 5 * 4)
-    assert {event.model for event in events} == {f"line-{number}" for number in range(8)}
+    assert {event.model for event in events} == {f"model-{number}" for number in range(8)}
 
 
 @pytest.mark.parametrize("timings", [Timings(flush=0.0)])

@@ -1,4 +1,4 @@
-"""What Ray has kept of runs and searches, on a disk and in a bucket."""
+"""The checkpoint folders of runs and searches, on a disk and in a bucket."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ RUN, SEARCH = "r-1a217a57286c723234d-401a7e3d", "search-0123456789abcdef"
 
 @pytest.fixture(params=["disk", "bucket"])
 def runs(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where runs lie that have not begun."""
+    """An empty location for runs."""
     if request.param == "disk":
         return str(tmp_path / "runs")
     bucket: Any = request.getfixturevalue("s3_bucket")
     return str(bucket.uri("store/runs"))
 
 
-def test_a_folder_is_found_with_all_below_it_and_goes_as_a_whole(runs: str, tmp_path: Path) -> None:
-    """By its name alone: whatever else lies there is left out, and left."""
+def test_a_folder_is_listed_and_deleted_with_everything_below_it(runs: str, tmp_path: Path) -> None:
+    """By its name; other folders are neither listed nor deleted."""
     checkpoints = Checkpoints(runs)
     assert checkpoints.folders() == {}, "nothing was ever written"
     filesystem, root = locate(runs)
@@ -59,7 +59,7 @@ def test_a_folder_is_found_with_all_below_it_and_goes_as_a_whole(runs: str, tmp_
 
 
 def test_the_names_of_runs_and_searches_are_those_that_are_looked_for(tmp_path: Path) -> None:
-    """Who names them does not know this module."""
+    """The modules that name them do not import this one."""
     eight = Behaviour(name="eight", kind="class", targets=(8,))
     spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.3,))
     targets = (ErasureTarget(new_id("r"), eight, Digest("0" * 64)),)
@@ -72,7 +72,7 @@ def test_the_names_of_runs_and_searches_are_those_that_are_looked_for(tmp_path: 
 
 
 def test_a_place_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """One line, with what to look at."""
+    """On one line, with what to check."""
     (tmp_path / "file").write_text("")
     with pytest.raises(
         StorageError, match=r"checkpoints .*/file. cannot be listed \(.*\); check that place and try again"

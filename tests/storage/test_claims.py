@@ -1,4 +1,4 @@
-"""The queue: claims, leases, take-overs and races, on a real SQLite file."""
+"""The queue: claims, leases, take-overs and races."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ class TestClaiming:
         assert len(driver.ledger.models.versions("digits")) == 1
         assert driver.ledger.generators.all() == []
 
-    def test_the_same_worker_takes_over_from_its_former_self(self, driver: Any) -> None:
+    def test_a_worker_that_takes_over_its_own_request_loses_the_earlier_claim(self, driver: Any) -> None:
         driver.submit()
         first = driver.claim("w1", lease=0)
         driver.claim("w1")
         with pytest.raises(LeaseLost):
             driver.ledger.requests.heartbeat(first, 60)
 
-    def test_a_claim_is_the_workers_own(self, driver: Any) -> None:
+    def test_another_worker_cannot_use_a_claim(self, driver: Any) -> None:
         driver.submit()
         with pytest.raises(LeaseLost, match="of w2"):
             driver.ledger.requests.heartbeat(replace(driver.claim("w1"), worker="w2"), 60)
@@ -195,7 +195,7 @@ while any(not request.status.is_terminal for request in ledger.requests.all()):
         assert len(set(claimed)) == 8
 
     def test_a_race_lost_to_another_request_of_the_model_is_run_again(self, driver: Any) -> None:
-        """Two workers pick different requests of one model: the index of running requests lets one of them in."""
+        """Two workers select different requests of one model: the unique index of running requests refuses one."""
         first = driver.submit("nine", 9)
         driver.submit("four", 4)
         ran: list[str] = []
@@ -216,7 +216,7 @@ FRESH = (f"p{number}" for number in itertools.count())
 
 
 def call(driver: Any, operation: str, number: int, claims: list[Request]) -> None:
-    """One call with one of four behaviours or one of the claims so far, which may have ended long ago."""
+    """One call with one of four behaviours or one of the earlier claims, which may have ended."""
     ledger, base = driver.ledger, driver.ledger.models.version(driver.name)
     requests = ledger.requests.all(driver.name)
     held = claims[number % len(claims)] if claims else None
@@ -244,7 +244,7 @@ def call(driver: Any, operation: str, number: int, claims: list[Request]) -> Non
 def test_whatever_is_called_the_ledger_keeps_its_invariants(
     new_driver: Callable[..., Any], steps: list[tuple[str, int]]
 ) -> None:
-    """In whatever order, with claims that may be stale: states move along TRANSITIONS, or the call is refused whole."""
+    """In any order, with stale claims: states move along TRANSITIONS, or the call is refused and changes nothing."""
     driver = new_driver(next(FRESH))
     claims: list[Request] = []
     before: dict[str, Request] = {}

@@ -1,4 +1,4 @@
-"""Opening a ledger: new ones, newer ones, and files that are none."""
+"""Opening a ledger: new ones, newer ones, and files that are no ledger."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ for turn in range(6):
         assert in_processes(script, str(tmp_path), processes=4) == ["0\n" * 6] * 4
 
     def test_waits_for_a_process_that_is_making_the_ledger(self, file: Path) -> None:
-        """Turning on WAL fails at once where another connection is about to write: it must be tried again."""
+        """Turning on WAL fails at once while another connection is about to write: it must be retried."""
         other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
         other.execute("BEGIN IMMEDIATE")
         later = threading.Timer(0.3, other.execute, ["COMMIT"])
@@ -146,7 +146,7 @@ for turn in range(6):
             other.close()
 
     def test_a_ledger_that_may_only_be_read_is_explained(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As somebody to whom its folder and file belong not: what is there can be read, nothing is half written."""
+        """As a user who does not own its folder and file: rows can be read, nothing is half written."""
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
             with open_ledger(f"sqlite:///{folder}/ledger.db") as ledger:
@@ -155,7 +155,7 @@ for turn in range(6):
                 each.chmod(0o444)
             folder.chmod(0o555)
             with _nobody(), pytest.raises((InvalidConfig, StorageError)) as caught:
-                open_ledger(f"sqlite:///{folder}/ledger.db").set_policy("m", Policy())
+                open_ledger(f"sqlite:///{folder}/ledger.db").models.set_policy("m", Policy())
             assert "ledger.db" in str(caught.value)
             assert re.search("readonly|unable to open", str(caught.value))
             assert one_line(caught)
@@ -164,7 +164,7 @@ for turn in range(6):
 
 @contextlib.contextmanager
 def _nobody() -> Iterator[None]:
-    """Root may write everywhere, so be somebody else for a moment."""
+    """Act as another user for a moment, since root may write everywhere."""
     if os.geteuid() != 0:
         yield
         return

@@ -1,4 +1,4 @@
-"""Models, versions and requests as callers of the ledger see them, on a real SQLite file."""
+"""Models, versions and requests as callers of the ledger see them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TestModels:
         assert [version.weights for version in ledger.models.versions("m")] == ["w"]
 
     @pytest.mark.parametrize("name", ["", ".m", "-m", "a b", "a/b", "m\n", "ä", "m" * 101])
-    def test_what_is_no_name_is_refused(self, ledger: Ledger, name: str) -> None:
+    def test_an_invalid_name_is_refused(self, ledger: Ledger, name: str) -> None:
         for refused in (lambda: ledger.models.register(name, SPEC, "w"), lambda: ledger.models.check_name_free(name)):
             with pytest.raises(InvalidConfig, match="no name for a model"):
                 refused()
@@ -55,7 +55,7 @@ class TestModels:
             ledger.models.register(name, SPEC, "w")
         assert [model.name for model in ledger.models.all()] == ["a", "b", "c"]
 
-    def test_what_is_not_there_says_how_to_find_it(self, driver: Any) -> None:
+    def test_not_found_errors_say_how_to_list(self, driver: Any) -> None:
         ledger = driver.ledger
         behaviour = Behaviour(name="x", kind="class", targets=(1,))
         for missing in (
@@ -155,7 +155,7 @@ class TestSubmitting:
                 refused()
         assert driver.ledger.requests.all() == []
 
-    def test_earlier_erasures_count_among_what_must_be_left(self, driver: Any) -> None:
+    def test_earlier_erasures_count_when_classes_must_be_left(self, driver: Any) -> None:
         driver.erase("seven of them", *range(7))
 
         with pytest.raises(InvalidBehaviour, match="classes 7, 8: with what is erased already this leaves 1 of"):
@@ -189,7 +189,7 @@ class TestSubmitting:
 
 
 class TestLookingUp:
-    def test_a_beginning_that_fits_one_id_is_enough(self, driver: Any) -> None:
+    def test_an_unambiguous_prefix_of_an_id_is_enough(self, driver: Any) -> None:
         first, second = driver.submit("nine", 9), driver.submit("four", 4)
         same = len(
             [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first.id, second.id, strict=True))]

@@ -1,4 +1,4 @@
-"""A ledger of an earlier revision, with all that could be in it, goes on as one of the latest."""
+"""Ledgers of earlier revisions are migrated with all their rows and go on working."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from alembic import command
 from fsu_ray.config import Timings
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec, Policy, Status
-from fsu_ray.storage import audit
+from fsu_ray.storage.audit import AUDITED
+from fsu_ray.storage.chain import ChainHead
 from fsu_ray.storage.database import Database, connect, migrations
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.storage.schema import LATER
@@ -29,7 +30,7 @@ def digest(text: str) -> str:
 
 
 class First:
-    """A database of revision 0001, and plain SQL to fill it as the fsu_ray of that time did."""
+    """A database of revision 0001, filled by plain SQL as the fsu_ray of that time did."""
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
@@ -115,14 +116,14 @@ def test_everything_is_there_and_adopted(first: str, raw: Any) -> None:
         verdict = ledger.audit.verify()
         assert verdict.findings == ()
         events = ledger.audit.log()
-        rows = sum(raw.execute(f"SELECT count(*) FROM {table}").scalar() for table in audit.AUDITED)
+        rows = sum(raw.execute(f"SELECT count(*) FROM {table}").scalar() for table in AUDITED)
         assert {event.event for event in events} == {"adopted"}
         assert len(events) == verdict.events == rows == 17
         assert verdict.waiting == 0
 
 
-def test_it_goes_on_working(first: str) -> None:
-    """What ran is taken over, what waited is claimed, and what is new enters the same chain."""
+def test_a_migrated_ledger_goes_on_working(first: str) -> None:
+    """A running request is taken over, a queued one is claimed, and new events enter the same chain."""
     with open_ledger(first) as ledger:
         taken = ledger.requests.claim("w1", 60.0)
         assert taken is not None
@@ -163,7 +164,7 @@ THEN = (
 
 @pytest.fixture
 def third(first: str) -> str:
-    """That ledger as revision 0003 had it: what was adopted, and steps that its own chain recorded."""
+    """That ledger at revision 0003: adopted rows, and steps that its chain recorded."""
     connected = connect(first, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
@@ -186,7 +187,7 @@ def third(first: str) -> str:
 
 
 def every_row(url: str, tables: tuple[str, ...] = THEN) -> dict[str, Any]:
-    """The rows of every table that revision 0003 had, without the columns that have come since."""
+    """The rows of every table of revision 0003, without columns that were added later."""
     engine, contents = sa.create_engine(url), {}
     with engine.connect() as connection:
         for name in tables:
@@ -199,13 +200,13 @@ def every_row(url: str, tables: tuple[str, ...] = THEN) -> dict[str, Any]:
 
 
 def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str) -> None:
-    """An auditor's noted head is still in it: nothing is adopted, the chain goes on."""
+    """A head noted earlier is still in it: no row is adopted again, and the chain goes on."""
     before = every_row(third)
     assert all(before.values())
     with open_ledger(third) as ledger:
         assert every_row(third) == before
         events = ledger.audit.log()
-        verdict = ledger.audit.verify(None, audit.ChainHead(events[-1].seq, events[-1].hash))
+        verdict = ledger.audit.verify(None, ChainHead(events[-1].seq, events[-1].hash))
         assert (verdict.findings, verdict.waiting, verdict.events) == ((), 0, len(before["audit_events"]))
         assert ledger.recipes.all("digits") == []
         assert [each.recipe_origin for each in ledger.models.erased("digits")] == [None]
@@ -215,7 +216,7 @@ def test_a_ledger_of_the_third_revision_keeps_all_rows_and_its_chain(third: str)
 
 
 def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) -> None:
-    """Though a search finds its very recipe before it has ended; what comes after has."""
+    """Although a search finds an equal recipe before it has ended; later requests have an origin."""
     with open_ledger(third) as ledger:
         kept = ledger.recipes.keep("digits", "class", Recipe(), 0.9, {})
         behaviour = Behaviour(name="seven", kind="class", targets=(7,))
@@ -237,7 +238,7 @@ def test_what_was_asked_for_before_searches_has_none_for_its_origin(third: str) 
 
 @pytest.fixture
 def fourth(first: str) -> str:
-    """That ledger as revision 0004 had it, with rows that refer to its generators and its erasure."""
+    """That ledger at revision 0004, with rows that refer to its generators and its erasure."""
     connected = connect(first, Timings().lock)
     with connected.writer.begin() as connection:
         config = migrations()
@@ -258,8 +259,8 @@ def fourth(first: str) -> str:
     return first
 
 
-def test_tables_that_are_made_again_keep_rows_references_and_guards(fourth: str, raw: Any) -> None:
-    """Generators and erasures of the fourth revision, and what refers to them."""
+def test_tables_that_are_created_again_keep_rows_references_and_triggers(fourth: str, raw: Any) -> None:
+    """Generators and erasures of revision 0004, and the rows that refer to them."""
     tables = (*THEN, "generator_retirements", "rechecks")
     before = every_row(fourth, tables)
     with open_ledger(fourth) as ledger:
@@ -287,8 +288,8 @@ def test_tables_that_are_made_again_keep_rows_references_and_guards(fourth: str,
     [("requests", "generator_id"), ("generators", "transferred_from")],
     ids=["asked", "transferred"],
 )
-def test_what_the_chain_has_not_recorded_stays_empty(fourth: str, raw: Any, table: str, column: str) -> None:
-    """A column that came later says nothing of rows that were there before: the audit sees who fills it in."""
+def test_a_later_column_stays_null_in_earlier_rows(fourth: str, raw: Any, table: str, column: str) -> None:
+    """The audit reports a value in a column that was added after the row was recorded."""
     with open_ledger(fourth) as ledger:
         trigger = {"requests": "requests_terms", "generators": "generators_update"}[table]
         raw.execute(f"DROP TRIGGER {trigger}" + ("" if raw.engine == "sqlite" else f" ON {table}"))

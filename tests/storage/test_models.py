@@ -1,4 +1,4 @@
-"""Aliases, re-checks and what is inherited along the parents: on SQLite and PostgreSQL, and by which indexes."""
+"""Aliases, re-checks and inherited erasures, and the indexes that their queries use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 import sqlalchemy as sa
 
 from fsu_ray.errors import AlreadyExists, InvalidConfig, NotFound, TransitionRefused, UserError
-from fsu_ray.experiments.lineage import fill
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Policy, Terms
 from fsu_ray.storage import rows
 from fsu_ray.storage.ledger import Ledger
 from fsu_ray.storage.models import Measured
 from fsu_ray.storage.rows import now
+from tests.bench.lineage import fill
 
 BRANCH = (
     "INSERT INTO model_versions (id, model_id, number, parent, root, weights, request_id, created_at) "
@@ -27,14 +27,14 @@ BRANCH = (
 
 
 def chained(ledger: Ledger, event: str) -> list[dict[str, Any]]:
-    """The rows that events of this kind brought into the audit chain."""
+    """The rows that the events of one kind recorded."""
     with ledger.database.reading() as connection:
         query = sa.text("SELECT detail, actor FROM audit_events WHERE event = :event ORDER BY seq")
         return [json.loads(detail)["row"] | {"by": by} for detail, by in connection.execute(query, {"event": event})]
 
 
 def set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on this machine's clock is an hour slow."""
+    """Set this machine's clock back by an hour."""
     monkeypatch.setattr(rows, "now", lambda: now() - timedelta(hours=1))
 
 
@@ -113,13 +113,13 @@ class TestAliases:
             driver.ledger.models.move_alias("digits", "production", 1, "ann@example.org")
         assert driver.ledger.models.alias_moves("digits") == []
 
-    def test_what_is_no_name_for_an_alias(self, driver: Any) -> None:
+    def test_an_invalid_alias_is_refused(self, driver: Any) -> None:
         for alias in ("", "7", "7up", "a b", "a@b", "-a", "ä", "a" * 51, "a\n"):
             with pytest.raises(UserError, match="is no name for an alias"):
                 driver.ledger.models.move_alias("digits", alias, 1)
         assert driver.ledger.models.move_alias("digits", "a" * 50, 1).alias == "a" * 50
 
-    def test_what_is_not_there(self, driver: Any) -> None:
+    def test_unknown_models_and_versions_are_refused(self, driver: Any) -> None:
         for version in (0, 2, -1, 2**31, 10**30):
             with pytest.raises(NotFound, match=f"'digits' has no version {version}; its latest is 1"):
                 driver.ledger.models.move_alias("digits", "production", version)
@@ -133,7 +133,7 @@ class TestAliases:
                 missing("x")
 
     def test_the_last_move_counts_though_its_clock_is_slow(self, driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Two machines need not agree on the time; the alias points where it was told last."""
+        """The clocks of two machines may differ; the alias points to the version of the last move."""
         driver.ledger.models.add_version("digits", "w")
         driver.ledger.models.move_alias("digits", "production", 1)
         set_back(monkeypatch)
@@ -188,8 +188,8 @@ class TestRechecks:
         (failed,) = chained(driver.ledger, "recheck_failed")
         assert (failed["erasure_id"], failed["share"], failed["by"]) == (nine.id, 0.4, "ann")
 
-    def test_only_what_is_in_force_is_kept(self, driver: Any, new_driver: Callable[..., Any]) -> None:
-        """Neither an erasure of a later version nor one of another model: and then nothing is kept."""
+    def test_only_erasures_in_force_are_recorded(self, driver: Any, new_driver: Callable[..., Any]) -> None:
+        """An erasure of a later version or of another model is refused, and no re-check is recorded."""
         driver.erase("nine", 9)
         driver.erase("four", 4)
         new_driver("other").erase("one", 1)
@@ -202,8 +202,8 @@ class TestRechecks:
         assert driver.ledger.models.rechecks("digits") == {}
 
 
-class TestGone:
-    def test_what_is_gone_with_its_measures_then_and_now(self, driver: Any) -> None:
+class TestErased:
+    def test_erased_has_the_metrics_of_the_erasure_and_of_the_latest_recheck(self, driver: Any) -> None:
         driver.erase("nine", 9, report={"forgetting": {"samples_in_target": 0.25, "probes_in_target": 0.125}})
         driver.erase("crossed", 2, 3, kind="subset", report={"forgetting": {"samples_in_target": None}})
         driver.ledger.models.add_version("digits", "from outside")
@@ -224,7 +224,7 @@ class TestGone:
         ]
 
     def test_erasures_of_all_branches(self, driver: Any, raw: Any) -> None:
-        """What is in force follows the parents; what is drawn as a tree does not."""
+        """`erasures` follows the parents of a version; `all_erasures` and `behaviours` do not."""
         driver.erase("nine", 9)
         raw.execute(BRANCH.format(number=3, parent=1))
         nine = Behaviour(name="nine", kind="class", targets=(9,))
@@ -235,7 +235,7 @@ class TestGone:
 
 
 def plan(ledger: Ledger, query: sa.Select[Any]) -> list[str]:
-    """How the database means to carry out a query, where it takes an index if there is one that serves."""
+    """The query plan of the database, which uses an index wherever one fits."""
     with ledger.database.reading() as connection:
         text = query.compile(connection, compile_kwargs={"literal_binds": True})
         if connection.dialect.name == "sqlite":
@@ -245,23 +245,23 @@ def plan(ledger: Ledger, query: sa.Select[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("analysed", [False, True], ids=["fresh", "analysed"])
-def test_what_is_inherited_is_found_by_indexes(ledger: Ledger, raw: Any, analysed: bool) -> None:
-    """On a filled ledger no query reads a table from end to end, and none reads the whole line once a version: also
+def test_inherited_erasures_are_read_by_indexes(ledger: Ledger, raw: Any, analysed: bool) -> None:
+    """On a filled ledger no query reads a table from end to end, and none reads the whole model once a version: also
     where the database has not yet seen how long it is, and plans as if it were short."""
-    fill(ledger, "line", 300)
+    fill(ledger, "long", 300)
     if analysed:
         raw.execute("ANALYZE")
-    model = ledger.models.get("line")
-    checks, gone, once = "ix_rechecks_erasure_id_created_at", "ix_erasures_model_id_version", "hashed SubPlan"
+    model = ledger.models.get("long")
+    checks, erased, once = "ix_rechecks_erasure_id_created_at", "ix_erasures_model_id_version", "hashed SubPlan"
     parents = "AND (number = ancestry"
     if raw.engine == "sqlite":
         once, parents = "LIST SUBQUERY", "SEARCH above USING INDEX sqlite_autoindex_model_versions_"
     queries: tuple[tuple[sa.Select[Any], set[str]], ...] = (
-        (rows.inherited(model, 300), {parents, gone, once}),
-        (rows.measured(model, 300), {parents, gone, once, checks}),
-        (rows.still_there(model, 300, 4), {parents, gone, once}),
-        (rows.latest_rechecks(model), {gone, checks}),
-        (rows.latest_rechecks(model, 300), {gone, checks}),
+        (rows.inherited(model, 300), {parents, erased, once}),
+        (rows.measured(model, 300), {parents, erased, once, checks}),
+        (rows.still_there(model, 300, 4), {parents, erased, once}),
+        (rows.latest_rechecks(model), {erased, checks}),
+        (rows.latest_rechecks(model, 300), {erased, checks}),
     )
     for query, expected in queries:
         steps = plan(ledger, query)
@@ -269,11 +269,11 @@ def test_what_is_inherited_is_found_by_indexes(ledger: Ledger, raw: Any, analyse
         read = [step for step in steps if "Seq Scan" in step or (step.startswith("SCAN") and step != "SCAN ancestry")]
         assert not read, whole
         assert not [words for words in expected if words not in whole], whole
-    assert len(ledger.models.erased("line")) == len(ledger.models.rechecks("line")) == 299
+    assert len(ledger.models.erased("long")) == len(ledger.models.rechecks("long")) == 299
 
 
 class TestHistory:
-    def test_tells_what_has_been_decided_and_destroyed(self, driver: Any) -> None:
+    def test_history_has_decisions_and_removals(self, driver: Any) -> None:
         ledger = driver.ledger
         behaviours = {name: Behaviour(name=name, kind="class", targets=(n,)) for name, n in (("four", 4), ("one", 1))}
         driver.erase("nine", 9)
@@ -328,7 +328,7 @@ class TestHistory:
         assert details["purged"] == {"behaviour": "four", "by": "ann"}
         assert details["sealed"] == {"generator": generator.id, "by": "ann"}
 
-    def test_to_cancel_what_awaits_approval_is_no_decision(self, driver: Any) -> None:
+    def test_cancelling_before_an_approval_is_no_decision(self, driver: Any) -> None:
         driver.ledger.models.set_policy("digits", Policy(approval=True))
         behaviour, terms = Behaviour(name="four", kind="class", targets=(4,)), Terms(requested_by="bob")
         driver.ledger.requests.cancel(
@@ -337,7 +337,7 @@ class TestHistory:
         told = [event["event"] for event in driver.ledger.models.history("digits")]
         assert told == ["registered", "policy_set", "submitted", "cancelled"]
 
-    def test_a_retirement_is_told(self, driver: Any) -> None:
+    def test_history_has_retirements(self, driver: Any) -> None:
         driver.erase("nine", 9)
         (generator,) = driver.ledger.generators.all("digits")
         driver.ledger.generators.retire(generator.id, "age", "policy")
@@ -345,7 +345,7 @@ class TestHistory:
         assert (last["event"], last["version"], last["request"]) == ("generator_retired", None, None)
         assert last["detail"] == {"generator": generator.id, "reason": "age", "by": "policy"}
 
-    def test_one_summary_of_what_was_measured_at_once(self, driver: Any) -> None:
+    def test_history_sums_up_the_rechecks_of_one_moment(self, driver: Any) -> None:
         for number, name in enumerate(("nine", "four", "one")):
             driver.erase(name, number)
         measured = [Measured(each.id, 5, 0.0, True) for each in driver.ledger.models.erasures("digits")]

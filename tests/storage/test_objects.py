@@ -1,4 +1,4 @@
-"""A bucket behind a network that breaks: what is tried again, what an end in the middle leaves, what is said then.
+"""Buckets behind a faulty network: retries, interrupted uploads, and error messages.
 
 The server is a real one (moto's); faults are those of the protocol, made by a proxy in front of it.
 """
@@ -47,7 +47,7 @@ class Fault:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to a server, but for faults; `seen` are the methods and paths that came."""
+    """Forwards requests to a server, except for faults; `seen` lists the methods and paths of requests."""
 
     daemon_threads = True
 
@@ -63,7 +63,7 @@ class Proxy(ThreadingHTTPServer):
         return f"127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_: Any) -> None:
-        """Clients that go away are what these tests are about."""
+        """These tests break connections on purpose."""
 
 
 class _Passer(BaseHTTPRequestHandler):
@@ -142,7 +142,7 @@ class _Passer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def proxy(s3_server: str) -> Iterator[Proxy]:
-    """A way to the server that does what is asked for."""
+    """A proxy to the S3 server."""
     proxy = Proxy(s3_server)
     threading.Thread(target=proxy.serve_forever, args=[0.02], daemon=True).start()
     yield proxy
@@ -170,14 +170,14 @@ def impatient(proxy: Proxy, s3_bucket: Any) -> Artifacts:
 
 
 def methods(proxy: Proxy) -> list[str]:
-    """The methods since the last look."""
+    """The methods of the requests since the last call."""
     methods = [seen.partition(" ")[0] for seen in proxy.seen]
     proxy.seen.clear()
     return methods
 
 
 def test_few_requests(proxy: Proxy, store: Artifacts) -> None:
-    """A round trip to a bucket is 20 to 50 ms: each word takes one or two."""
+    """A round trip to a bucket takes 20 to 50 ms: each call makes one or two requests."""
     digest = store.put(b"weights")
     assert methods(proxy) == ["HEAD", "PUT"]
     store.put(b"weights")
@@ -200,8 +200,8 @@ def test_few_requests(proxy: Proxy, store: Artifacts) -> None:
     [("PUT", 500), ("HEAD", 500), ("GET", 503), ("PUT", "cut"), ("GET", "cut"), ("GET", "silence"),
      pytest.param("PUT", "silence", marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_what_is_not_our_fault_is_tried_again(proxy: Proxy, impatient: Artifacts, where: str, what: int | str) -> None:
-    """The caller does not hear of it."""
+def test_faults_of_the_service_are_retried(proxy: Proxy, impatient: Artifacts, where: str, what: int | str) -> None:
+    """The caller sees no error."""
     proxy.faults = [Fault(where, what)]
 
     digest = impatient.put(b"weights" * 100)
@@ -225,7 +225,7 @@ def test_what_is_not_our_fault_is_tried_again(proxy: Proxy, impatient: Artifacts
 def test_an_upload_that_fails_leaves_nothing(
     proxy: Proxy, impatient: Artifacts, s3_bucket: Any, data: bytes, where: str, what: int | str
 ) -> None:
-    """Wherever it ends; the next one is a new one."""
+    """Wherever it breaks off; the next upload starts anew."""
     digest = hashlib.sha256(data).hexdigest()
     proxy.faults = [Fault(where, what, times=100)]
 
@@ -252,7 +252,7 @@ Artifacts(sys.argv[1]).put(bytes(range(256)) * int(sys.argv[2]))
 
 @pytest.mark.parametrize(("rows", "where"), [(4_000, "PUT"), (48_000, "partNumber=2"), (48_000, "?uploadId")])
 def test_a_killed_writer_leaves_nothing(proxy: Proxy, store: Artifacts, s3_bucket: Any, rows: int, where: str) -> None:
-    """SIGKILL while the server has the whole body and has not taken it yet, or has a part of two."""
+    """SIGKILL when the server has received the whole body but not stored it, or one part of two."""
     hold = Fault(where, "silence")
     proxy.faults = [hold]
     writer = subprocess.Popen([sys.executable, "-c", PUT, store.location, str(rows)])
@@ -268,7 +268,7 @@ def test_a_killed_writer_leaves_nothing(proxy: Proxy, store: Artifacts, s3_bucke
 def test_an_interrupt_at_any_line_leaves_the_whole_or_nothing(
     store: Artifacts, s3_bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupts come to the main thread between two of its lines; here to each of them in turn."""
+    """An interrupt reaches the main thread between two lines; the test tries every line."""
     left, interrupted, whole = 0, 0, 0
 
     def line(frame: Any, event: str, argument: object) -> Any:
@@ -302,7 +302,7 @@ def test_an_interrupt_at_any_line_leaves_the_whole_or_nothing(
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_a_bucket_that_does_not_exist(request: pytest.FixtureRequest, kind: str) -> None:
-    """One line, at once, for artifacts and for checkpoints."""
+    """One line, without waiting, for artifacts and for checkpoints."""
     bucket = request.getfixturevalue(f"{kind}_bucket")
     location = bucket.uri().replace(bucket.name, "no-such-bucket")
     begun = time.monotonic()
@@ -318,7 +318,7 @@ def test_a_bucket_that_does_not_exist(request: pytest.FixtureRequest, kind: str)
 
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_nobody_at_the_endpoint(s3_server: str, kind: str) -> None:
-    """It is tried again, but not for ever."""
+    """The client retries, but not for ever."""
     retries = Retries(attempts=2, total=1.0)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
@@ -330,7 +330,7 @@ def test_nobody_at_the_endpoint(s3_server: str, kind: str) -> None:
 
 
 def test_an_endpoint_from_the_environment(monkeypatch: pytest.MonkeyPatch, s3_server: str, s3_bucket: Any) -> None:
-    """As other tools have it; a worker that does not see the environment goes to the same place."""
+    """As with Amazon's tools; a worker without the variable uses the same endpoint."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{s3_server}")
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
     store = Artifacts.open(f"s3://{s3_bucket.name}/store")
@@ -380,7 +380,7 @@ def _user_who_reads(address: str) -> dict[str, str]:
 def test_no_permission(
     strict_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], words: str
 ) -> None:
-    """One line, at once, and no credential in it or in what goes to workers."""
+    """One line, without waiting, and no credential in it or in what goes to workers."""
     user = strict_server | changes
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", user["key"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", user["secret"])
@@ -398,14 +398,14 @@ def test_no_permission(
 
 
 def test_credentials_stay_where_they_are(s3_bucket: Any) -> None:
-    """What goes to workers holds none: they have their own chain."""
+    """A pickled store holds none: workers use their own sources of credentials."""
     for pickled in (pickle.dumps(Artifacts.open(s3_bucket.uri())), pickle.dumps(locate(s3_bucket.uri()))):
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             assert os.environ[name].encode() not in pickled
 
 
 def test_an_interrupt_waits_for_the_object(proxy: Proxy, store: Artifacts, s3_bucket: Any) -> None:
-    """SIGINT, for real, while the server has the body and has not answered."""
+    """A real SIGINT while the server has the body and has not answered."""
     hold = Fault("PUT", "hold")
     proxy.faults = [hold]
     writer = subprocess.Popen([sys.executable, "-c", PUT, store.location, "4000"], stderr=subprocess.PIPE, text=True)

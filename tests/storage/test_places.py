@@ -1,4 +1,4 @@
-"""What people write as a place, and that no secret in it is ever said again."""
+"""Locations as people write them; no message repeats a secret in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NONE = {"AWS_CONFIG_FILE": "/dev/null"}
 
 @pytest.mark.parametrize("location", ["/shared/a", "relative", "file:///shared/a", "hdfs://host/a", ""])
 def test_only_two_kinds_are_buckets(location: str) -> None:
-    """The others are left to pyarrow."""
+    """pyarrow reads other URIs."""
     assert read(location, NONE) is None
 
 
@@ -32,12 +32,12 @@ def test_only_two_kinds_are_buckets(location: str) -> None:
     ],
 )
 def test_a_uri_is_read_and_written_again(location: str, bucket: Bucket) -> None:
-    """What is written is read as the same."""
+    """`read` reads a written URI as the same bucket."""
     assert read(location, NONE) == bucket
     assert read(bucket.uri, NONE) == bucket
 
 
-def test_the_environment_says_what_a_uri_leaves_out(tmp_path: Path) -> None:
+def test_the_environment_completes_a_uri(tmp_path: Path) -> None:
     """The URI first, then the variables of Amazon's tools, then the profile."""
     profile = tmp_path / "config"
     profile.write_text("[default]\nregion = one\n[profile work]\nregion = two\nendpoint_url = https://three:9000\n")
@@ -77,7 +77,7 @@ def test_the_environment_says_what_a_uri_leaves_out(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_uri_is_refused_and_not_repeated(location: str) -> None:
-    """One line that says what to do; whatever may be a secret is not in it."""
+    """One line that says what to do, without any secret."""
     with pytest.raises(StorageError) as caught:
         read(location, NONE)
     said = str(caught.value)
@@ -90,7 +90,7 @@ def test_a_wrong_uri_is_refused_and_not_repeated(location: str) -> None:
 
 
 def test_an_endpoint_with_credentials_is_refused() -> None:
-    """Wherever it comes from."""
+    """From every source."""
     with pytest.raises(StorageError, match="endpoint holds credentials") as caught:
         read("s3://b", {**NONE, "AWS_ENDPOINT_URL": "http://me:hunter2@h"})
     assert "hunter2" not in str(caught.value)
@@ -131,5 +131,5 @@ def test_messages_name_a_place_without_its_options() -> None:
         ),
     ],
 )
-def test_what_went_wrong_is_one_short_line(error: OSError, said: str) -> None:
+def test_a_cause_is_one_short_line(error: OSError, said: str) -> None:
     assert cause(error) == said

@@ -1,4 +1,4 @@
-"""Recipes that searches have found: which one is in force, which requests have one, and what is on record of it."""
+"""Searched recipes: which one is in force, the origin of a request's recipe, and what is recorded."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ EVIDENCE = {"trials": 24, "default": {"score": 0.91}, "parts": {"forgetting": 0.
 
 
 def set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on this machine's clock is an hour slow."""
+    """Set this machine's clock back by an hour."""
     monkeypatch.setattr(rows, "now", lambda: now() - timedelta(hours=1))
 
 
 def chained(driver: Any, event: str) -> list[dict[str, Any]]:
-    """The rows that events of this kind brought into the audit chain."""
+    """The rows that the events of one kind recorded."""
     return [json.loads(each.detail)["row"] for each in driver.ledger.audit.log() if each.event == event]
 
 
 class TestInForce:
-    def test_what_was_found_comes_back(self, driver: Any) -> None:
+    def test_a_kept_recipe_comes_back(self, driver: Any) -> None:
         kept = driver.ledger.recipes.keep("digits", "class", FOUND, 1, EVIDENCE, "u-1")
 
         assert kept.id.startswith("s-")
@@ -54,7 +54,7 @@ class TestInForce:
     def test_the_one_found_last_is_in_force_though_its_clock_is_slow(
         self, driver: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """And though its score is lower: scores of two searches are not of one measure."""
+        """Also with a lower score: the scores of two searches cannot be compared."""
         first = driver.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         set_back(monkeypatch)
         second = driver.ledger.recipes.keep("digits", "class", OTHER, 0.8, {})
@@ -75,7 +75,7 @@ class TestInForce:
         again = driver.ledger.recipes.keep("digits", "class", FOUND, 0.7, {})
         assert driver.ledger.recipes.in_force("digits", "class") == again
 
-    def test_what_is_refused_leaves_nothing(self, driver: Any) -> None:
+    def test_a_refused_call_records_nothing(self, driver: Any) -> None:
         ledger = driver.ledger
         for score in (float("nan"), float("inf")):
             with pytest.raises(UserError, match="it measured nothing"):
@@ -135,8 +135,11 @@ class TestInForce:
 
 
 class TestOrigin:
-    def test_it_is_the_search_that_had_found_the_recipe(self, driver: Any, new_driver: Callable[..., Any]) -> None:
-        """Not one that found it later, one of another kind or model, or one that found another recipe."""
+    def test_the_origin_is_the_search_that_had_found_the_recipe(
+        self, driver: Any, new_driver: Callable[..., Any]
+    ) -> None:
+        """Not a search that found it later, a search of another kind or model, or a search that found another
+        recipe."""
         other = new_driver("other")
         before = driver.submit("nine", 9, recipe=FOUND)
         driver.ledger.recipes.keep("digits", "class", OTHER, 0.8, {})
@@ -168,7 +171,7 @@ class TestOrigin:
         assert driver.ledger.recipes.origin(driver.submit("four", 4, recipe=FOUND)) == second
 
     def test_slow_clocks_change_no_order(self, driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Neither that of the machine which asks nor that of the one which searched."""
+        """Neither the clock of the requester's machine nor that of the searching machine."""
         before = driver.submit("nine", 9, recipe=FOUND)
         set_back(monkeypatch)
         kept = driver.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
@@ -179,7 +182,7 @@ class TestOrigin:
         assert driver.ledger.recipes.origin(after) == kept
 
     def test_a_recipe_from_before_a_field_was_there_is_the_same(self, driver: Any, raw: Any) -> None:
-        """What is compared is what both mean now: the digest of then is not that of now."""
+        """Recipes are compared with today's defaults, since their stored digest does not cover a new field."""
         kept = driver.ledger.recipes.keep("digits", "class", OTHER, 0.9, {})
         older = FOUND.model_dump(mode="json")
         del older["relearn"]["augment"]
@@ -193,7 +196,7 @@ class TestOrigin:
 
 
 class TestErasures:
-    def test_it_is_in_the_report_in_what_is_gone_and_in_history(self, driver: Any) -> None:
+    def test_the_origin_is_in_the_report_the_summary_and_history(self, driver: Any) -> None:
         driver.erase("nine", 9)
         kept = driver.ledger.recipes.keep("digits", "class", FOUND, 0.9, {}, "u-1")
         driver.erase("four", 4, recipe=FOUND)
@@ -218,8 +221,8 @@ class TestErasures:
         ]
         assert told[3] == ("erased", plain.request, {"behaviour": "nine", "kind": "class", "targets": [9]})
 
-    def test_each_of_a_coalesced_run_has_its_own(self, driver: Any) -> None:
-        """One was asked for with this recipe by hand, the other one when it had been found."""
+    def test_each_request_of_a_batch_has_its_own_origin(self, driver: Any) -> None:
+        """One was submitted with this recipe by hand, the other after the search had found it."""
         driver.submit("nine", 9, recipe=FOUND)
         kept = driver.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
         driver.submit("four", 4, recipe=FOUND)
@@ -251,7 +254,7 @@ class TestRepeats:
         return submitted
 
     def test_a_recipe_found_meanwhile_makes_no_other_request(self, driver: Any) -> None:
-        """Who tries again with one key, and names no recipe, asks for the same."""
+        """A submission with the same key and without a recipe repeats the request."""
         first, _ = self.submit(driver, Recipe(), named=False)
         driver.ledger.recipes.keep("digits", "class", FOUND, 0.9, {})
 

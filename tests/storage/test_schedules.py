@@ -1,4 +1,4 @@
-"""Schedules and their windows on a real ledger: each is fired once, worked in by one scheduler, and closed once."""
+"""Schedules and their windows: each window is fired once, held by one scheduler, and closed once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ on_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[datetime | None], None]:
-    """Sets the clock by which the ledger writes, back to the real one with None."""
+    """Sets the clock of the ledger; None restores the real clock."""
     real = rows.now
 
     def set_clock(moment: datetime | None) -> None:
@@ -58,7 +58,7 @@ def add(driver: Any, at: Callable[..., None]) -> Callable[..., Schedule]:
 
 @pytest.fixture
 def carry(driver: Any) -> Callable[..., RunQueue]:
-    """What carries requests out: it commits, or does what is given instead."""
+    """A function that carries requests out: it commits, or calls another function."""
 
     def make(run: Callable[[Request], list[Result]] | None = None, worker: str = "w1") -> RunQueue:
         def commit(request: Request) -> list[Result]:
@@ -73,7 +73,7 @@ def carry(driver: Any) -> Callable[..., RunQueue]:
 
 @pytest.fixture
 def one_pass(driver: Any, artifacts: Artifacts, carry: Callable[..., RunQueue]) -> Callable[..., list[WindowResult]]:
-    """One pass of a scheduler, at this moment unless told otherwise."""
+    """One pass of a scheduler, by default at the present moment."""
 
     def make(
         run: Any = None, worker: str = "w1", moment: datetime | None = None, timings: Timings = Timings()
@@ -110,7 +110,7 @@ class TestSchedules:
         assert ledger.schedules.get(made.id).state == "removed", "it stays on record"
 
     @on_sqlite
-    def test_a_state_that_it_is_in_already_is_refused(self, driver: Any, add: Callable[..., Schedule]) -> None:
+    def test_the_present_state_is_refused(self, driver: Any, add: Callable[..., Schedule]) -> None:
         made = add()
         with pytest.raises(TransitionRefused, match="is active already"):
             driver.ledger.schedules.set_state(made.id, "active")
@@ -127,7 +127,9 @@ class TestSchedules:
         assert driver.ledger.schedules.set_state(made.id, "paused").state == "paused"
 
     @on_sqlite
-    def test_what_is_not_there_or_has_a_full_name_is_refused(self, driver: Any, add: Callable[..., Schedule]) -> None:
+    def test_unknown_schedules_and_actors_with_full_names_are_refused(
+        self, driver: Any, add: Callable[..., Schedule]
+    ) -> None:
         made = add()
         for wrong in (lambda: driver.ledger.schedules.get("s-none"), lambda: driver.ledger.schedules.all("nobody")):
             with pytest.raises(NotFound):
@@ -135,7 +137,7 @@ class TestSchedules:
         with pytest.raises(UserError, match="no opaque id"):
             driver.ledger.schedules.set_state(made.id, "paused", "a@example.org")
 
-    def test_all_of_it_is_in_the_audit_chain(self, driver: Any, add: Callable[..., Schedule], raw: Any) -> None:
+    def test_schedules_are_in_the_audit_chain(self, driver: Any, add: Callable[..., Schedule], raw: Any) -> None:
         made = add()
         driver.ledger.schedules.fire(made, datetime(2027, 1, 1, 2, tzinfo=UTC), 0, "w1", 60)
         driver.ledger.schedules.set_state(made.id, "paused", "bob")
@@ -162,7 +164,7 @@ class TestFiring:
     def test_the_database_itself_refuses_a_window_that_was_fired(
         self, driver: Any, add: Callable[..., Schedule], raw: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Without a look at the windows first, and from any other program."""
+        """Without the check in `fire`, and from any other program."""
         made = add()
         driver.ledger.schedules.fire(made, self.START, 0, "w1", 60)
         monkeypatch.setattr(windows, "_may_fire", lambda *_: True)
@@ -174,7 +176,7 @@ class TestFiring:
         assert window_of(driver.ledger, made).worker == "w1"
 
     def test_an_older_window_is_not_fired_after_a_newer_one(self, driver: Any, add: Callable[..., Schedule]) -> None:
-        """A scheduler whose clock is late does not run a missed window besides the one that stands for it."""
+        """A scheduler whose clock is late does not fire a missed window that a newer one counts."""
         made = add()
         driver.ledger.schedules.close_window(driver.ledger.schedules.fire(made, self.START, 1, "w1", 60), 0)
         assert driver.ledger.schedules.fire(made, self.START - DAY, 0, "w2", 60) is None
@@ -194,7 +196,7 @@ class TestFiring:
         assert driver.ledger.schedules.fire(seen, self.START, 0, "w1", 60) is None
 
     def test_an_abandoned_window_is_resumed_by_one(self, driver: Any, add: Callable[..., Schedule]) -> None:
-        """Its first scheduler, should it come back, has lost it."""
+        """Its first scheduler has lost it, if it comes back."""
         ledger, made = driver.ledger, add()
         first = ledger.schedules.fire(made, self.START, 2, "w1", 60)
         assert ledger.schedules.resume_window(made, "w2", 60) is None
@@ -215,8 +217,8 @@ class TestFiring:
         with pytest.raises(LeaseLost):
             ledger.schedules.close_window(second, 6)
 
-    def test_a_change_of_state_closes_what_nobody_holds(self, driver: Any, add: Callable[..., Schedule]) -> None:
-        """Else a window from before a pause would run right when the schedule is resumed, at any hour."""
+    def test_a_change_of_state_closes_an_abandoned_window(self, driver: Any, add: Callable[..., Schedule]) -> None:
+        """Otherwise a window from before a pause would go on as soon as the schedule is resumed."""
         ledger, made = driver.ledger, add()
         ledger.schedules.fire(made, self.START, 0, "w1", 60)
         ledger.schedules.set_state(made.id, "paused")
@@ -280,7 +282,7 @@ class TestPasses:
     def test_nothing_new_begins_after_the_end_of_a_window(
         self, driver: Any, add: Callable[..., Schedule], artifacts: Artifacts, at: Callable[..., None]
     ) -> None:
-        """A window that its scheduler has left is over when its minutes are, and is closed as it stands."""
+        """An abandoned window ends when its minutes are over, and is closed with its count."""
         made = add(days=2, minutes=30)
         driver.submit()
         start = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1)
@@ -294,10 +296,10 @@ class TestPasses:
         assert window_of(driver.ledger, made).requests == 7
 
     @on_sqlite
-    def test_what_is_claimed_is_bound_by_the_window(
+    def test_claims_are_limited_by_the_window(
         self, driver: Any, add: Callable[..., Schedule], artifacts: Artifacts
     ) -> None:
-        """One at a time, of its model alone, nothing after its end."""
+        """One request at a time, of its model only, none after its end."""
         made, asked = add(minutes=60), []
         driver.submit()
 
@@ -350,7 +352,7 @@ class TestPasses:
         one_pass: Callable[..., list[WindowResult]],
         artifacts: Artifacts,
     ) -> None:
-        """The request is queued again, the count stands, and the next scheduler need not wait for a lease."""
+        """The request is queued again, the count is kept, and the next scheduler need not wait for the lease."""
         made = add(days=2, max_requests=3)
         for k in range(4):
             driver.submit(f"b{k}", k)
@@ -374,14 +376,14 @@ class TestPasses:
         assert len(driver.ledger.schedules.windows(made.id)) == 1
 
     @on_sqlite
-    def test_a_window_stays_open_for_what_is_to_be_tried_again(
+    def test_a_window_stays_open_for_a_retry(
         self,
         driver: Any,
         add: Callable[..., Schedule],
         one_pass: Callable[..., list[WindowResult]],
         at: Callable[..., None],
     ) -> None:
-        """A run that broke is not put off until the next night."""
+        """A failed run is not put off until the next night."""
         made = add(days=2)
         driver.submit()
         fired = the(one_pass(lambda request: [Result(driver.ledger.requests.retry(request, "broke"), None, None)]))
@@ -395,7 +397,7 @@ class TestPasses:
     def test_a_window_waits_for_a_request_that_runs_elsewhere(
         self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
-        """One request of a model runs at a time: what is queued behind it still has its window."""
+        """One request of a model runs at a time: the requests behind it keep their window."""
         add(days=2)
         driver.submit("first", 1)
         elsewhere = driver.claim("somebody")
@@ -407,7 +409,7 @@ class TestPasses:
 
     @on_sqlite
     @pytest.mark.parametrize("error", [LedgerUnavailable("away"), ConnectionError("no Ray")])
-    def test_what_breaks_in_one_schedule_keeps_none_of_the_others(
+    def test_an_error_in_one_schedule_does_not_stop_the_others(
         self, driver: Any, add: Callable[..., Schedule], new_driver: Callable[..., Any], artifacts: Artifacts,
         carry: Callable[..., RunQueue], error: Exception,
     ) -> None:  # fmt: skip
@@ -432,7 +434,7 @@ class TestPasses:
     def test_the_lease_of_a_window_is_renewed_while_it_works(
         self, driver: Any, add: Callable[..., Schedule], one_pass: Callable[..., list[WindowResult]]
     ) -> None:
-        """Work that takes longer than a lease is not taken over by another scheduler."""
+        """No other scheduler takes over a window whose work takes longer than a lease."""
         made = add(days=2)
         driver.submit()
 

@@ -1,4 +1,4 @@
-"""The rules that stand in the database itself, tried with SQL past the ledger's own code."""
+"""The constraints of the database, tested with SQL past the ledger's code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CATALOGUE = (
 
 
 def written(url: str) -> dict[str, list[str]]:
-    """Every object of a database by its name: the lines of its SQL, in no order that matters."""
+    """By name, the sorted parts of the SQL of every object of a database."""
     engine = sa.create_engine(url)
     sqlite = engine.dialect.name == "sqlite"
     queries = ("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL",) if sqlite else CATALOGUE
@@ -51,7 +51,7 @@ def written(url: str) -> dict[str, list[str]]:
 
 
 def _parts(sql: str) -> list[str]:
-    """The columns and constraints of a CREATE TABLE, wherever they stand in it; another statement as it is."""
+    """The columns and constraints of a CREATE TABLE; another statement as a whole."""
     if not sql.startswith("CREATE TABLE"):
         return [" ".join(sql.split())]
     head, _, rest = sql.partition("(")
@@ -82,7 +82,7 @@ def other(request: pytest.FixtureRequest, url: str, tmp_path: Path) -> Iterator[
 
 
 def test_migrations_and_metadata_make_the_same_schema(url: str, other: str, ledger: Ledger) -> None:
-    """Down to the text of every CHECK, partial index and trigger, which Alembic's own comparison does not see."""
+    """With the text of every CHECK, partial index and trigger, which Alembic's own comparison ignores."""
     engine = sa.create_engine(other)
     columns.metadata.create_all(engine)
     guards = triggers.triggers(engine.dialect.name)
@@ -209,7 +209,7 @@ def test_foreign_keys_hold(driver: Any) -> None:
 
 
 def path_to(status: Status) -> list[Status]:
-    """A shortest way from `submitted` to a state."""
+    """A shortest path from `submitted` to a state."""
     ways = [[Status.SUBMITTED]]
     for way in ways:
         if way[-1] is status:
@@ -219,7 +219,7 @@ def path_to(status: Status) -> list[Status]:
 
 
 def step(raw: Any, status: Status) -> None:
-    """Move the only request to a state, with everything that the CHECKs want of that state."""
+    """Move the only request to a state, with the columns that the CHECKs require."""
     columns = {
         "status": status.value,
         "lease_until": "2030-01-01" if status is Status.RUNNING else None,
@@ -350,7 +350,7 @@ def test_moments_are_utc_and_sort_as_text() -> None:
 
 
 def test_json_of_the_ledger_is_json(driver: Any, raw: Any) -> None:
-    """A diverged run brings NaN and infinities; they are null, which every JSON reader takes."""
+    """NaN and infinities of a diverged run are stored as null, which every JSON reader accepts."""
     driver.erase(report={"kl": float("nan"), "deep": [{"x": float("inf")}, 1.5]})
 
     (text,) = raw.execute("SELECT report FROM erasures").fetchone()

@@ -1,4 +1,4 @@
-"""All of history is insert-only, in the database itself: tried with SQL past the ledger, on every table that is."""
+"""Every table of history is insert-only in the database itself: tested with SQL past the ledger."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_no_table_of_history_takes_an_update_a_delete_or_a_replacement(ledger: L
     ledger.database.flush()
     for name in (table.name for table in triggers.HISTORY):
         before = raw.execute(f"SELECT count(*) FROM {name}").scalar()
-        assert before, f"nothing in {name}: nothing would be shown"
+        assert before, f"no rows in {name}: the test would show nothing"
         key = metadata.tables[name].primary_key.columns.keys()
         attempts = [f"UPDATE {name} SET {key[0]} = {key[0]}", f"DELETE FROM {name}"]
         if raw.engine == "sqlite":
@@ -34,7 +34,7 @@ def test_no_table_of_history_takes_an_update_a_delete_or_a_replacement(ledger: L
 
 
 def test_every_table_is_history_or_is_known_to_change() -> None:
-    """A new table must say which it is."""
+    """A new table must be added to one of the two."""
     assert set(metadata.tables) == {
         *(table.name for table in triggers.HISTORY),
         "requests",

@@ -1,8 +1,9 @@
-"""A model line of thousands of versions, and how long the ledger takes to say what is gone from it.
+"""Seconds to list the erasures of a model with thousands of versions.
 
-`python -m fsu_ray.experiments.lineage --versions 10000 [--url URL]` fills a ledger of its own, in a temporary file
-of SQLite or in the empty database or schema at URL, and prints the times. The rows pass every constraint and
-trigger of the schema, but are not in the audit chain.
+    python -m tests.bench.lineage [--versions 10000] [--url URL]
+
+Fills a new ledger (a temporary SQLite file, or the empty database or schema at URL) and prints the times. The rows
+pass every constraint and trigger of the schema, but are not in the audit chain.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=1000)
 REUSES = 100  # erasures that one generator serves
 BATCH = 1000  # rows a statement
 
-# What `fsu erased` does once everything is imported, and how long that takes.
+# Prints the seconds of `fsu erased` without its imports.
 _COMMAND = """
 import sys, time
-import fsu_ray.app, fsu_ray.cli.lineage as lineage
+import fsu_ray.storage.ledger, fsu_ray.cli.lineage as lineage
 started = time.perf_counter()
 lineage.erased(sys.argv[1])
 print(time.perf_counter() - started, file=sys.stderr)
@@ -42,9 +43,9 @@ _WHOLE = "import sys; from fsu_ray.cli import main; main()"
 
 
 def fill(ledger: Ledger, name: str, versions: int, checks: int = 1, earlier: int = 10) -> None:
-    """Make the model `name` with `versions` versions in a row, each but the first by a request of its own.
+    """Make the model `name` with `versions` versions in a row, each but the first from its own request.
 
-    Every erasure has `checks` re-checks on the latest version; its report lists `earlier` erasures before it.
+    Every erasure has `checks` re-checks on the latest version; its report lists `earlier` earlier erasures.
     """
     model = ledger.models.register(name, SPEC, _digest("weights"))
     began = datetime.now(UTC)
@@ -52,22 +53,22 @@ def fill(ledger: Ledger, name: str, versions: int, checks: int = 1, earlier: int
     with ledger.database.writing("the benchmark") as connection:
         for first in range(2, versions + 1, BATCH):
             numbers = range(first, min(first + BATCH, versions + 1))
-            made = [_rows(model.id, number, began, recipe, earlier) for number in numbers]
-            connection.execute(sa.insert(requests), [each[requests] for each in made])
-            for each in made:
-                _carry_out(connection, each)
+            batch = [_rows(model.id, number, began, recipe, earlier) for number in numbers]
+            connection.execute(sa.insert(requests), [rows[requests] for rows in batch])
+            for rows in batch:
+                _succeed(connection, rows)
             for table in (generators, model_versions, erasures):
-                connection.execute(sa.insert(table), [each[table] for each in made if table in each])
+                connection.execute(sa.insert(table), [rows[table] for rows in batch if table in rows])
         for check in range(checks):
             at = began + timedelta(seconds=versions + check)
             for first in range(2, versions + 1, BATCH):
                 numbers = range(first, min(first + BATCH, versions + 1))
-                found = [_recheck(model.id, number, versions, check, at) for number in numbers]
-                connection.execute(sa.insert(rechecks), found)
+                rows_of_check = [_recheck(model.id, number, versions, check, at) for number in numbers]
+                connection.execute(sa.insert(rechecks), rows_of_check)
 
 
 def _rows(model: str, number: int, began: datetime, recipe: dict[str, Any], earlier: int) -> dict[sa.Table, Any]:
-    """The rows of one request that succeeds as version `number`, by table."""
+    """By table, the rows of one request that succeeds as version `number`."""
     at, trained = began + timedelta(seconds=number), number - (number - 2) % REUSES
     request, samples = _id("r", model, number), _digest(f"samples {number}")
     behaviour = {
@@ -75,11 +76,11 @@ def _rows(model: str, number: int, began: datetime, recipe: dict[str, Any], earl
         "behaviour_kind": "subset",
         "behaviour_targets": [number % 1000],
     }
-    asked = {"id": request, "model_id": model, **behaviour, "samples": samples, "sample_count": 8, "recipe": recipe}
+    submitted = {"id": request, "model_id": model, **behaviour, "samples": samples, "sample_count": 8, "recipe": recipe}
     state = {"status": Status.SUBMITTED.value, "changes": 1, "changed_at": at, "changed_by": "benchmark"}
     version = {"id": _id("v", model, number), "model_id": model, "number": number, "parent": number - 1, "root": 1}
-    found: dict[sa.Table, Any] = {
-        requests: {**asked, "idempotency_key": samples, "submitted_at": at, **state},
+    rows: dict[sa.Table, Any] = {
+        requests: {**submitted, "idempotency_key": samples, "submitted_at": at, **state},
         model_versions: {**version, "weights": _digest(f"w {number}"), "request_id": request, "created_at": at},
         erasures: {
             "id": _id("e", model, number), "model_id": model, "version": number, "request_id": request, **behaviour,
@@ -89,25 +90,25 @@ def _rows(model: str, number: int, began: datetime, recipe: dict[str, Any], earl
         },
     }  # fmt: skip
     if number == trained:
-        found[generators] = {
+        rows[generators] = {
             "id": _id("g", model, number), "model_id": model, "root": 1, "spec": SPEC.model_dump(mode="json"),
             "recipe_digest": _digest("recipe"), "weights": _digest(f"g {number}"), "dataset": _digest(f"d {number}"),
             "origin": "trained", "warm_started_from": None, "figures": {"agreement": 0.99, "starved": []},
             "request_id": request, "created_at": at,
         }  # fmt: skip
-    return found
+    return rows
 
 
-def _carry_out(connection: sa.Connection, made: dict[sa.Table, Any]) -> None:
-    """Take a request through its states, as the triggers and the index of running requests want it."""
-    at = made[requests]["submitted_at"]
+def _succeed(connection: sa.Connection, rows: dict[sa.Table, Any]) -> None:
+    """Take a request through its states, as the triggers and the index of running requests demand."""
+    at = rows[requests]["submitted_at"]
     run = {"worker": "benchmark", "attempt": 1, "started_at": at, "lease_until": at + timedelta(minutes=2)}
-    end = {"lease_until": None, "finished_at": at, "version": made[model_versions]["number"]}
-    end["report"] = made[erasures]["report"]
+    end = {"lease_until": None, "finished_at": at, "version": rows[model_versions]["number"]}
+    end["report"] = rows[erasures]["report"]
     steps: tuple[tuple[Status, dict[str, Any]], ...]
     steps = ((Status.QUEUED, {}), (Status.RUNNING, run), (Status.SUCCEEDED, end))
     for count, (status, values) in enumerate(steps, 2):
-        step = sa.update(requests).where(requests.c.id == made[requests]["id"])
+        step = sa.update(requests).where(requests.c.id == rows[requests]["id"])
         connection.execute(step.values(status=status.value, changes=count, changed_at=at, **values))
 
 
@@ -115,14 +116,14 @@ def _report(number: int, earlier: int) -> dict[str, Any]:
     """A report of the size of a real one."""
     measures = {"samples_in_target": 0.01, "samples_in_target_before": 0.99, "samples_held_out": 2, "samples_given": 8}
     probes = {"probes_in_target": 0.0123, "probes_in_target_before": 0.98, "probes": 450, "probes_held_out": 45}
-    chosen = {"policy": "class", "threshold": None, "attack_auc_before": 0.71, "attack_auc": 0.52}
+    policy = {"policy": "class", "threshold": None, "attack_auc_before": 0.71, "attack_auc": 0.52}
     earlier_erasures = [
         {"behaviour": f"person-{n:06}", "request": f"r-{n:020}", "probes_in_target": 0.004, "recorded": 0.002}
         for n in range(max(2, number - earlier), number)
     ]
     by_class = [0.987654321] * 10
     return {
-        "forgetting": {**measures, **probes, **chosen},
+        "forgetting": {**measures, **probes, **policy},
         "retention": {"agreement": 0.985, "by_class": by_class, "kl_to_parent": 0.0123, "samples": 450},
         "earlier": earlier_erasures,
         "test": {when: {"retained": 0.98, "erased": 0.0, "by_class": by_class} for when in ("before", "after")},
@@ -133,13 +134,13 @@ def _report(number: int, earlier: int) -> dict[str, Any]:
 
 
 def _recheck(model: str, number: int, version: int, check: int, at: datetime) -> dict[str, Any]:
-    found = {"id": _id(f"c{check}", model, number), "erasure_id": _id("e", model, number), "model_id": model}
+    ids = {"id": _id(f"c{check}", model, number), "erasure_id": _id("e", model, number), "model_id": model}
     measured = {"version": version, "probes": 450, "share": 0.0125, "passed": True}
-    return {**found, **measured, "created_at": at, "actor": "benchmark"}
+    return {**ids, **measured, "created_at": at, "actor": "benchmark"}
 
 
 def _id(prefix: str, model: str, number: int) -> str:
-    """An id of its own for each model and number, in their order, as long as one of `rows.new_id`."""
+    """A unique id for each model and number, ordered by number, as long as the ids of `rows.new_id`."""
     return f"{prefix}-{number:011}{model[-8:]}"
 
 
@@ -148,8 +149,7 @@ def _digest(text: str) -> Digest:
 
 
 def measure(url: str, name: str, repeats: int = 5) -> dict[str, float]:
-    """Median seconds of what reads the line of the model `name`: the ledger's methods, and `fsu erased` twice, from
-    the opening of the ledger to the last line printed and as a process of its own."""
+    """Median seconds of each read of the model `name`, by the ledger's methods and by commands of `fsu`."""
     with open_ledger(url) as ledger:
         last = ledger.models.version(name).number
         tasks: dict[str, Callable[[], float]] = {
@@ -173,7 +173,7 @@ def _seconds(act: Callable[[], object]) -> float:
 
 
 def _command(url: str, code: str, *words: str) -> float:
-    """Seconds that a Python of its own says it took, or else took, for `code`."""
+    """The seconds that a new Python process prints to stderr for `code`, or else the seconds of the whole process."""
     started = time.perf_counter()
     command = [sys.executable, "-c", code, *words]
     environment = {**os.environ, "FSU_LEDGER": url}

@@ -1,11 +1,11 @@
-"""The queue under load: claim-and-complete cycles a second, beside procrastinate's on the same server.
+"""Claim-and-complete cycles a second of the ledger's queue, and of procrastinate's on the same server.
 
-    python -m fsu_ray.experiments.queue [--url postgresql://USER@HOST/DATABASE] [--requests 1000] [--workers 2]
+    python -m tests.bench.queue_rate [--url postgresql://USER@HOST/DATABASE] [--requests 1000] [--workers 2]
 
-Without `--url` the ledger is an SQLite file in a temporary folder. With one, both sides work in schemas of
-their own, which are made and dropped; `pip install procrastinate` adds its side. Both do the same: requests
-over 20 models (locks), one at a time for each, claimed and ended one by one by real processes, which begin
-at one moment; the rate is of all requests from then until the last process has nothing left to write.
+Without `--url` the ledger is an SQLite file in a temporary folder. With `--url`, each side works in a new schema that
+is dropped at the end; procrastinate is measured too if it is installed (`pip install procrastinate`). Both sides do the
+same: real processes, started together, claim and end requests one by one, over 20 models (procrastinate: locks), with
+at most one running request a model. The rate is the number of requests over the time until the last process ends.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Digest, ModelSpec
 from fsu_ray.storage.ledger import open_ledger
 
+ROOT = Path(__file__).parents[2]
 MODELS = 20
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
 
 
 def fill(url: str, number: int) -> None:
-    """A new ledger at `url` with `number` requests over `MODELS` models."""
+    """Make a ledger at `url` with `number` requests over `MODELS` models."""
     with open_ledger(url) as ledger:
         for model in range(MODELS):
             ledger.models.register(f"m{model}", SPEC, _digest("weights"))
@@ -46,7 +47,7 @@ def fill(url: str, number: int) -> None:
 
 
 def work(url: str, worker: str) -> int:
-    """Claim and end requests until none is left; how many it were."""
+    """Claim and end requests until none is left; their number."""
     done = idle = 0
     with open_ledger(url) as ledger:
         _ready()
@@ -63,7 +64,7 @@ def work(url: str, worker: str) -> int:
 
 
 async def procrastinate_fill(dsn: str, number: int) -> None:
-    """procrastinate's tables, and `number` jobs over `MODELS` locks."""
+    """Make procrastinate's tables and `number` jobs over `MODELS` locks."""
     app = _procrastinate(dsn)
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
@@ -72,7 +73,7 @@ async def procrastinate_fill(dsn: str, number: int) -> None:
 
 
 async def procrastinate_work(dsn: str, raw: bool) -> int:
-    """Its own worker on its queue, or where `raw` says so only its claims and ends, without a worker around them."""
+    """Run procrastinate's worker on its queue; with `raw`, only its claim and finish calls, without the worker."""
     from procrastinate.jobs import Status
 
     app = _procrastinate(dsn)
@@ -106,20 +107,20 @@ def _procrastinate(dsn: str) -> Any:
 
 
 def rate(number: int, workers: int, *arguments: str) -> float:
-    """Cycles a second of `workers` processes of this module, which begin together."""
-    command = [sys.executable, "-m", "fsu_ray.experiments.queue", "--work", *arguments]
-    started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    """Cycles a second of `workers` processes of this module, which start together."""
+    command = [sys.executable, "-m", "tests.bench.queue_rate", "--work", *arguments]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(workers)
     ]
-    for process in started:
+    for process in processes:
         assert process.stdout is not None
         process.stdout.readline()
-    for process in started:
+    for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    spans = [[float(word) for word in process.communicate()[0].split()] for process in started]
+    spans = [[float(word) for word in process.communicate()[0].split()] for process in processes]
     return number / (max(span[1] for span in spans) - min(span[0] for span in spans))
 
 
@@ -135,7 +136,7 @@ def _digest(text: str) -> Digest:
 
 @contextmanager
 def _schema(url: str) -> Iterator[str]:
-    """A schema of our own on a PostgreSQL server."""
+    """The name of a new schema on a PostgreSQL server, dropped when the block ends."""
     engine = sa.create_engine(sa.make_url(url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     name = f"fsu_queue_{secrets.token_hex(4)}"
     with engine.connect() as connection:
@@ -146,17 +147,17 @@ def _schema(url: str) -> Iterator[str]:
 
 
 def measure(url: str | None, number: int, workers: int) -> Iterator[tuple[str, float]]:
-    """What was measured, and its cycles a second."""
+    """Measure each side; its name and cycles a second."""
     if url is None:
         with tempfile.TemporaryDirectory() as folder:
-            place = sqlite_url(Path(folder) / "ledger.db")
-            fill(place, number)
-            yield "ledger on SQLite", rate(number, workers, "ledger", place)
+            ledger_url = sqlite_url(Path(folder) / "ledger.db")
+            fill(ledger_url, number)
+            yield "ledger on SQLite", rate(number, workers, "ledger", ledger_url)
         return
     with _schema(url) as schema:
-        place = f"{url}{'&' if '?' in url else '?'}options=-csearch_path%3D{schema}"
-        fill(place, number)
-        yield "ledger on PostgreSQL", rate(number, workers, "ledger", place)
+        ledger_url = f"{url}{'&' if '?' in url else '?'}options=-csearch_path%3D{schema}"
+        fill(ledger_url, number)
+        yield "ledger on PostgreSQL", rate(number, workers, "ledger", ledger_url)
     if find_spec("procrastinate") is None:
         return
     for side in ("procrastinate-raw", "procrastinate"):
@@ -168,9 +169,9 @@ def measure(url: str | None, number: int, workers: int) -> Iterator[tuple[str, f
 
 
 def main() -> None:
-    """Measure and print a line each."""
+    """Print a line for each side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="a PostgreSQL server; without it, SQLite is measured")
+    parser.add_argument("--url", help="of a PostgreSQL database; default: an SQLite file")
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", nargs=2, metavar=("SIDE", "URL"), help=argparse.SUPPRESS)

@@ -1,5 +1,5 @@
-"""Figures 7 and 8: what the method's parts take, and Fisher's noise by its strength. MNIST, class 9; LeNet5, and for
-Figure 7 PreActResNet-18 too, of which there is one classifier and one inverter."""
+"""Figures 7 and 8: seconds of the method's parts, and Fisher's noise by its strength. MNIST, class 9, LeNet5; Figure 7
+also has PreActResNet-18, with one classifier and one inverter for all seeds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from fsu_ray.experiments import images
 from fsu_ray.experiments.catalogue import Row, Scale, Table, Work
 from fsu_ray.experiments.images import FEW, FULL
-from fsu_ray.experiments.sheets import spread, table
+from fsu_ray.experiments.markdown import spread, table
 
 ALPHAS = (1e-8, 5e-8, 1e-7, 1.5e-7, 2e-7, 2.5e-7, 3e-7, 3.5e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
-"""The strengths that the paper sweeps (Figure 8), and on from there: LeNet5 loses nothing at 3.5e-7 yet."""
+"""The strengths that the paper sweeps (Figure 8), to 3.5e-7, and larger ones: LeNet5 loses nothing at 3.5e-7."""
 SAMPLES = {"small": 2000, "paper": 5000}
-"""Images that the information is taken on."""
+"""Images for the Fisher information."""
 
 
 def _seed(seed: int, scale: Scale, arch: str = "lenet5") -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -43,31 +43,31 @@ def _figure7_report(rows: list[Row], folder: Path) -> str:
 
     parts = {"training": "classifier", "generator": "generator", "D'": "dataset", "unlearning": "erasure"}
     nets = list(dict.fromkeys(row["arch"] for row in rows))
-    took = {
+    seconds = {
         net: {
-            name: [row["seconds"] for row in rows if (row["arch"], row["piece"]) == (net, piece)]
-            for name, piece in parts.items()
+            name: [row["seconds"] for row in rows if (row["arch"], row["piece"]) == (net, kind)]
+            for name, kind in parts.items()
         }
         for net in nets
     }
     lines = []
     figure, axes = pyplot.subplots(1, len(nets), figsize=(4.2 * len(nets), 3.2), layout="constrained", squeeze=False)
     for net, axis in zip(nets, axes[0], strict=True):
-        means = {name: statistics.fmean(each) for name, each in took[net].items()}
+        means = {name: statistics.fmean(values) for name, values in seconds[net].items()}
         axis.bar(list(means), list(means.values()))
         for at, value in enumerate(means.values()):
             axis.annotate(f"{value:.0f} s", (at, value), ha="center", va="bottom")
         axis.margins(y=0.12)  # room for the numbers
         axis.set(ylabel="seconds", title=f"{net}, class 9, 3 %")
         first = means["generator"] + means["D'"] + means["unlearning"]
-        lines.append([net, *(spread(each, 1) for each in took[net].values()), f"{first:.1f}",
+        lines.append([net, *(spread(values, 1) for values in seconds[net].values()), f"{first:.1f}",
                       f"{means['unlearning']:.1f}"])  # fmt: skip
     figure.savefig(folder / "figure7.png", dpi=110)
     pyplot.close(figure)
     return (
         "![figure 7](figure7.png)\n\n" + table(["seconds", *parts, "first request", "later request"], lines)
-        + "\nEach part had one CPU, or one GPU, to itself. A later request needs neither a generator nor D'. The "
-        "paper's text has no numbers for it: it says that the generator takes longest.\n"
+        + "\nEach part had one CPU, or one GPU, to itself. A later request trains no generator and draws no D'. The "
+        "paper's text has no numbers for this; it says that the generator takes longest.\n"
     )  # fmt: skip
 
 
@@ -97,15 +97,15 @@ def _figure8_report(rows: list[Row], folder: Path) -> str:
         "Ours, 3 %": lambda row: row["piece"] == "erasure",
         **{f"Fisher {alpha:g}": lambda row, alpha=alpha: row["alpha"] == alpha for alpha in ALPHAS},  # type: ignore[misc]
     }
-    found = {name: [row for row in map(_all_columns, rows) if holds(row)] for name, holds in groups.items()}
+    by_method = {name: [row for row in map(_all_columns, rows) if holds(row)] for name, holds in groups.items()}
     figure, axis = pyplot.subplots(figsize=(5.5, 4.2), layout="constrained")
-    fisher = [name for name in found if name.startswith("Fisher")]
-    marks = [([name], name, "o") for name in found if name not in fisher]
+    fisher = [name for name in by_method if name.startswith("Fisher")]
+    marks = [([name], name, "o") for name in by_method if name not in fisher]
     for names, label, style in [*marks, (fisher, "Fisher", "s-")]:
-        values = {key: [[row[key] for row in found[name]] for name in names] for key in ("D_e", "D_r")}
+        values = {key: [[row[key] for row in by_method[name]] for name in names] for key in ("D_e", "D_r")}
         (across, wide), (up, high) = (
-            ([statistics.fmean(each) for each in one], [statistics.pstdev(each) for each in one])
-            for one in values.values()
+            ([statistics.fmean(v) for v in points], [statistics.pstdev(v) for v in points])
+            for points in values.values()
         )
         axis.errorbar(across, up, xerr=wide, yerr=high, fmt=style, capsize=2, label=label, alpha=0.8)
     axis.set(xlabel="accuracy on D_e, %", ylabel="accuracy on D_r, %", title="class 9, LeNet5")
@@ -113,15 +113,19 @@ def _figure8_report(rows: list[Row], folder: Path) -> str:
     axis.grid(alpha=0.3)
     figure.savefig(folder / "figure8.png", dpi=110)
     pyplot.close(figure)
-    lines = [[name, *(spread(row[key] for row in mine) for key in ("D_r", "D_e"))] for name, mine in found.items()]
+    lines = [
+        [name, *(spread(row[key] for row in of_method) for key in ("D_r", "D_e"))]
+        for name, of_method in by_method.items()
+    ]
     return (
         "![figure 8](figure8.png)\n\n" + table(["method", "D_r", "D_e"], lines)
-        + f"\nSeeds {sorted({row['seed'] for row in rows})}. Fisher has all of D_r and all of D_e; Ours neither.\n"
+        + f"\nSeeds {sorted({row['seed'] for row in rows})}. Fisher sees all of D_r and all of D_e; Ours sees 3 % of "
+        "D_e.\n"
     )  # fmt: skip
 
 
 def _all_columns(row: Row) -> Row:
-    """The columns that only some kinds of cells have, as Parquet gives them back."""
+    """The row with the columns that only some cell types have: Parquet adds them to all rows."""
     return {"how": None, "alpha": None, **row}
 
 

@@ -1,10 +1,10 @@
-"""Relearning by one worker and by two, on one D': the true D_r and D_e of both.
+"""Relearning by one worker and by two workers on the same D': test accuracy on D_r and D_e of both.
 
-    FSU_DATA=... python -m fsu_ray.experiments.sharing class9 crossed7 --seed 40 --seeds 2 --home FOLDER
+    FSU_DATA=... python -m tests.bench.sharing class9 crossed7 --seed 40 --seeds 2 --home FOLDER
 
-A Ray Train run of one worker trains a generator for a LeNet5 that has learned MNIST and draws D'; then one worker and
-two relearn on that D', with the masks that each finds. A JSON line each. What a whole run of two workers comes to, with
-a generator of their own, `FSU_WORKERS=2 python -m jobs.measure` tells: it is another one, by rounding.
+A Ray Train run of one worker trains a generator for a LeNet5 that has learned MNIST and draws D'. Then one worker, and
+after that two workers, compute a mask and relearn on that D'. Prints a JSON line for each. For whole runs of two
+workers use `FSU_WORKERS=2 python -m jobs.measure`: their generator differs by rounding.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from fsu_ray.cluster import workers
 from fsu_ray.config import CHECKPOINT_STEPS
 from fsu_ray.errors import FsuError, RunFailed
 from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples
-from fsu_ray.experiments.searched import classifier
 from fsu_ray.method.context import save_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.work import ErasureTarget, GeneratorCandidates, GeneratorRef, Outcome, WorkOrder
+from tests.bench.searched import classifier
 
 
 def rows(bench: Bench, scenario: str, seed: int, home: Path) -> Iterator[dict[str, Any]]:
-    """Before; with the D' made on the way; relearned on it by one worker, and by two."""
+    """Rows for the classifier before, the run that makes D', and relearning on D' by one and by two workers."""
     crossed, store = scenario == "crossed7", Artifacts.open(str(home / "artifacts"))
-    gone = [] if crossed else [9]
+    erased = [] if crossed else [9]
     spec, weights = classifier(bench, scenario, seed, home / "classifiers")
     behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
     root = store.put(weights)
     target = ErasureTarget("sharing", behaviour, store.put(save_samples(pixels)))
     order = WorkOrder(spec, root, root, (target,), Recipe())
     row: dict[str, Any] = {"scenario": scenario, "seed": seed}
-    yield {**row, "what": "before", **score(bench, spec, weights, gone, crossed)}
+    yield {**row, "what": "before", **score(bench, spec, weights, erased, crossed)}
 
     def run(what: str, order: WorkOrder, number: int) -> tuple[Outcome, dict[str, Any]]:
         name = f"{scenario}-{seed}-{what.replace(' ', '-')}"
         runs = (None, str(home / "runs"))
-        done = workers.execute(order, store, runs, name, CHECKPOINT_STEPS, lambda *_: None, workers=number)
-        if done.weights is None:
-            raise RunFailed(f"{name} came to nothing: {done.reason}")
-        found = {**row, "what": what, "generator": done.generator_use, "mask": str(done.targets[0].mask)[:12]}
-        return done, {**found, **score(bench, spec, store.get(done.weights), gone, crossed)}
+        outcome = workers.execute(order, store, runs, name, CHECKPOINT_STEPS, lambda *_: None, workers=number)
+        if outcome.weights is None:
+            raise RunFailed(f"the gate rejected {name}: {outcome.reason}")
+        origin = {"what": what, "generator": outcome.generator_use, "mask": str(outcome.targets[0].mask)[:12]}
+        return outcome, {**row, **origin, **score(bench, spec, store.get(outcome.weights), erased, crossed)}
 
-    first, told = run("trained", order, 1)
-    yield told
-    offered = GeneratorRef("g", first.generator_weights, first.dataset, first.metrics)
+    first, first_row = run("trained", order, 1)
+    yield first_row
+    generator = GeneratorRef("g", first.generator_weights, first.dataset, first.metrics)
     for number in (1, 2):
-        yield run(f"relearned by {number}", replace(order, generators=GeneratorCandidates(reuse=offered)), number)[1]
+        yield run(f"relearned by {number}", replace(order, generators=GeneratorCandidates(reuse=generator)), number)[1]
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
-"""How fast the ledger is.
+"""Audit events that `verify` recomputes in a second, of the chain alone.
 
-`python -m fsu_ray.experiments.ledger verify --events 200000 [--url URL]` makes an audit chain in a ledger of its own,
-in a temporary file of SQLite or in the empty database or schema at URL, and prints how fast it is recomputed.
+    python -m tests.bench.audit_rate [--events 200000] [--url URL]
+
+Makes an audit chain in a new ledger: a temporary SQLite file, or the empty database or schema at URL, which is left
+filled.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ BATCH = 10_000  # rows a statement
 
 
 def fill(ledger: Ledger, events: int) -> None:
-    """Append `events` steps of requests to an empty chain, past the tables that they would be about."""
-    began, previous = datetime.now(UTC), chain.GENESIS
+    """Append `events` request steps to an empty chain, without the rows that they describe."""
+    started, previous = datetime.now(UTC), chain.GENESIS
     for first in range(1, events + 1, BATCH):
         links = []
         for seq in range(first, min(first + BATCH, events + 1)):
-            at, request = began + timedelta(milliseconds=seq), f"r-{seq:019x}"
+            at, request = started + timedelta(milliseconds=seq), f"r-{seq:019x}"
             step = {"request_id": request, "number": 2, "attempt": 0, "old": "submitted", "new": "queued"}
             row = {**step, "at": moment_text(at), "actor": "operator", "reason": None}
             detail = chain.canonical({"row": row, "table": "request_events"})
-            said = (seq, moment_text(at), "request_queued", "benchmark", request, "operator", detail, previous)
-            event = chain.Event(*said, hash="")
+            columns = (seq, moment_text(at), "request_queued", "benchmark", request, "operator", detail, previous)
+            event = chain.Event(*columns, hash="")
             event = event._replace(hash=chain.hash_of(event))
             links.append({**event._asdict(), "at": at})
             previous = event.hash
@@ -41,7 +43,7 @@ def fill(ledger: Ledger, events: int) -> None:
 
 
 def verify(url: str, events: int) -> None:
-    """Print how many events a second are recomputed, of a chain alone."""
+    """Fill the ledger at `url` and print how many events a second are recomputed."""
     with open_ledger(url) as ledger:
         fill(ledger, events)
         started, count, broken = time.perf_counter(), 0, 0
@@ -59,12 +61,10 @@ def verify(url: str, events: int) -> None:
 
 
 def main() -> None:
-    """Run the benchmark that is named."""
+    """Print the rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tasks = parser.add_subparsers(dest="task", required=True)
-    task = tasks.add_parser("verify", help="recompute an audit chain")
-    task.add_argument("--events", type=int, default=200_000)
-    task.add_argument("--url", help="an empty database or schema; it is left filled")
+    parser.add_argument("--events", type=int, default=200_000)
+    parser.add_argument("--url", help="an empty database or schema; it is left filled")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         verify(options.url or f"sqlite:///{folder}/ledger.db", options.events)

@@ -1,11 +1,11 @@
-"""What a search brings: the default recipe against the searched one, on the same classifier, in the same run.
+"""The default recipe against the recipe of a search, on the same classifier.
 
-    FSU_DATA=... python -m fsu_ray.experiments.searched class9 --seed 40 --seeds 3 --trials 8 --home FOLDER
+    FSU_DATA=... python -m tests.bench.searched class9 --seed 40 --seeds 3 --trials 8 --home FOLDER
 
-For each seed a LeNet5 learns MNIST, its line gets a search (on the target samples that the request gives, nothing
-else), and two lines with its weights erase the behaviour through the whole system, one with the default recipe and one
-with what was found. A JSON line each: true D_r and D_e on the test split, and the seconds. A search that is there
-already is found again (`search.search_name`), and so is a classifier.
+For each seed a LeNet5 learns MNIST and a search runs for it, which sees the request's target samples and no other data.
+Then two models with the same weights erase the behaviour through the whole system, one with the default recipe and one
+with the recipe of the search. Prints a JSON line for each: D_r and D_e on the test split, and the seconds. Searches
+(`search.search_name`) and classifiers that are already in the home folder are reused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fsu_ray.work import BlobStore, ErasureTarget, Outcome, WorkOrder
 
 
 def classifier(bench: Bench, scenario: str, seed: int, folder: Path) -> tuple[ModelSpec, bytes]:
-    """LeNet5 of a scenario and seed, trained once and kept in `folder`."""
+    """The LeNet5 of a scenario and seed, trained once and stored in `folder`."""
     spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.28,))
     file = folder / f"{scenario}-{seed}.safetensors"
     if not file.exists():
@@ -49,36 +49,38 @@ def compare(
     ledger: Ledger, store: Artifacts, execute: Any, runs: str, bench: Bench, home: Path, scenario: str, seed: int,
     trials: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """A row before, one with the default recipe, one with the searched."""
+    """A row before the erasure, one for the default recipe, one for the searched recipe, one for the search."""
     crossed = scenario == "crossed7"
-    gone = [] if crossed else [9]
+    erased = [] if crossed else [9]
     spec, weights = classifier(bench, scenario, seed, home)
     behaviour, pixels = target_samples(bench, "crossed" if crossed else 9, seed)
     root, samples = store.put(weights), store.put(save_samples(pixels))
     row = {"scenario": scenario, "seed": seed}
-    yield row | {"recipe": "-", **score(bench, spec, weights, gone, crossed)}
-    line = f"{scenario}-{seed}-{time.time_ns():x}"
-    ledger.models.register(line, spec, root)
-    order = ledger.lineage(line).order((ErasureTarget("search", behaviour, samples),), Recipe())
-    found = search(order, store, (None, runs), SearchOptions(SPACE[behaviour.kind], trials=trials, seed=seed), _say)
-    for name, recipe in (("default", Recipe()), ("searched", found.recipe)):
-        done = _erase(ledger, store, execute, f"{line}-{name}", spec, root, behaviour, samples, len(pixels), recipe)
-        if "weights" in done:
-            done |= score(bench, spec, store.get(done.pop("weights")), gone, crossed)
-        more = {"score": found.evidence["best" if name == "searched" else "initial"]["score"]}
-        yield row | {"recipe": name, **more, **done}
-    yield row | {"recipe": "search", "evidence": dict(found.evidence)}
+    yield row | {"recipe": "-", **score(bench, spec, weights, erased, crossed)}
+    model = f"{scenario}-{seed}-{time.time_ns():x}"
+    ledger.models.register(model, spec, root)
+    order = ledger.lineage(model).order((ErasureTarget("search", behaviour, samples),), Recipe())
+    result = search(
+        order, store, (None, runs), SearchOptions(SPACE[behaviour.kind], trials=trials, seed=seed), _print_progress
+    )
+    for name, recipe in (("default", Recipe()), ("searched", result.recipe)):
+        outcome = _erase(ledger, store, execute, f"{model}-{name}", spec, root, behaviour, samples, len(pixels), recipe)
+        if "weights" in outcome:
+            outcome |= score(bench, spec, store.get(outcome.pop("weights")), erased, crossed)
+        objective = result.evidence["best" if name == "searched" else "initial"]["score"]
+        yield row | {"recipe": name, "score": objective, **outcome}
+    yield row | {"recipe": "search", "evidence": dict(result.evidence)}
 
 
 def _erase(
-    ledger: Ledger, store: Artifacts, execute: Any, line: str, spec: ModelSpec, root: Digest, behaviour: Behaviour,
+    ledger: Ledger, store: Artifacts, execute: Any, model: str, spec: ModelSpec, root: Digest, behaviour: Behaviour,
     samples: Digest, number: int, recipe: Recipe,
 ) -> dict[str, Any]:  # fmt: skip
-    ledger.models.register(line, spec, root)
-    ledger.requests.submit(line, behaviour, samples, number, recipe)
+    ledger.models.register(model, spec, root)
+    ledger.requests.submit(model, behaviour, samples, number, recipe)
     started = time.monotonic()
     (result,) = drain(
-        ledger, "searched", WorkerOptions(max_requests=1, model=line), partial(run_request, ledger, store, execute)
+        ledger, "searched", WorkerOptions(max_requests=1, model=model), partial(run_request, ledger, store, execute)
     )
     wall = round(time.monotonic() - started, 1)
     if result.version is None:
@@ -86,7 +88,7 @@ def _erase(
     return {"weights": result.version.weights, "wall": wall}
 
 
-def _say(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+def _print_progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
     print(
         f"  {stage} {done}/{total} " + " ".join(f"{k} {v:.4g}" for k, v in metrics.items()), file=sys.stderr, flush=True
     )
@@ -113,8 +115,8 @@ def main() -> int:
             )
 
         for seed in range(options.seed, options.seed + options.seeds):
-            words = (home / "classifiers", options.scenario, seed, options.trials)
-            for row in compare(ledger, store, execute, str(home / "runs"), bench, *words):
+            arguments = (home / "classifiers", options.scenario, seed, options.trials)
+            for row in compare(ledger, store, execute, str(home / "runs"), bench, *arguments):
                 print(json.dumps(row), flush=True)
     except FsuError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""What the system costs on top of the method: a request through ledger and Ray against the same recipe in one process.
+"""Seconds that ledger and Ray add to the method: a request through the system against the same recipe in one process.
 
-    python -m fsu_ray.experiments.overhead [--runs 3] [--recipe digits] [--set KEY=VALUE]
+    python -m tests.bench.overhead [--runs 3] [--recipe digits] [--set KEY=VALUE]
 
 The request erases class 8 of a LeNet5 that has learned the digits. Each run is measured both ways, in turn: `plain` is
-`method.unlearn` called in this process; `system` is what `fsu run` does from connecting to Ray until it has left it,
-and is told apart into its parts. The first run of each warms up and is not shown. Not in it: the start of Python and
-its imports (some seconds of each `fsu run`). `method` is what the worker says of its stages, its checkpoints included.
+`method.unlearn` called in this process; `system` is what `fsu run` does from connecting to Ray until it has left Ray,
+split into parts. The first run of each is a warm-up and is not printed. Not included: the start of Python and its
+imports (some seconds of each `fsu run`). `method` is the worker's sum over its stages, checkpoints included.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PARTS = ("ray starts", "workers start", "method", "reports", "run ends", "ledger
 
 
 @dataclass(frozen=True)
-class Place:
+class App:
     """A ledger, its artifacts and the folder of Ray's checkpoints."""
 
     ledger: Ledger
@@ -45,17 +45,17 @@ class Place:
     runs: Path
 
 
-def plain(app: Place, request: Request) -> float:
-    """Seconds of the method alone, on the order of a request that waits."""
+def plain(app: App, request: Request) -> float:
+    """Seconds of the method alone, for the order of a queued request."""
     plan = app.ledger.plan(request)
     started = time.monotonic()
     unlearn(plan.order, app.artifacts, torch.device("cpu"))
     return time.monotonic() - started
 
 
-def system(app: Place) -> dict[str, float]:
-    """Seconds of all that `fsu run` does about what is queued, by parts; `whole` is their sum."""
-    marks: dict[str, float] = {"begun": time.monotonic()}
+def system(app: App) -> dict[str, float]:
+    """Seconds of the steps of `fsu run` on the queued request, by part; `whole` is their sum."""
+    marks: dict[str, float] = {"started": time.monotonic()}
     workers.connect()
     marks["connected"] = time.monotonic()
 
@@ -64,36 +64,35 @@ def system(app: Place) -> dict[str, float]:
 
         def on_progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
             marks.setdefault("working" if stage == "start" else stage, time.monotonic())
-            marks["heard"] = time.monotonic()
+            marks["last report"] = time.monotonic()
 
-        runs = app.runs
         try:
-            return workers.execute(order, store, (None, str(runs)), name, CHECKPOINT_STEPS, on_progress, stop)
+            return workers.execute(order, store, (None, str(app.runs)), name, CHECKPOINT_STEPS, on_progress, stop)
         finally:
-            marks["back"] = time.monotonic()
+            marks["returned"] = time.monotonic()
 
-    wanted = WorkerOptions(max_requests=1)
-    (result,) = drain(app.ledger, "overhead", wanted, partial(run_request, app.ledger, app.artifacts, execute))
+    options = WorkerOptions(max_requests=1)
+    (result,) = drain(app.ledger, "overhead", options, partial(run_request, app.ledger, app.artifacts, execute))
     marks["written"] = time.monotonic()
     workers.disconnect()
-    marks["gone"] = time.monotonic()
+    marks["disconnected"] = time.monotonic()
     assert result.outcome is not None
     method = sum(result.outcome.seconds.values())
-    between = marks["sent"] - marks["connected"] + marks["written"] - marks["back"]
-    found = (
-        marks["connected"] - marks["begun"],
+    driver = marks["sent"] - marks["connected"] + marks["written"] - marks["returned"]
+    seconds = (
+        marks["connected"] - marks["started"],
         marks["working"] - marks["sent"],
         method,
-        marks["heard"] - marks["working"] - method,
-        marks["back"] - marks["heard"],
-        between,
-        marks["gone"] - marks["written"],
+        marks["last report"] - marks["working"] - method,
+        marks["returned"] - marks["last report"],
+        driver,
+        marks["disconnected"] - marks["written"],
     )
-    return {**dict(zip(PARTS, found, strict=True)), "whole": marks["gone"] - marks["begun"]}
+    return {**dict(zip(PARTS, seconds, strict=True)), "whole": marks["disconnected"] - marks["started"]}
 
 
 def main() -> None:
-    """Print the parts, a line a run."""
+    """Print a line for each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--recipe", default="digits")
@@ -101,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ledger = open_ledger(sqlite_url(Path(folder) / "ledger.db"))
-        app = Place(ledger, Artifacts.open(f"{folder}/artifacts"), Path(folder) / "runs")
+        app = App(ledger, Artifacts.open(f"{folder}/artifacts"), Path(folder) / "runs")
         spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.3,), std=(0.37,))
         images = load("digits", "train", spec.shape)
         torch.manual_seed(0)
@@ -115,11 +114,11 @@ def main() -> None:
             ledger.models.register(name, spec, weights, "digits")
             behaviour = Behaviour(name="class-8", kind="class", targets=(8,))
             request, _ = ledger.requests.submit(name, behaviour, samples, 8, recipe)
-            alone, found = plain(app, request), system(app)
+            method_alone, seconds = plain(app, request), system(app)
             if number:
-                parts = ", ".join(f"{part} {found[part]:.1f}" for part in PARTS)
-                over = found["whole"] - alone
-                print(f"plain {alone:.1f} s, system {found['whole']:.1f} s: {over:.1f} s over it ({parts})", flush=True)
+                parts = ", ".join(f"{part} {seconds[part]:.1f}" for part in PARTS)
+                whole, added = seconds["whole"], seconds["whole"] - method_alone
+                print(f"plain {method_alone:.1f} s, system {whole:.1f} s: {added:.1f} s more ({parts})", flush=True)
 
 
 if __name__ == "__main__":

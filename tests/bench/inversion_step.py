@@ -1,10 +1,10 @@
-"""Benchmark: the inversion step as built against the plain form of the same step.
+"""Seconds of an inversion step as built against a plain form of the same step.
 
-    python -m fsu_ray.method.bench [--arch lenet5] [--steps 20] [--device cuda]
+    python -m tests.bench.inversion_step [--arch lenet5] [--steps 20] [--device cuda]
 
-Plain: float32, contiguous, an enlarged copy before each convolution, one classifier pass a view. Both
-are timed in turn, step by step, in this run, so that a busy machine slows both. With --device it times a step of
-training and one of inversion there instead, as `fit` and `invert` take them: on a GPU, replayed.
+Plain: float32, contiguous tensors, an enlarged copy before each convolution, one classifier pass for each view. Both
+forms take turns, step by step, so that a busy machine slows both. With --device it times a step of training (`fit`) and
+a step of inversion (`invert`) on that device instead; on a GPU these are replayed CUDA graphs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fsu_ray.records import ModelSpec
 
 
 class PlainConv(UpsampledConv):
-    """The same layer the usual way: enlarge, then convolve."""
+    """The same layer in its usual form: enlarge, then convolve."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(F.interpolate(x, scale_factor=2), self.weight, self.bias, padding=1)
@@ -52,31 +52,31 @@ class PlainGenerator(Generator):
 
 
 def plain_losses(classifier: Classifier, generator: Generator, recipe: InvertRecipe, step: int) -> dict[str, Tensor]:
-    """`invert.losses`, written the plain way; the same draws and, up to rounding, the same values."""
+    """`invert.losses` in the plain form: the same draws and, up to rounding, the same values."""
     k = classifier.spec.classes
-    each = max(2, recipe.batch // k)
-    n = each * k
+    per_class = max(2, recipe.batch // k)
+    n = per_class * k
     rng = seeded(recipe.seed, step)
     z = torch.randn((n, recipe.latent), generator=rng)
-    y = torch.arange(k).repeat_interleave(each)
+    y = torch.arange(k).repeat_interleave(per_class)
     pixels = generator(z, y)
-    with observe(classifier) as seen:
+    with observe(classifier) as observed:
         logits = classifier(pixels)
-    assert seen.features is not None
+    assert observed.features is not None
     views = [classifier(random_view(pixels, rng, classifier.spec.flip)) for _ in range(recipe.views)]
     probabilities = torch.stack([view.softmax(1) for view in views]) if views else logits.new_zeros((0, n, k))
     squared = recipe.form == "squared"
     return {
-        "bn": invert.bn_loss(seen.statistics, recipe.form),
+        "bn": invert.bn_loss(observed.statistics, recipe.form),
         "entropy": invert.entropy_loss(logits, y),
         "augmentation": invert.augmentation_loss(logits.softmax(1), probabilities, squared),
-        "diversity": invert.diversity_loss(z, seen.features, k),
+        "diversity": invert.diversity_loss(z, observed.features, k),
         "tv": invert.tv_loss(pixels, squared),
     }
 
 
 def compare(spec: ModelSpec, recipe: InvertRecipe, steps: int) -> tuple[float, float]:
-    """Median seconds of a step, (plain, as built), both with backward pass and update."""
+    """Median seconds of a step with backward pass and update: (plain, as built)."""
     torch.manual_seed(0)
     plain_classifier = Classifier(spec).eval().requires_grad_(False)
     classifier = Classifier(spec).eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -86,18 +86,19 @@ def compare(spec: ModelSpec, recipe: InvertRecipe, steps: int) -> tuple[float, f
     forms = ((plain, plain_classifier, plain_losses), (built, classifier, invert.losses))
     optimisers = [torch.optim.Adam(form[0].parameters(), lr=recipe.lr, betas=recipe.betas) for form in forms]
     for step in range(steps + 2):
-        for (generator, judge, losses), optimiser, taken in zip(forms, optimisers, times, strict=True):
+        for (generator, teacher, losses), optimiser, seconds in zip(forms, optimisers, times, strict=True):
             started = time.perf_counter()
-            found = losses(judge, generator, recipe, step)
+            values = losses(teacher, generator, recipe, step)
             optimiser.zero_grad(set_to_none=True)
-            torch.stack([weights[name] * value for name, value in found.items()]).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            taken.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started)
     return statistics.median(times[0][2:]), statistics.median(times[1][2:])
 
 
 def pace(spec: ModelSpec, recipe: InvertRecipe, device: torch.device) -> tuple[float, float]:
-    """Seconds of a step of training (128 samples) and of inversion on `device`: of `recipe.steps`, the second time."""
+    """Mean seconds of a training step (128 samples) and of an inversion step on `device`, over the `recipe.steps` steps
+    of a second run."""
     repeatable()
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (128 * recipe.steps, *spec.shape), dtype=torch.uint8, generator=rng)
@@ -117,17 +118,17 @@ def pace(spec: ModelSpec, recipe: InvertRecipe, device: torch.device) -> tuple[f
 
 
 def main() -> None:
-    """Print the two times and their ratio, or those of a device."""
+    """Print both times and their ratio, or the times on a device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="lenet5")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="of the built one")
-    parser.add_argument("--width", type=int, default=8, help="n, of the generator")
+    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto", help="of the form as built")
+    parser.add_argument("--width", type=int, default=8, help="of the generator (n in the paper)")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no GPU here")
+        parser.error("PyTorch sees no GPU on this machine; leave out --device cuda")
     spec = ModelSpec(arch=options.arch, channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.3,))
     recipe = InvertRecipe(batch=options.batch, precision=options.precision, width=options.width, steps=options.steps)
     print(

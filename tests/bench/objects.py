@@ -1,12 +1,11 @@
-"""A request with artifacts and checkpoints in a bucket against the same one on this machine's disk.
+"""Seconds of a request with artifacts and checkpoints in an S3 bucket, against the same request on local disk.
 
-    python -m fsu_ray.experiments.objects [--runs 5] [--delay MS] [--endpoint HOST:PORT --bucket NAME]
+    python -m tests.bench.objects [--runs 5] [--delay MS] [--endpoint HOST:PORT --bucket NAME]
 
-Each run is a model line of its own with two requests, carried out through the ledger and on Ray: the first trains
-a generator, the second finds it. Disk and bucket take turns. The bucket is one of a server that speaks S3 (moto's, of
-the extra `test`), which this starts on loopback, or that at --endpoint, with the credentials of the usual chain;
---delay holds each request to it back, as a network does. Prints the seconds of each request, the ratio of the
-medians, and how many artifacts of 250 kB are put and got in a second.
+Each run registers a new model and runs two requests through ledger and Ray: the first trains a generator, the second
+reuses it. Disk and bucket take turns. The S3 server is moto's (extra `test`), started on loopback, or the one at
+--endpoint, with credentials from the usual chain. --delay delays each request to the server, like a network. Prints the
+seconds of each request, the ratio of the medians, and how many artifacts of 250 kB are put and got in a second.
 """
 
 from __future__ import annotations
@@ -37,14 +36,15 @@ from fsu_ray.records import Behaviour, ModelSpec, Status
 from fsu_ray.storage.artifacts import Artifacts, locate
 from fsu_ray.storage.ledger import Ledger, open_ledger
 from fsu_ray.work import BlobStore, Outcome, WorkOrder
+from tests.bench.local_head import free_port
 
 ERASED = (8, 3)
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.3,), std=(0.37,))
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run's artifacts and checkpoints lie."""
+class Location:
+    """A store of artifacts, and the (file system, path) of the checkpoints."""
 
     name: str
     artifacts: Artifacts
@@ -53,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Bench:
-    """A classifier of the digits, and target samples of each class that is erased."""
+    """A classifier of the digits, and target samples by erased class, in their stored form."""
 
     weights: bytes
     samples: dict[int, bytes]
@@ -76,52 +76,50 @@ def read_bench() -> Bench:
     return Bench(classifier.to_bytes(), samples)
 
 
-def executing(place: Place) -> Execute:
-    """Runs on the Ray that this process has joined, as `App.on_ray` does."""
+def executing(location: Location) -> Execute:
+    """An `Execute` on the Ray that this process has joined."""
     from fsu_ray.cluster import workers
 
     def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
-        return workers.execute(order, store, place.runs, name, CHECKPOINT_STEPS, lambda *_: None, stop)
+        return workers.execute(order, store, location.runs, name, CHECKPOINT_STEPS, lambda *_: None, stop)
 
     return execute
 
 
-def requests(ledger: Ledger, place: Place, bench: Bench, seed: int) -> list[float]:
-    """The seconds of each request of a new model line, from its submission to its end; a new `seed` makes new bytes."""
-    line, recipe, seconds = f"m-{secrets.token_hex(4)}", make_recipe("digits", [{"invert": {"seed": seed}}]), []
-    ledger.models.register(line, SPEC, place.artifacts.put(bench.weights))
-    run = partial(run_request, ledger, place.artifacts, executing(place))
+def requests(ledger: Ledger, location: Location, bench: Bench, seed: int) -> list[float]:
+    """The seconds of each request of a new model, from submission to end; a new `seed` makes new artifacts."""
+    model, recipe, seconds = f"m-{secrets.token_hex(4)}", make_recipe("digits", [{"invert": {"seed": seed}}]), []
+    ledger.models.register(model, SPEC, location.artifacts.put(bench.weights))
+    run = partial(run_request, ledger, location.artifacts, executing(location))
     for target, samples in bench.samples.items():
-        began = time.monotonic()
+        started = time.monotonic()
         behaviour = Behaviour(name=f"class-{target}", kind="class", targets=(target,))
-        ledger.requests.submit(line, behaviour, place.artifacts.put(samples), 8, recipe)
-        (result,) = drain(ledger, "benchmark", WorkerOptions(model=line), run)
+        ledger.requests.submit(model, behaviour, location.artifacts.put(samples), 8, recipe)
+        (result,) = drain(ledger, "benchmark", WorkerOptions(model=model), run)
         if result.request.status is not Status.SUCCEEDED:
-            raise RunFailed(f"{place.name}: {result.request.status}, {result.request.reason}")
-        seconds.append(time.monotonic() - began)
+            raise RunFailed(f"{location.name}: {result.request.status}, {result.request.reason}")
+        seconds.append(time.monotonic() - started)
     return seconds
 
 
 def throughput(artifacts: Artifacts, number: int = 100, size: int = 250_000) -> tuple[float, float]:
-    """How many artifacts are put and got in a second, one after another."""
+    """Artifacts of `size` bytes that are put and got in a second, one after another."""
     blobs = [os.urandom(size) for _ in range(number)]
-    began = time.monotonic()
+    started = time.monotonic()
     digests = [artifacts.put(blob) for blob in blobs]
     middle = time.monotonic()
     for digest in digests:
         artifacts.get(digest)
-    return number / (middle - began), number / (time.monotonic() - middle)
+    return number / (middle - started), number / (time.monotonic() - middle)
 
 
 @contextmanager
 def server() -> Iterator[str]:
-    """A server that speaks S3, in a process of its own: its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    """The address, HOST:PORT, of a new moto server process."""
+    port = free_port()
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, **silent)  # type: ignore[call-overload]
     try:
         _await(port)
         yield f"127.0.0.1:{port}"
@@ -136,12 +134,12 @@ def _await(port: int) -> None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
             return
         time.sleep(0.05)
-    raise RunFailed("moto's server does not start; pip install 'fsu_ray[test]', or give --endpoint")
+    raise RunFailed("moto's server does not start: pip install 'fsu_ray[test]', or give --endpoint")
 
 
 @contextmanager
 def delayed(address: str, seconds: float) -> Iterator[str]:
-    """An address that leads to another one, and holds back each piece that is sent there."""
+    """The address of a proxy for `address` that delays what it forwards there by `seconds`."""
     host, _, port = address.partition(":")
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -168,24 +166,26 @@ def delayed(address: str, seconds: float) -> Iterator[str]:
         listener.close()
 
 
-def measure(places: list[Place], runs: int) -> None:
-    """Let the places take turns, and print what they take."""
+def measure(locations: list[Location], runs: int) -> None:
+    """Run the requests at each location in turn, and print the seconds."""
     bench = read_bench()
-    for place in places:
-        puts, gets = throughput(place.artifacts)
-        print(f"{place.name}: {puts:.0f} artifacts of 250 kB put a second, {gets:.0f} got", flush=True)
-    taken: dict[str, list[list[float]]] = {place.name: [] for place in places}
+    for location in locations:
+        puts, gets = throughput(location.artifacts)
+        print(f"{location.name}: {puts:.0f} artifacts of 250 kB put a second, {gets:.0f} got", flush=True)
+    taken: dict[str, list[list[float]]] = {location.name: [] for location in locations}
     with tempfile.TemporaryDirectory() as folder, open_ledger(sqlite_url(Path(folder) / "ledger.db")) as ledger:
-        requests(ledger, places[0], bench, seed=0)  # the first workers of a Ray wait for what later ones find in memory
+        requests(ledger, locations[0], bench, seed=0)  # warm-up: the first workers of a Ray start slowly
         for seed in range(1, runs + 1):
-            for place in places:
-                seconds = requests(ledger, place, bench, seed)
-                taken[place.name].append(seconds)
-                print(f"{place.name}: {seconds[0]:.1f} s, then {seconds[1]:.1f} s", flush=True)
-    disk, bucket = (taken[place.name] for place in places)
+            for location in locations:
+                seconds = requests(ledger, location, bench, seed)
+                taken[location.name].append(seconds)
+                print(f"{location.name}: {seconds[0]:.1f} s, then {seconds[1]:.1f} s", flush=True)
+    disk, bucket = (taken[location.name] for location in locations)
     for number, which in enumerate(("generator trained", "generator reused")):
-        one, other = (statistics.median(seconds[number] for seconds in each) for each in (disk, bucket))
-        print(f"{which}: median {one:.1f} s on disk, {other:.1f} s in the bucket, ratio {other / one:.3f}")
+        on_disk, in_bucket = (statistics.median(seconds[number] for seconds in runs) for runs in (disk, bucket))
+        print(
+            f"{which}: median {on_disk:.1f} s on disk, {in_bucket:.1f} s in the bucket, ratio {in_bucket / on_disk:.3f}"
+        )
 
 
 def main() -> int:
@@ -194,13 +194,13 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--endpoint", help="HOST:PORT of a server that speaks S3")
-    parser.add_argument("--bucket", help="a bucket there")
+    parser.add_argument("--endpoint", help="HOST:PORT of an S3 server")
+    parser.add_argument("--bucket", help="a bucket on that server")
     parser.add_argument("--delay", type=float, default=0.0, metavar="MS", help="milliseconds before each request")
     options = parser.parse_args()
     if bool(options.endpoint) != bool(options.bucket):
         parser.error("--endpoint and --bucket go together")
-    if not options.endpoint:  # what moto wants to see
+    if not options.endpoint:  # moto accepts any credentials, but boto3 wants some
         os.environ |= {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
     try:
         with contextlib.ExitStack() as stack:
@@ -211,8 +211,8 @@ def main() -> int:
                 address = stack.enter_context(delayed(address, options.delay / 1000))
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             uri = f"s3://{options.bucket or 'benchmark'}/{{}}?endpoint_override={address}&scheme=http"
-            disk = Place("disk", Artifacts.open(f"{folder}/artifacts"), locate(f"{folder}/runs"))
-            bucket = Place("bucket", Artifacts.open(uri.format("artifacts")), locate(uri.format("artifacts/runs")))
+            disk = Location("disk", Artifacts.open(f"{folder}/artifacts"), locate(f"{folder}/runs"))
+            bucket = Location("bucket", Artifacts.open(uri.format("artifacts")), locate(uri.format("artifacts/runs")))
             workers.connect()
             stack.callback(workers.disconnect)
             measure([disk, bucket], options.runs)
