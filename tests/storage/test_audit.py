@@ -590,3 +590,41 @@ def test_the_ledgers_own_file_has_no_path_in_it(filled: Filled) -> None:
         assert b"<path>" in data
         assert b"me.png" not in data
         assert b"alice" not in data
+
+
+def test_a_report_that_no_step_recorded_is_named(filled: Filled) -> None:
+    """The last step of a request that failed says that there was none."""
+    request = filled.one("SELECT id FROM requests WHERE status = 'failed' AND report IS NULL")
+    with filled.undone("requests"):
+        filled.execute(f"UPDATE requests SET report = '{{}}' WHERE id = '{request}'")
+        (finding,) = findings(filled)
+    assert re.fullmatch(rf"requests {request}: column report is not what event \d+ recorded", finding)
+
+
+def test_a_column_that_is_younger_than_an_event_must_be_empty(filled: Filled) -> None:
+    """An event that knows no `generator_id` stands for a row that has none."""
+    request = filled.one("SELECT id FROM requests ORDER BY submitted_at LIMIT 1")
+    event = f"event = 'submitted' AND request = '{request}'"
+    detail = json.loads(filled.one(f"SELECT detail FROM audit_events WHERE {event}"))
+    assert detail["row"].pop("generator_id") is None
+    with filled.undone("audit_events", "requests"):
+        filled.execute(f"UPDATE audit_events SET detail = :detail WHERE {event}", detail=json.dumps(detail))
+        (broken,) = findings(filled)
+        assert broken.endswith(": its hash is not that of its content")
+        generator = filled.one("SELECT id FROM generators LIMIT 1")
+        filled.execute(f"UPDATE requests SET generator_id = '{generator}' WHERE id = '{request}'")
+        _, finding = findings(filled)
+    assert re.fullmatch(rf"requests {request}: column generator_id is not what event \d+ recorded", finding)
+
+
+def test_a_finding_names_its_column_while_it_may_be_told(filled: Filled, monkeypatch: Any) -> None:
+    """The row that is compared last has the earliest event: it is the one finding that is told."""
+    monkeypatch.setattr(audit, "MAX_FINDINGS", 1)
+    where, key = a_key(filled, "requests")
+    with filled.undone("requests", "erasures"):
+        erasure, _ = a_key(filled, "erasures")
+        filled.execute(f"UPDATE erasures SET {CHANGES['erasures'][0]} WHERE {erasure}")
+        filled.execute(f"UPDATE requests SET {CHANGES['requests'][0]} WHERE {where}")
+        verdict = filled.ledger.audit.verify()
+    assert verdict.found == 2
+    assert verdict.findings[0].startswith(f"requests {key}: column sample_count is not")

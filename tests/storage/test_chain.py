@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from fsu_ray.config import Timings
 from fsu_ray.errors import LedgerUnavailable, UserError
 from fsu_ray.storage import chain
 from fsu_ray.storage.chain import GENESIS, ChainHead, Event
-from fsu_ray.storage.schema import erasures, rechecks
+from fsu_ray.storage.schema import erasures, rechecks, removals
 
 
 def events_of(ledger: Any) -> list[Event]:
@@ -204,3 +206,42 @@ def test_a_claim_survives_a_failed_flush(driver: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(driver.ledger.database, "flush", unavailable)
     assert driver.claim().attempt == 1
     assert flushed
+
+
+def test_a_missing_event_is_told_with_its_neighbours() -> None:
+    events = made(5)
+    assert told(events[:2] + events[3:]) == [(3, "missing, 4 comes after 2")]
+
+
+def test_a_head_that_the_chain_never_had_is_told() -> None:
+    wrong = [(7, "the chain does not have the hash that was noted of it")]
+    assert told(made(10), ChainHead(7, "0" * 64)) == wrong
+
+
+def test_an_event_names_the_model_the_request_and_who_acted(driver: Any) -> None:
+    """The row that it records has the actor and the moment, where its table has these columns."""
+    version = driver.erase()
+    (erased,) = (event for event in events_of(driver.ledger) if event.event == "erased")
+    assert (erased.model, erased.request) == ("digits", version.request)
+    driver.ledger.models.move_alias("digits", "production", 2, "u-17")
+    moved = events_of(driver.ledger)[-1]
+    assert (moved.event, moved.model, moved.request, moved.actor) == ("alias_moved", "digits", None, "u-17")
+    row = json.loads(moved.detail)["row"]
+    move = driver.ledger.models.aliases("digits")["production"]
+    assert (row["actor"], row["created_at"]) == ("u-17", move.created_at.isoformat(timespec="microseconds"))
+
+
+def test_an_actor_and_a_moment_are_filled_in(driver: Any) -> None:
+    """A caller need not repeat them in the row."""
+    with driver.ledger.database.writing("nothing", "u-18") as connection:
+        values = {"id": "x-1", "digest": "d" * 64, "reason": "unreferenced"}
+        chain.insert(connection, "removed", removals, values, actor="u-18")
+    row = json.loads(events_of(driver.ledger)[-1].detail)["row"]
+    assert row["actor"] == "u-18"
+    assert row["created_at"] is not None
+
+
+def test_postgresql_gives_json_as_text() -> None:
+    connection: Any = SimpleNamespace(dialect=postgresql.dialect())
+    report = chain.as_text(connection, erasures.c.report)
+    assert str(report.compile(dialect=connection.dialect)) == "CAST(erasures.report AS TEXT)"

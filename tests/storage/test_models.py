@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from fsu_ray.errors import NotFound, TransitionRefused, UserError
+from fsu_ray.errors import AlreadyExists, InvalidConfig, NotFound, TransitionRefused, UserError
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Policy, Terms
 from fsu_ray.storage import rows
@@ -359,3 +359,49 @@ def test_moments_of_history_are_aware(driver: Any) -> None:
     driver.ledger.models.move_alias("digits", "production", 1)
     assert all(event["at"].tzinfo is UTC for event in driver.ledger.models.history("digits"))
     assert driver.ledger.models.aliases("digits")["production"].created_at <= datetime.now(UTC)
+
+
+def test_a_name_is_checked_before_a_model_is_registered(driver: Any) -> None:
+    """`check_name_free` refuses what `register` would refuse, and registers nothing."""
+    driver.ledger.models.check_name_free("other")
+    with pytest.raises(AlreadyExists, match="choose another name"):
+        driver.ledger.models.check_name_free("digits")
+    with pytest.raises(InvalidConfig, match="two words"):
+        driver.ledger.models.check_name_free("two words")
+    assert [model.name for model in driver.ledger.models.all()] == ["digits"]
+
+
+def test_a_registration_is_an_event_of_its_model(driver: Any) -> None:
+    model = driver.ledger.models.get("digits")
+    driver.ledger.models.register("other", model.spec, driver.ledger.models.version("digits").weights, actor="u-17")
+    (event,) = (each for each in driver.ledger.audit.log(model="other") if each.event == "registered")
+    assert (event.model, event.actor, json.loads(event.detail)["table"]) == ("other", "u-17", "models")
+
+
+@pytest.mark.parametrize(("number", "names"), [(3, "'b1', 'b2', 'b3',"), (4, "'b1', 'b2', 'b3', ...,")])
+def test_a_refused_alias_names_three_behaviours_that_are_still_there(driver: Any, number: int, names: str) -> None:
+    for target in range(1, number + 1):
+        driver.erase(f"b{target}", target)
+    with pytest.raises(TransitionRefused) as refused:
+        driver.ledger.models.move_alias("digits", "production", 1)
+    assert f"still has {names} erased as of version 2;" in str(refused.value)
+
+
+def test_a_recheck_is_an_event_of_its_model(driver: Any) -> None:
+    driver.erase()
+    (erasure,) = driver.ledger.models.erasures("digits")
+    driver.ledger.models.record_rechecks("digits", 2, [Measured(erasure.id, 5, 0.0, True)], "u-17")
+    event = driver.ledger.audit.log(model="digits")[-1]
+    assert (event.event, event.model, event.actor) == ("recheck_passed", "digits", "u-17")
+
+
+def test_an_erased_version_keeps_its_root_and_one_from_outside_is_its_own(driver: Any) -> None:
+    erased = driver.erase()
+    outside = driver.ledger.models.add_version("digits", erased.weights)
+    later = driver.erase("four", 4)
+    assert [(v.number, v.parent, v.root) for v in driver.ledger.models.versions("digits")] == [
+        (1, None, 1), (2, 1, 1), (3, 2, 3), (4, 3, 3)
+    ]  # fmt: skip
+    assert (erased.root, outside.root, later.root) == (1, 3, 3)
+    events = [event.request for event in driver.ledger.audit.log(model="digits") if event.event == "version_added"]
+    assert events == [None, erased.request, None, later.request]
