@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fsu_ray.gate import refuse_result
 from fsu_ray.recipes import GateRecipe
-from fsu_ray.records import Erasure, Model, ModelVersion
+from fsu_ray.records import Erasure, Model, ModelVersion, ProgressCallback
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.database import check_actor
 from fsu_ray.storage.ledger import Ledger
@@ -15,7 +15,6 @@ from fsu_ray.storage.models import Measured
 
 if TYPE_CHECKING:
     from fsu_ray.models.classifier import Classifier
-    from fsu_ray.work import ProgressCallback
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from fsu_ray.cluster import internals
 from fsu_ray.cluster.capacity import autoscaler_limits, cluster_limits
-from fsu_ray.cluster.progress import ProgressCallback, ProgressListener, new_progress_actor
+from fsu_ray.cluster.progress import ProgressListener, new_progress_actor
 from fsu_ray.errors import ClusterUnavailable, FsuError, RunFailed, Stopped, UserError
+from fsu_ray.records import ProgressCallback
 from fsu_ray.work import BlobStore, Outcome, TargetResult, WorkOrder
 
 if TYPE_CHECKING:
