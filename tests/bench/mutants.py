@@ -54,7 +54,7 @@ TARGETS = {
     "relearn": Target("method/relearn.py", ("tests/method/test_relearn.py",)),
     "claims": Target(
         "storage/claims.py",
-        ("tests/storage/test_requests.py", "tests/storage/test_claims.py"),
+        ("tests/storage/test_requests.py", "tests/storage/test_claims.py", "tests/storage/test_given.py"),
         "processes or invariants",
     ),
     "chain": Target("storage/chain.py", ("tests/storage/test_chain.py",)),

@@ -209,13 +209,13 @@ def test_a_claim_survives_a_failed_flush(driver: Any, monkeypatch: pytest.Monkey
 
 
 def test_a_missing_event_is_told_with_its_neighbours() -> None:
-    events = made(5)
-    assert told(events[:2] + events[3:]) == [(3, "missing, 4 comes after 2")]
+    events = make_chain(5)
+    assert breaks(events[:2] + events[3:]) == [(3, "missing, 4 comes after 2")]
 
 
-def test_a_head_that_the_chain_never_had_is_told() -> None:
+def test_a_head_that_the_chain_never_had_is_breaks() -> None:
     wrong = [(7, "the chain does not have the hash that was noted of it")]
-    assert told(made(10), ChainHead(7, "0" * 64)) == wrong
+    assert breaks(make_chain(10), ChainHead(7, "0" * 64)) == wrong
 
 
 def test_an_event_names_the_model_the_request_and_who_acted(driver: Any) -> None:

@@ -268,3 +268,23 @@ def test_whatever_is_called_the_ledger_keeps_its_invariants(
         assert [erasure.version for erasure in driver.ledger.models.erasures(driver.name)] == sorted(made)
         assert sum(request.status is Status.RUNNING for request in after.values()) <= 1
         before = after
+
+
+def test_a_claim_ends_the_wait_after_a_failure(driver: Any, raw: Any) -> None:
+    """A request that is tried again has no moment to wait for any more."""
+    driver.submit()
+    assert driver.ledger.requests.retry(driver.claim(), "broke").retry_at is not None
+    raw.execute(f"UPDATE requests SET retry_at = '2020-01-01T00:00:00.000000+00:00', {STEP}")
+    claimed = driver.claim()
+    assert (claimed.retry_at, claimed.attempt, claimed.failures) == (None, 2, 1)
+
+
+def test_a_running_request_keeps_its_own_model_from_a_new_version(driver: Any) -> None:
+    """And no other model."""
+    version = driver.ledger.models.version("digits")
+    driver.ledger.models.register("other", driver.ledger.models.get("digits").spec, version.weights)
+    driver.submit()
+    driver.claim()
+    assert driver.ledger.models.add_version("other", version.weights).number == 2
+    with pytest.raises(TransitionRefused, match="is running"):
+        driver.ledger.models.add_version("digits", version.weights)
