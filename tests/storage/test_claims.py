@@ -288,3 +288,18 @@ def test_a_running_request_keeps_its_own_model_from_a_new_version(driver: Any) -
     assert driver.ledger.models.add_version("other", version.weights).number == 2
     with pytest.raises(TransitionRefused, match="is running"):
         driver.ledger.models.add_version("digits", version.weights)
+
+
+def test_the_members_of_a_batch_are_claimed_and_taken_over_as_its_leader_is(driver: Any) -> None:
+    """One lease; a take-over counts as a failure of each, a first claim as none."""
+    for target in (1, 2):
+        driver.submit(f"b{target}", target)
+    for worker, lease, expected in (("w1", -1.0, (1, 0, None)), ("w2", 60.0, (2, 1, "lease_expired"))):
+        leader = driver.ledger.requests.claim(worker, lease, max_batch=5)
+        (member,) = driver.ledger.requests.batch_members(leader)
+        for request in (leader, member):
+            assert (request.attempt, request.failures, request.reason) == expected
+            assert request.worker == worker
+        assert abs((member.lease_until - leader.lease_until).total_seconds()) < 1
+        assert leader.started_at is not None
+        assert member.started_at is not None
