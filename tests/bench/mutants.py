@@ -54,13 +54,13 @@ TARGETS = {
     "relearn": Target("method/relearn.py", ("tests/method/test_relearn.py",)),
     "claims": Target(
         "storage/claims.py",
-        ("tests/storage/test_requests.py", "tests/storage/test_claims.py"),
+        ("tests/storage/test_requests.py", "tests/storage/test_claims.py", "tests/storage/test_given.py"),
         "processes or invariants",
     ),
     "chain": Target("storage/chain.py", ("tests/storage/test_chain.py",)),
     "audit": Target("storage/audit.py", ("tests/storage/test_audit.py",)),
     "models": Target("storage/models.py", ("tests/storage/test_models.py",)),
-    "pipeline": Target("pipeline.py", ("tests/test_pipeline.py",)),
+    "pipeline": Target("pipeline.py", ("tests/test_pipeline_outcomes.py",)),
 }
 
 # Imported before the forks. What is missing here is imported by each fork, which takes longer.

@@ -213,7 +213,7 @@ def test_a_missing_event_is_told_with_its_neighbours() -> None:
     assert breaks(events[:2] + events[3:]) == [(3, "missing, 4 comes after 2")]
 
 
-def test_a_head_that_the_chain_never_had_is_told() -> None:
+def test_a_head_that_the_chain_never_had_is_breaks() -> None:
     wrong = [(7, "the chain does not have the hash that was noted of it")]
     assert breaks(make_chain(10), ChainHead(7, "0" * 64)) == wrong
 

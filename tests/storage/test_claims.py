@@ -268,3 +268,38 @@ def test_whatever_is_called_the_ledger_keeps_its_invariants(
         assert [erasure.version for erasure in driver.ledger.models.erasures(driver.name)] == sorted(made)
         assert sum(request.status is Status.RUNNING for request in after.values()) <= 1
         before = after
+
+
+def test_a_claim_ends_the_wait_after_a_failure(driver: Any, raw: Any) -> None:
+    """A request that is tried again has no moment to wait for any more."""
+    driver.submit()
+    assert driver.ledger.requests.retry(driver.claim(), "broke").retry_at is not None
+    raw.execute(f"UPDATE requests SET retry_at = '2020-01-01T00:00:00.000000+00:00', {STEP}")
+    claimed = driver.claim()
+    assert (claimed.retry_at, claimed.attempt, claimed.failures) == (None, 2, 1)
+
+
+def test_a_running_request_keeps_its_own_model_from_a_new_version(driver: Any) -> None:
+    """And no other model."""
+    version = driver.ledger.models.version("digits")
+    driver.ledger.models.register("other", driver.ledger.models.get("digits").spec, version.weights)
+    driver.submit()
+    driver.claim()
+    assert driver.ledger.models.add_version("other", version.weights).number == 2
+    with pytest.raises(TransitionRefused, match="is running"):
+        driver.ledger.models.add_version("digits", version.weights)
+
+
+def test_the_members_of_a_batch_are_claimed_and_taken_over_as_its_leader_is(driver: Any) -> None:
+    """One lease; a take-over counts as a failure of each, a first claim as none."""
+    for target in (1, 2):
+        driver.submit(f"b{target}", target)
+    for worker, lease, expected in (("w1", -1.0, (1, 0, None)), ("w2", 60.0, (2, 1, "lease_expired"))):
+        leader = driver.ledger.requests.claim(worker, lease, max_batch=5)
+        (member,) = driver.ledger.requests.batch_members(leader)
+        for request in (leader, member):
+            assert (request.attempt, request.failures, request.reason) == expected
+            assert request.worker == worker
+        assert abs((member.lease_until - leader.lease_until).total_seconds()) < 1
+        assert leader.started_at is not None
+        assert member.started_at is not None
