@@ -23,9 +23,6 @@ class BlobStore(Protocol):
         """Whether `digest` is there."""
 
 
-ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
-"""Hears of a run's progress: (stage, done, total, metrics)."""
-
 StepCallback = Callable[[int, int, dict[str, float]], None]
 """Hears of the progress within one stage: (done, total, metrics), such as epoch, epochs and losses."""
 

@@ -22,8 +22,8 @@ from fsu_ray.method.inputs import RunInputs, load_classifier, load_inputs, save_
 from fsu_ray.method.invert import Inversion
 from fsu_ray.method.masking import ForgetSet, MaskedDataset, load_forget_sets, select_masks
 from fsu_ray.method.relearn import relearn, training_set
-from fsu_ray.records import Digest, GeneratorUse
-from fsu_ray.work import BlobStore, GeneratorRef, Outcome, ProgressCallback, TargetResult, WorkOrder
+from fsu_ray.records import Digest, GeneratorUse, ProgressCallback
+from fsu_ray.work import BlobStore, GeneratorRef, Outcome, TargetResult, WorkOrder
 
 
 @dataclass(frozen=True)
