@@ -13,7 +13,7 @@ from torch import Tensor
 from fsu_ray.method.filter import Mask, extract_features, select
 from fsu_ray.method.fit import predict
 from fsu_ray.method.inputs import TargetSamples, save_samples
-from fsu_ray.method.masking import FEWEST_PROBES, ForgetSet, MaskedDataset
+from fsu_ray.method.masking import ForgetSet, MaskedDataset
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import FilterRecipe
@@ -22,7 +22,7 @@ from fsu_ray.work import EarlierErasure, ErasureTarget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-N = 2 * FEWEST_PROBES
+N = 200
 HERE = "digest of D'"
 KNEE = FilterRecipe(policy="knee")
 ALL_NEAR = FilterRecipe(policy="manual", threshold=9.0, runner_up=0.0)
@@ -156,12 +156,12 @@ def test_subset_samples_are_those_of_all_subsets_earlier_and_now(
 
 
 def test_no_sample_of_a_small_subset_is_held_out(teacher: Classifier, dataset: Synthetic, store: Any) -> None:
-    """A subset with `FEWEST_PROBES` samples keeps its share of the held-out ones, one with fewer trains on all."""
+    """A subset with 100 samples keeps its share of the held-out ones, one with fewer trains on all."""
     before = dataset.holdout.clone()
     data = masked(teacher, dataset, store)
-    enough, few = (forget_set(range(number), PART) for number in (FEWEST_PROBES, FEWEST_PROBES - 1))
+    enough, few = (forget_set(range(number), PART) for number in (100, 99))
     assert torch.equal(data.held_out([enough]), before)
-    expected = before & (torch.arange(N) >= FEWEST_PROBES - 1)
+    expected = before & (torch.arange(N) >= 99)
     assert torch.equal(data.held_out([few]), expected)
     assert not torch.equal(expected, before)
     assert torch.equal(dataset.holdout, before), "D' itself is not changed"

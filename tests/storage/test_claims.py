@@ -22,6 +22,7 @@ from fsu_ray.errors import (
 )
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import TRANSITIONS, Behaviour, ModelSpec, Request, Status
+from fsu_ray.storage import claims
 from fsu_ray.storage.ledger import Ledger
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10)
@@ -303,3 +304,25 @@ def test_the_members_of_a_batch_are_claimed_and_taken_over_as_its_leader_is(driv
         assert abs((member.lease_until - leader.lease_until).total_seconds()) < 1
         assert leader.started_at is not None
         assert member.started_at is not None
+
+
+def test_a_step_returns_the_request_as_the_ledger_has_it(driver: Any) -> None:
+    """Its report too, which has lists for tuples."""
+    driver.submit()
+    claimed = driver.claim()
+    outcome = driver.outcome(claimed, report={"counts": (1, 2)})
+    rejected = driver.ledger.reject(claimed, "not_forgotten", outcome, driver.ledger.models.version("digits"))
+    assert rejected == driver.ledger.requests.get(claimed.id)
+    assert rejected.report is not None
+    assert rejected.report["counts"] == [1, 2]
+
+
+def test_a_member_names_its_leader(driver: Any) -> None:
+    first, second = driver.submit("b1", 1), driver.submit("b2", 2)
+    leader = driver.claim()
+    assert leader.id == first.id
+    with driver.ledger.database.writing("nothing", "w1") as connection:
+        member = claims.join(connection, second, leader, "w1", 60.0, datetime.now(UTC))
+    assert member is not None
+    assert member.batch_leader == leader.id
+    assert member == driver.ledger.requests.get(second.id)
