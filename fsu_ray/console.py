@@ -133,6 +133,14 @@ def watching() -> Iterator[Watcher]:
             bars.stop()
 
 
+GENERATOR_USE = {
+    "trained": "trained",
+    "reused": "reused",
+    "warm_started": "trained from an older generator's weights",
+    "transferred": "as asked for, its D' drawn anew",
+}
+
+
 def print_result(result: Any) -> None:
     """One ended request in a few lines."""
     request, outcome = result.request, result.outcome
@@ -146,11 +154,9 @@ def print_result(result: Any) -> None:
         out.print(f"[red]{request.status}[/] {name} (request {request.id}): {request.reason}")
     if outcome is None:
         return
-    use = {"trained": "trained", "reused": "reused", "warm_started": "trained from an older one's weights"}
-    use["transferred"] = "as asked for, its D' drawn anew"
     refused = f" (the one on offer was refused: {'; '.join(outcome.refused)})" if outcome.refused else ""
     metrics = outcome.metrics
-    out.print(f"  generator {use[outcome.generator_use]}{refused}")
+    out.print(f"  generator {GENERATOR_USE[outcome.generator_use]}{refused}")
     out.print(
         f"  D' for this version: acceptance >= {metrics['acceptance']:.3f}, coverage {metrics['coverage']:.3f}, "
         f"BN distance {metrics['bn_distance']:.3f}, agreement {metrics['agreement']:.3f}"
@@ -158,33 +164,35 @@ def print_result(result: Any) -> None:
     out.print("  seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in outcome.seconds.items()))
     if outcome.resumed:
         out.print(f"  resumed from a checkpoint: {', '.join(outcome.resumed)}")
-    report = result.report
-    if not report:
-        return
-    forgot, kept = report["forgetting"], report["retention"]
-    held = forgot["samples_held_out"]
-    which = (
-        f"{held} held-out target samples"
-        if held
-        else f"the {forgot['samples_given']} target samples (used: too few to hold out)"
+    if result.report:
+        _print_report(result.report)
+
+
+def _print_report(report: Mapping[str, Any]) -> None:
+    """The measures of one erasure."""
+    forgetting, retention = report["forgetting"], report["retention"]
+    held_out, unseen = forgetting["samples_held_out"], forgetting["probes_held_out"]
+    samples = (
+        f"{held_out} held-out target samples"
+        if held_out
+        else f"the {forgetting['samples_given']} target samples (used: too few to hold out)"
     )
-    unseen = forgot["probes_held_out"]
-    probes = f"{unseen} held out: {percent(forgot['probes_held_out_in_target'])} %" if unseen else "none held out"
+    probes = f"{unseen} held out: {percent(forgetting['probes_held_out_in_target'])} %" if unseen else "none held out"
     out.print(
-        f"  still in a target class: {percent(forgot['samples_in_target'])} % of {which}, "
-        f"{percent(forgot['probes_in_target'])} % of {forgot['probes']} probes ({probes})"
+        f"  still in a target class: {percent(forgetting['samples_in_target'])} % of {samples}, "
+        f"{percent(forgetting['probes_in_target'])} % of {forgetting['probes']} probes ({probes})"
     )
     out.print(
-        f"  agreement with the parent {percent(kept['agreement'])} % on {kept['samples']} held-out samples of D', "
-        f"KL {kept['kl_to_parent']:.4f}; membership attack AUC "
-        f"{_auc(forgot['attack_auc_before'])} -> {_auc(forgot['attack_auc'])}"
+        f"  agreement with the parent {percent(retention['agreement'])} % on {retention['samples']} held-out samples "
+        f"of D', KL {retention['kl_to_parent']:.4f}; membership attack AUC "
+        f"{_auc(forgetting['attack_auc_before'])} -> {_auc(forgetting['attack_auc'])}"
     )
     if "test_missing" in report:
         out.print(f"  accuracy not measured: {report['test_missing']}")
-    for prior in report["earlier"]:
+    for erasure in report["earlier"]:
         out.print(
-            f"  earlier erasure {prior['behaviour']}: {percent(prior['probes_in_target'])} % of its probes "
-            f"({percent(prior['recorded'])} % when erased)"
+            f"  earlier erasure {erasure['behaviour']}: {percent(erasure['probes_in_target'])} % of its probes "
+            f"({percent(erasure['recorded'])} % when erased)"
         )
 
 

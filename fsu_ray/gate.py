@@ -1,7 +1,7 @@
-"""The two gates: may a generator be reused, and may a result become a version? Pure functions of figures.
+"""The two gates: may a generator be reused, and may a result become a version? Pure functions of metrics.
 
-Both return the reasons for a refusal, most important first; an empty answer means yes. A figure that is
-not a number is never good enough.
+`refuse_generator` returns all reasons for a refusal, `refuse_result` the most important one; none means yes. A metric
+that is not a number (NaN) is always refused.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fsu_ray.recipes import GateRecipe
 def refuse_generator(metrics: Mapping[str, Any], gate: GateRecipe) -> tuple[str, ...]:
     """Why D' and its generator may not serve the current version.
 
-    `figures` are those of `method.evaluate.generator_figures`: `acceptance` (lowest share over the
-    classes that must be covered), `coverage` (rarest over mean), `bn_distance` (mean relative
-    distance), `agreement` (with the current version outside all masks), `starved` (class numbers).
+    `metrics` are those of `method.evaluate.generator_metrics`: `acceptance` (lowest share over the classes that must be
+    covered), `coverage` (rarest class over mean), `bn_distance` (mean relative distance), `agreement` (with the current
+    version outside all masks), `starved` (class numbers).
     """
     reasons = []
     if metrics["starved"]:
@@ -34,20 +34,20 @@ def refuse_generator(metrics: Mapping[str, Any], gate: GateRecipe) -> tuple[str,
 
 
 def refuse_result(report: Mapping[str, Any], gate: GateRecipe) -> str | None:
-    """Why a relearned classifier may not become a version: `not_forgotten`, `retention_lost` or
-    `erasure_returned`, with the figure that says so; None when it may.
+    """Why a relearned classifier may not become a version: `not_forgotten`, `retention_lost` or `erasure_returned`,
+    with the metric that failed; None when it may.
 
-    `report` is that of `method.evaluate.measure`.
+    `report` is one of `method.evaluate.measure`.
     """
     for name, share, number, most in _still_there(report["forgetting"], gate):
         if not share <= most:
-            told = f"{name} {share:.3f} (of {number}) > {most}"
-            return f"not_forgotten: {told}; try more samples or relearn.epochs"
-    for prior in report["earlier"]:
-        share, recorded = prior["probes_in_target"], prior["recorded"]
+            failed = f"{name} {share:.3f} (of {number}) > {most}"
+            return f"not_forgotten: {failed}; try more samples or relearn.epochs"
+    for erasure in report["earlier"]:
+        share, recorded = erasure["probes_in_target"], erasure["recorded"]
         most = min(max(gate.returned_max, recorded), recorded + gate.returned_margin)
         if share is not None and not share <= most:
-            return f"erasure_returned: {prior['behaviour']} is at {share:.3f}, {recorded:.3f} when it was erased"
+            return f"erasure_returned: {erasure['behaviour']} is at {share:.3f}, {recorded:.3f} when it was erased"
     agreement = report["retention"]["agreement"]
     if not agreement >= gate.agreement_min:
         return (
@@ -57,23 +57,23 @@ def refuse_result(report: Mapping[str, Any], gate: GateRecipe) -> str | None:
 
 
 def _still_there(forgetting: Mapping[str, Any], gate: GateRecipe) -> list[tuple[str, float, int, float]]:
-    """The shares that must have left the target classes, of how many they are, and how much of each may be left.
+    """(name, share still in a target class, number of samples, largest allowed share) of each check.
 
-    A share of so few that one of them is more than `forgotten_max` would have to be 0, which a subset's probes, among
-    which are real members of the target class, hardly ever are. It counts together with the other share, and most of
-    the few must have left.
+    Where a share is of so few samples that one of them exceeds `forgotten_max`, that bound would demand a share of 0. A
+    subset's probes hardly ever reach it: real members of the target class are among them. Such a share may be up to
+    .5, and the samples count in the check of both shares together.
     """
     counts = {
         "samples_in_target": forgetting.get("samples_held_out") or forgetting.get("samples_given"),
         "probes_in_target": forgetting.get("probes"),
     }
-    told = [(name, forgetting[name], number or 0) for name, number in counts.items() if forgetting[name] is not None]
-    every = sum(number for *_, number in told)
+    known = [(name, forgetting[name], number or 0) for name, number in counts.items() if forgetting[name] is not None]
+    every = sum(number for *_, number in known)
     shares = []
-    for name, share, number in told:
+    for name, share, number in known:
         few = number * gate.forgotten_max < 1
         shares.append((name, share, number, max(gate.forgotten_max, 0.5) if few else gate.forgotten_max))
     if every:  # where none are few, this says nothing new
-        together = sum(share * number for _, share, number in told) / every
-        shares.append((" and ".join(name for name, *_ in told), together, every, gate.forgotten_max))
+        together = sum(share * number for _, share, number in known) / every
+        shares.append((" and ".join(name for name, *_ in known), together, every, gate.forgotten_max))
     return [(name, round(share, 6), number, most) for name, share, number, most in shares]  # 1 of 20 in float32 is .05

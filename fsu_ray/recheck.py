@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 from fsu_ray.gate import refuse_result
 from fsu_ray.recipes import GateRecipe
-from fsu_ray.records import Erasure, Model, ModelVersion
+from fsu_ray.records import Erasure, Model, ModelVersion, ProgressCallback
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.storage.database import check_actor
 from fsu_ray.storage.ledger import Ledger
 from fsu_ray.storage.models import Measured
 
 if TYPE_CHECKING:
-    from fsu_ray.method.context import ProgressCallback
-    from fsu_ray.models.networks import Classifier
+    from fsu_ray.models.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,15 @@ def recheck(
 
 def _classifier(artifacts: Artifacts, model: Model, version: ModelVersion) -> Classifier:
     from fsu_ray.method.precision import default_device
-    from fsu_ray.models.networks import Classifier
+    from fsu_ray.models.classifier import Classifier
 
     return Classifier.from_bytes(model.spec, artifacts.get(version.weights)).to(default_device())
 
 
 def _measure(artifacts: Artifacts, classifier: Classifier, erasure: Erasure, gate: GateRecipe) -> RecheckResult:
-    from fsu_ray.method.context import load_samples
     from fsu_ray.method.evaluate import share_in
     from fsu_ray.method.fit import predict
+    from fsu_ray.method.inputs import load_samples
 
     pixels = load_samples(artifacts.get(erasure.probes))
     share = share_in(predict(classifier, pixels), erasure.behaviour.targets)

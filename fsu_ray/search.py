@@ -31,9 +31,10 @@ from ray.tune.error import TuneError
 from ray.tune.schedulers import ASHAScheduler
 
 from fsu_ray.cluster import workers
-from fsu_ray.cluster.progress import ProgressCallback, ProgressListener, new_progress_actor
+from fsu_ray.cluster.progress import ProgressListener, new_progress_actor
 from fsu_ray.errors import FsuError, InvalidConfig, RunFailed, UserError
 from fsu_ray.recipes import Recipe
+from fsu_ray.records import ProgressCallback
 from fsu_ray.search_space import Choices, Range, Space, apply, draw
 from fsu_ray.work import BlobStore, WorkOrder
 

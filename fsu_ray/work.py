@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,10 @@ class BlobStore(Protocol):
 
     def has(self, digest: str) -> bool:
         """Whether `digest` is there."""
+
+
+StepCallback = Callable[[int, int, dict[str, float]], None]
+"""Hears of the progress within one stage: (done, total, metrics), such as epoch, epochs and losses."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class TargetResult:
 class Outcome:
     """What a run of the method brought back. `reason` is set where the run ended without a result to judge.
 
-    `metrics` are those of D' (see `method.evaluate.dataset_metrics`), `refused` the gate's reasons against the
+    `metrics` are those of D' (see `method.evaluate.generator_metrics`), `refused` the gate's reasons against the
     generator on offer. `weights` are the relearned ones. `targets` are in the order of `WorkOrder.targets`. `seconds`
     is the time of each stage. `resumed` lists where the run went on from a checkpoint, such as `invert 200`.
     """

@@ -28,7 +28,7 @@ from fsu_ray.config import read_settings
 from fsu_ray.errors import StorageError
 from fsu_ray.method.datasets import Images, load
 from fsu_ray.method.fit import TrainingSchedule, fit
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelSpec
 from fsu_ray.service import Service, connect

@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 from fsu_ray.cli import app as commands
 from fsu_ray.cli import lineage
 from fsu_ray.cli.tree import plain_lines, version_tree
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import AliasMove, Behaviour, Model, ModelSpec, ModelVersion, Policy
 from fsu_ray.service import Service

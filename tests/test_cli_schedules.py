@@ -80,7 +80,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     @contextmanager
     def on_ray(*_: Any) -> Iterator[Any]:
         def execute(order: Any, *_: Any) -> Any:
-            told.append(order.behaviour.name)
+            told.append(order.targets[0].behaviour.name)
             raise InvalidData("no such data")
 
         told.append("up")

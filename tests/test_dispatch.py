@@ -24,20 +24,20 @@ MARK = session_mark("session_of_this_head")
 class Remembering:
     """Stands for a head in tests of what the ledger makes of its words; the real one is in tests/jobs."""
 
-    found: dict[str, Job] = field(default_factory=dict)
+    known: dict[str, Job] = field(default_factory=dict)
     sent: list[tuple[str, str, Any, Any]] = field(default_factory=list)
     mark: str = MARK
 
     def jobs(self) -> list[Job]:
-        return list(self.found.values())
+        return list(self.known.values())
 
     def submit(self, entrypoint: str, name: str, env: Any, labels: Any) -> tuple[Job, bool]:
         self.sent.append((entrypoint, name, env, labels))
         return job(name, "PENDING"), True
 
     def stop(self, name: str) -> Job:
-        self.found[name] = job(name, "STOPPED")
-        return self.found[name]
+        self.known[name] = job(name, "STOPPED")
+        return self.known[name]
 
 
 def job(name: str, status: str) -> Job:
@@ -57,9 +57,9 @@ def queued(service: Service, trained: Any) -> Callable[[str], Request]:
 
 
 def claim(service: Service, name: str, worker: str) -> Request:
-    found = service.ledger.requests.claim(worker, 3600.0, name)
-    assert found is not None
-    return found
+    claimed = service.ledger.requests.claim(worker, 3600.0, name)
+    assert claimed is not None
+    return claimed
 
 
 def test_what_is_sent(service: Service, queued: Callable[[str], Request]) -> None:

@@ -18,11 +18,11 @@ from fsu_ray import pipeline
 from fsu_ray.cli import app as commands
 from fsu_ray.errors import TransitionRefused
 from fsu_ray.method.baselines.gan import GanRecipe, train
-from fsu_ray.method.context import RunState
 from fsu_ray.method.datasets import draw, write_samples
 from fsu_ray.method.synthesize import Synthetic
-from fsu_ray.method.unlearn import unlearn
-from fsu_ray.models.networks import Classifier, Generator
+from fsu_ray.method.unlearn import RunState, unlearn
+from fsu_ray.models.classifier import Classifier
+from fsu_ray.models.generator import Generator
 from fsu_ray.pipeline import run_request
 from fsu_ray.records import Generator as Kept
 from fsu_ray.records import Request, Status
@@ -287,7 +287,7 @@ def test_a_refusal_is_not_forgotten_by_a_run_that_goes_on(fsu: Fsu, service: Ser
 
     def twice(order: WorkOrder, store: Any, name: str, stop: threading.Event) -> Outcome:
         unlearn(order, store, torch.device("cpu"), checkpoint=states.append)
-        return unlearn(order, store, torch.device("cpu"), saved=states[-1])
+        return unlearn(order, store, torch.device("cpu"), state=states[-1])
 
     assert (carry_out(service, twice).reason or "").startswith("generator_refused: ")
     assert states

@@ -17,9 +17,10 @@ import torch
 
 from fsu_ray.cli import _accuracy
 from fsu_ray.config import Timings
+from fsu_ray.console import plain, results_json
 from fsu_ray.errors import AlreadyErased, InvalidSamples, LeaseLost, LedgerUnavailable, RunFailed, Stopped, StorageError
-from fsu_ray.method.context import load_samples
 from fsu_ray.method.datasets import draw, write_samples
+from fsu_ray.method.inputs import load_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import Execute, Result, WorkerOptions, drain, run_name, run_request
 from fsu_ray.recipes import Recipe
@@ -270,6 +271,15 @@ def test_class_requests_of_a_model_run_together(service: Service, ask: Callable[
     assert {(r.request.status, r.request.version) for r in results} == {(Status.SUCCEEDED, 2)}
     erasures = service.ledger.models.erasures("m")
     assert len({e.mask for e in erasures}) == len({e.probes for e in erasures}) == 3
+    assert [r.target and (r.target.mask, r.target.probes) for r in results] == [(e.mask, e.probes) for e in erasures]
+    documents = results_json(results)
+    assert [document["outcome"]["mask"] for document in documents] == [erasure.mask for erasure in erasures]
+    assert [document["outcome"]["report"] for document in documents] == [plain(result.report) for result in results]
+    assert set(documents[0]) == {"request", "version", "outcome"}
+    assert set(documents[0]["outcome"]) == {
+        "reason", "generator_use", "generator_weights", "dataset", "metrics", "refused", "weights", "mask", "probes",
+        "report", "seconds", "resumed",
+    }  # fmt: skip
     assert len(service.ledger.generators.all("m")) == 1
     for erasure in erasures:
         forgot = erasure.report["forgetting"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fsu_ray.errors import NotFound, StorageError, UserError
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw, write_samples
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import run_request
 from fsu_ray.recheck import recheck
@@ -94,17 +94,19 @@ def test_what_is_back_fails_and_what_is_gone_passes(service: Service, erase: Era
     gone, back = erase(8, digits=3), erase(5, digits=5)
     told: list[tuple[str, int, int]] = []
 
-    model, version, found = recheck(service.ledger, service.artifacts, "m", "ann", lambda *news: told.append(news[:3]))
+    model, version, results = recheck(
+        service.ledger, service.artifacts, "m", "ann", lambda *news: told.append(news[:3])
+    )
 
     assert (model.name, version.number) == ("m", 3)
-    assert [(each.erasure, each.probes, each.passed) for each in found] == [(gone, 20, True), (back, 20, False)]
-    assert found[0].share is not None
-    assert found[1].share is not None
-    assert found[0].share < 0.05 < 0.8 < found[1].share
+    assert [(each.erasure, each.probes, each.passed) for each in results] == [(gone, 20, True), (back, 20, False)]
+    assert results[0].share is not None
+    assert results[1].share is not None
+    assert results[0].share < 0.05 < 0.8 < results[1].share
     assert told == [("recheck", 1, 2), ("recheck", 2, 2)]
     kept = service.ledger.models.rechecks("m")
     assert {id: (each.share, each.passed) for id, each in kept.items()} == {
-        each.erasure.id: (each.share, each.passed) for each in found
+        each.erasure.id: (each.share, each.passed) for each in results
     }
     events = [event for event in service.ledger.models.history("m") if "recheck" in event["event"]]
     assert [event["event"] for event in events] == ["rechecked", "recheck_failed"]
@@ -125,9 +127,9 @@ def test_the_bounds_are_those_of_the_erasures_own_recipe(
 ) -> None:
     """Above `returned_max`, or `returned_margin` above its own record."""
     erase(8, digits=8, recorded=recorded, gate=GateRecipe(**gate))
-    (found,) = recheck(service.ledger, service.artifacts, "m", "ann")[2]
-    assert found.passed == passed
-    assert found.recorded == (recorded or 0.0)
+    (result,) = recheck(service.ledger, service.artifacts, "m", "ann")[2]
+    assert result.passed == passed
+    assert result.recorded == (recorded or 0.0)
 
 
 def test_a_version_is_asked_for_what_is_in_force_there(service: Service, erase: Erase) -> None:
@@ -145,8 +147,8 @@ def test_a_version_is_asked_for_what_is_in_force_there(service: Service, erase: 
 def test_an_erasure_without_probes_passes(service: Service, erase: Erase) -> None:
     """Where there is nothing to measure nothing is held against it, as in the gate."""
     erase(8, digits=None)
-    (found,) = recheck(service.ledger, service.artifacts, "m", "ann")[2]
-    assert (found.probes, found.share, found.passed) == (0, None, True)
+    (result,) = recheck(service.ledger, service.artifacts, "m", "ann")[2]
+    assert (result.probes, result.share, result.passed) == (0, None, True)
 
 
 def test_what_is_missing_is_named_and_nothing_is_kept(service: Service, erase: Erase) -> None:

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.postgres
 def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable[..., None], str]]:
     """A PostgreSQL of our own, which may be stopped: `control("stop", "-m", "immediate")`, and its URL."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
-    found = shutil.which("pg_ctl") or (str(programs[-1]) if programs else None)
-    if found is None:
+    pg_ctl = shutil.which("pg_ctl") or (str(programs[-1]) if programs else None)
+    if pg_ctl is None:
         if "postgres" in os.environ.get("FSU_REQUIRE", "").split(","):
             pytest.fail("FSU_REQUIRE names postgres, and there is no pg_ctl to start one that may be stopped")
         pytest.skip("no pg_ctl: no PostgreSQL that may be stopped")
@@ -51,7 +51,7 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=60, **user)
-    initdb = Path(found).with_name("initdb")
+    initdb = Path(pg_ctl).with_name("initdb")
     run([initdb, "-D", folder / "data", "-U", "postgres", "-A", "trust", "--no-sync"])
     access = folder / "data" / "pg_hba.conf"
     access.write_text(f"host all bob 127.0.0.1/32 scram-sha-256\n{access.read_text()}")
@@ -59,7 +59,7 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable
 
     def control(*words: str) -> None:
         log = ["-l", folder / "log", "-o", options] if words[0] in ("start", "restart") else []
-        run([found, "-D", folder / "data", "-w", *log, *words], stdout=subprocess.DEVNULL, capture_output=False)
+        run([pg_ctl, "-D", folder / "data", "-w", *log, *words], stdout=subprocess.DEVNULL, capture_output=False)
 
     control("start")
     yield control, f"postgresql://postgres@127.0.0.1:{port}/postgres"

@@ -208,7 +208,7 @@ def runs_of(service: Service) -> Checkpoints:
     return Checkpoints(service.settings.runs)
 
 
-class TestGarbage:
+class TestDeletableFiles:
     def test_checkpoints_go_when_what_they_served_is_over(self, service: Service, erase: Callable[..., Result]) -> None:
         """Those of a request that lives stay, and so does what is of another ledger, or of nobody known."""
         ended, _ = service.ledger.requests.submit(
@@ -226,11 +226,11 @@ class TestGarbage:
             (folder / "state.pt").write_bytes(b"1234")
         runs = runs_of(service)
         assert retention.garbage(service.ledger, service.artifacts, runs).checkpoints == {names[0]: 4}
-        found = retention.garbage(service.ledger, service.artifacts, runs, timedelta(0))
-        assert found.checkpoints == {names[0]: 4, names[3]: 4}
-        retention.collect(service.ledger, service.artifacts, runs, found, "alice")
-        assert {folder.name for folder in Path(service.settings.runs).iterdir()} == set(names) - set(found.checkpoints)
-        retention.collect(service.ledger, service.artifacts, runs, found, "alice")  # somebody else was faster
+        files = retention.garbage(service.ledger, service.artifacts, runs, timedelta(0))
+        assert files.checkpoints == {names[0]: 4, names[3]: 4}
+        retention.collect(service.ledger, service.artifacts, runs, files, "alice")
+        assert {folder.name for folder in Path(service.settings.runs).iterdir()} == set(names) - set(files.checkpoints)
+        retention.collect(service.ledger, service.artifacts, runs, files, "alice")  # somebody else was faster
 
     def test_only_what_nothing_refers_to_is_deleted(self, service: Service, erase: Callable[..., Result]) -> None:
         """And only when it is old; a dry run deletes nothing."""
@@ -240,13 +240,13 @@ class TestGarbage:
         assert retention.garbage(service.ledger, service.artifacts, runs_of(service)).stray == {}, (
             "it may be in use for all we know"
         )
-        found = retention.garbage(service.ledger, service.artifacts, runs_of(service), timedelta(0))
-        assert stray in found.stray
+        files = retention.garbage(service.ledger, service.artifacts, runs_of(service), timedelta(0))
+        assert stray in files.stray
         needed, _ = service.ledger.references()
-        assert needed.isdisjoint(found.stray)
+        assert needed.isdisjoint(files.stray)
         assert service.artifacts.has(stray)
-        retention.collect(service.ledger, service.artifacts, runs_of(service), found, "alice")
-        assert set(service.artifacts.digests()) == kept - set(found.stray)
+        retention.collect(service.ledger, service.artifacts, runs_of(service), files, "alice")
+        assert set(service.artifacts.digests()) == kept - set(files.stray)
         assert all(service.artifacts.has(digest) for digest in needed)
 
     def test_a_running_request_keeps_what_it_writes(self, service: Service, erase: Callable[..., Result]) -> None:
@@ -264,9 +264,9 @@ class TestGarbage:
         request = erase(8).request
         service.ledger.requests.purge(request)
         assert service.artifacts.has(request.samples)
-        found = retention.garbage(service.ledger, service.artifacts, runs_of(service))
-        assert set(found.late) == {request.samples}
-        retention.collect(service.ledger, service.artifacts, runs_of(service), found, "alice")
+        files = retention.garbage(service.ledger, service.artifacts, runs_of(service))
+        assert set(files.late) == {request.samples}
+        retention.collect(service.ledger, service.artifacts, runs_of(service), files, "alice")
         assert not service.artifacts.has(request.samples)
 
     def test_a_file_that_cannot_be_deleted_is_an_error(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

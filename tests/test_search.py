@@ -18,8 +18,8 @@ from ray import tune
 from fsu_ray import search as search_module
 from fsu_ray.cluster import workers
 from fsu_ray.errors import FsuError, InvalidSamples, TransitionRefused, UserError
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw, read_samples, write_samples
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search import MARGIN, SearchOptions, SearchResult, _best, search, search_name
@@ -69,19 +69,19 @@ def test_a_search_finds_a_better_recipe(cluster: None, service: Service, asked: 
     order = service.recipes.search_order("m", asked, apply(Recipe(), TINY))
     wanted = SearchOptions(narrowed(SPACE["class"], RANGES), trials=2, optuna=True, seed=1)
     told: list[str] = []
-    found = search(
+    result = search(
         order, service.artifacts, (None, service.settings.runs), wanted, lambda stage, *_: told.append(stage)
     )
-    assert found.better
-    evidence = found.evidence
-    assert found.score == evidence["best"]["score"] > evidence["initial"]["score"]
+    assert result.better
+    evidence = result.evidence
+    assert result.score == evidence["best"]["score"] > evidence["initial"]["score"]
     assert evidence["best"]["forgetting"] > evidence["initial"]["forgetting"]
     assert (evidence["trials"], evidence["name"]) == (2, search_name(order, wanted))
     assert 1 <= evidence["finished"] <= 2
     assert 2 * 80 + 2 * 20 < evidence["steps"] <= 2 * 80 + 2 * 80
     assert evidence["trial_seconds"] > 0
-    assert found.recipe == apply(order.recipe, evidence["values"])
-    assert found.recipe.relearn.lr >= 1e-3
+    assert result.recipe == apply(order.recipe, evidence["values"])
+    assert result.recipe.relearn.lr >= 1e-3
     assert {"reference", "rungs"} <= set(told)
 
 
@@ -165,14 +165,14 @@ def test_the_best_is_one_that_was_trained_to_the_end() -> None:
     results = [row(0.99, 200, **{"relearn.lr": 0.1}), row(0.8, 400, **{"relearn.lr": 0.2}), row(0.7, 400)]
     initial = {**row(0.75, 400).metrics}
     del initial["steps"], initial["config"]
-    found = _best(base, initial, results, "search-1", 5.0)
-    assert (found.score, found.recipe.relearn.lr, found.better) == (0.8, 0.2, True)
-    assert (found.evidence["finished"], found.evidence["steps"]) == (2, 1800)
+    result = _best(base, initial, results, "search-1", 5.0)
+    assert (result.score, result.recipe.relearn.lr, result.better) == (0.8, 0.2, True)
+    assert (result.evidence["finished"], result.evidence["steps"]) == (2, 1800)
     initial["score"] = 0.8 - MARGIN / 2  # hardly worse than the best
     assert _best(base, initial, results, "search-1", 5.0).recipe == base
     initial["score"] = 0.85
     assert _best(base, initial, results, "search-1", 5.0) == SearchResult(
-        base, 0.85, {**found.evidence, "initial": initial, "best": initial, "values": {}}
+        base, 0.85, {**result.evidence, "initial": initial, "best": initial, "values": {}}
     )
 
 

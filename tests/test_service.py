@@ -1,4 +1,4 @@
-"""The service: what `import fsu_ray` gives, and a request from Python, as fsu_ray/cli/README.md shows it."""
+"""The service: what `import fsu_ray` gives, and a request from Python, as README.md shows it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fsu_ray.records import Behaviour, Status
 from fsu_ray.service import Service
 from fsu_ray.work import Outcome, WorkOrder
 
-README = Path(fsu_ray.__file__).parent / "cli" / "README.md"
+README = Path(__file__).parent.parent / "README.md"
 EIGHT = Behaviour(name="eight", kind="class", targets=(8,))
 
 

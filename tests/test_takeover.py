@@ -84,7 +84,7 @@ def test_drivers_that_end_in_the_middle(service: Service, request_of: str, home:
     (ended,) = json.loads(again.stdout)
     assert (ended["request"]["status"], ended["request"]["attempt"]) == ("succeeded", 3)
     steps = [re.fullmatch(r"invert (\d+)", each) for each in ended["outcome"]["resumed"]]
-    first, second = (int(found[1]) for found in steps if found)
+    first, second = (int(match[1]) for match in steps if match)
     assert 100 < first < second, "the step at which the first was asked to end, then a checkpoint of the second"
     assert [version.number for version in service.ledger.models.versions("m")] == [1, 2]
     assert [erasure.behaviour.name for erasure in service.ledger.models.erasures("m")] == ["eight"]

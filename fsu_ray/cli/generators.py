@@ -62,7 +62,7 @@ def generator_show(generator: Id, json: Json = False) -> None:
 @one_line
 def generator_import(
     model: ModelName,
-    file: Annotated[Path, typer.Argument(help="The state_dict of `models.networks.Generator`, as safetensors.")],
+    file: Annotated[Path, typer.Argument(help="The state_dict of `models.generator.Generator`, as safetensors.")],
     latent: Annotated[int | None, typer.Option(min=1, help="Dimensions of its z. Default: invert.latent.")] = None,
     kind: Annotated[str, typer.Option(help="Use the recipe of class or of subset requests.")] = "class",
     recipe: Annotated[str | None, typer.Option(help="Or this preset: default, digits, deep or very-deep.")] = None,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
-ProgressCallback = Callable[[str, int, int, dict[str, float]], None]
-"""Called with the stage, how much of it is done, of how much, and the metrics of this moment."""
+from fsu_ray.records import ProgressCallback
 
 Report = tuple[str, int, int, dict[str, float]]
 """The arguments of one call of a ProgressCallback."""

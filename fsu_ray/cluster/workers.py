@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 from fsu_ray.cluster import internals
 from fsu_ray.cluster.capacity import autoscaler_limits, cluster_limits
-from fsu_ray.cluster.progress import ProgressCallback, ProgressListener, new_progress_actor
+from fsu_ray.cluster.progress import ProgressListener, new_progress_actor
 from fsu_ray.errors import ClusterUnavailable, FsuError, RunFailed, Stopped, UserError
+from fsu_ray.records import ProgressCallback
 from fsu_ray.work import BlobStore, Outcome, TargetResult, WorkOrder
 
 if TYPE_CHECKING:
-    from fsu_ray.method.context import RunState
+    from fsu_ray.method.unlearn import RunState
 
 log = logging.getLogger(__name__)
 
@@ -334,17 +335,13 @@ def _resume() -> RunState | None:
     import ray.train
     import torch
 
-    from fsu_ray.method.context import RunState
+    from fsu_ray.method.unlearn import RunState
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
-        state = RunState(**torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu"))
-    if state.inversion is None:
-        stages = list(state.seconds)
-        state.resumed_at.append(f"after {stages[-1]}" if stages else "start")
-    return state
+        return RunState(**torch.load(Path(folder) / "state.pt", weights_only=True, map_location="cpu"))
 
 
 def cause(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Work
 from fsu_ray.method.baselines import last_layer
 from fsu_ray.method.baselines.last_layer import Learning
 from fsu_ray.method.baselines.variational import Descent, Diagonal
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.records import ModelSpec
 
 DRAWS = 100  # from q, for a prediction

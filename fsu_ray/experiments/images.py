@@ -24,12 +24,13 @@ from fsu_ray.method import evaluate, invert
 from fsu_ray.method.baselines import fisher
 from fsu_ray.method.baselines.gan import GanRecipe
 from fsu_ray.method.baselines.gan import train as train_gan
-from fsu_ray.method.context import RunState, save_samples
 from fsu_ray.method.fit import TrainingSchedule, fit, predict
-from fsu_ray.method.reading import read_generator
+from fsu_ray.method.generators import read_generator
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.synthesize import starved_classes, synthesize
-from fsu_ray.method.unlearn import unlearn
-from fsu_ray.models.networks import Classifier, Generator
+from fsu_ray.method.unlearn import RunState, unlearn
+from fsu_ray.models.classifier import Classifier
+from fsu_ray.models.generator import Generator
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import ModelSpec
 from fsu_ray.work import ErasureTarget, WorkOrder
@@ -225,7 +226,7 @@ def _dataset(cell: Cell, context: CellContext) -> list[Row]:
     every = torch.ones(len(drawn), dtype=torch.bool)
     starved = starved_classes(synthesis["count"], recipe.synthesize)
     allowed = every[:, None].expand(-1, classifier.spec.classes)
-    metrics = evaluate.generator_figures(classifier, drawn, synthesis, allowed, every, [], starved)
+    metrics = evaluate.generator_metrics(classifier, drawn, synthesis, allowed, every, [], starved)
     keys = ("acceptance", "coverage", "bn_distance", "agreement")
     row = {"seed": cell["seed"], "scenario": original["scenario"], "arch": original["arch"],
            "generator": inverter["weights"],
@@ -246,7 +247,7 @@ def _erasure(cell: Cell, context: CellContext) -> list[Row]:
     order = WorkOrder(spec, original["weights"], original["weights"], (target,), recipe)
     saved = RunState(use="trained", generator=drawn["generator"], dataset=drawn["dataset"],
                   metrics={"starved": drawn["starved"]})  # fmt: skip
-    outcome = unlearn(order, context.store, context.device, saved=saved)
+    outcome = unlearn(order, context.store, context.device, state=saved)
     refused = outcome.reason or refuse_result(outcome.targets[0].report, recipe.gate) or ""
     weights = outcome.weights or original["weights"]
     child = load({"spec": original["spec"], "weights": weights}, context)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fsu_ray.errors import InvalidData
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import Images, draw, load
 from fsu_ray.method.fit import TrainingSchedule, fit, predict
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.precision import default_device
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.pipeline import Execute, WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec

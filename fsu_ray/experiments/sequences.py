@@ -22,7 +22,7 @@ from fsu_ray.experiments.catalogue import Cell, CellContext, CellType, Row, Scal
 from fsu_ray.experiments.images import FEW
 from fsu_ray.experiments.markdown import spread, table
 from fsu_ray.experiments.mnist import score, target_samples
-from fsu_ray.method.context import save_samples
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.records import ModelSpec, Policy

@@ -1,7 +1,6 @@
 """Differentiable augmentation, one random transformation a sample: the phi_k of eq. 4 and 8.
 
-Always on pixels in [0, 1], before normalisation, so that the zeros that come in at the border are
-black and not some colour of the normalised scale.
+It works on pixels in [0, 1], before normalisation, so that the zeros that come in at the border are black.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def draw_moves(n: int, rng: torch.Generator) -> Tensor:
 
 
 def moved(pixels: Tensor, draws: Tensor, flip: bool = False) -> Tensor:
-    """The view of each sample that its row of draws (N, 4) stands for: rotation, two shifts, mirrored or not."""
+    """The view of each sample by its row of draws (N, 4): rotation, two shifts, mirrored or not."""
     draws = draws.to(pixels.device)
     degrees = (2 * draws[:, 0] - 1) * ROTATION
     shift = (2 * draws[:, 1:3] - 1) * SHIFT

@@ -1,7 +1,7 @@
-"""Training steps as CUDA graphs: on a GPU a step of these networks is hundreds of kernels of a few microseconds each.
+"""Training steps as CUDA graphs.
 
-A process launches them more slowly than the GPU ends them. Recorded once and replayed as a whole, a step takes what the
-GPU needs for it.
+On a GPU a step of these networks is hundreds of kernels of a few microseconds each; launching them takes longer than
+running them. A step that is recorded once and replayed as a whole takes only the time that the GPU needs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 3
-"""Plain calls before one is recorded: libraries set themselves up in the first ones."""
+"""Plain calls before one is recorded, in which libraries initialise themselves."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class _Recorded:
 
 
 class CudaGraphStep:
-    """`step(*inputs) -> Tensor`, which leaves gradients in `parameters`, called or, on a GPU, replayed.
+    """Calls `step(*inputs) -> Tensor`, which leaves gradients in `parameters`; on a GPU it is recorded and replayed.
 
     A call takes tensors of any device and clears the gradients first. On a GPU each shape of the inputs is recorded at
-    its fourth call; from then on nothing of `step` runs in Python, so that it must do the same to the same tensors each
-    time. A step that cannot be recorded is called as it is. `plain` says that none is recorded.
+    its fourth call. From then on no Python code of `step` runs, so it must do the same to the same tensors each time. A
+    step that cannot be recorded is called plainly. With `plain` nothing is recorded.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class CudaGraphStep:
 
     @property
     def recorded(self) -> int:
-        """How many shapes of inputs are replayed."""
+        """The number of input shapes that are replayed."""
         return len(self._recorded)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What `step` returns for `inputs`."""
+        """The result of `step` for `inputs`."""
         if self._plain:
             return self._call(inputs)
         shapes = tuple(x.shape for x in inputs)
@@ -65,13 +65,13 @@ class CudaGraphStep:
                 torch.cuda.synchronize()
                 self._plain = True
                 return self._call(inputs)
-        found = self._recorded[shapes]
-        for buffer, x in zip(found.inputs, inputs, strict=True):
+        recorded = self._recorded[shapes]
+        for buffer, x in zip(recorded.inputs, inputs, strict=True):
             buffer.copy_(x)
-        found.graph.replay()
-        for parameter, gradient in zip(self._parameters, found.gradients, strict=True):
+        recorded.graph.replay()
+        for parameter, gradient in zip(self._parameters, recorded.gradients, strict=True):
             parameter.grad = gradient
-        return found.out.clone()
+        return recorded.out.clone()
 
     def _call(self, inputs: Iterable[Tensor]) -> Tensor:
         for parameter in self._parameters:
@@ -79,7 +79,7 @@ class CudaGraphStep:
         return self._step(*(x.to(self._device) for x in inputs))
 
     def _beside(self, inputs: Iterable[Tensor]) -> Tensor:
-        """Call it on another stream than the default one, as recording does."""
+        """Call the step on a stream of its own, as recording does."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

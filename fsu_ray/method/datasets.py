@@ -75,13 +75,13 @@ def draw(images: Images, classes: Iterable[int], share: float | int, seed: int) 
     The draw depends on `seed` alone; raises InvalidData where there are none to draw from.
     """
     wanted = torch.tensor(sorted(set(classes)))
-    found = torch.isin(images.labels, wanted).nonzero().flatten()
-    number = share if isinstance(share, int) else round(share * len(found))
-    number = min(max(number, 1), len(found))
-    if not len(found):
+    members = torch.isin(images.labels, wanted).nonzero().flatten()
+    number = share if isinstance(share, int) else round(share * len(members))
+    number = min(max(number, 1), len(members))
+    if not len(members):
         raise InvalidData(f"the data set has no sample of the classes {wanted.tolist()}")
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
-    return found[order[:number]].sort().values
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))
+    return members[order[:number]].sort().values
 
 
 def read_samples(location: str, shape: tuple[int, int, int]) -> Tensor:
@@ -139,17 +139,17 @@ def _decode(data: bytes, shape: tuple[int, int, int], name: str) -> Tensor:
                 warnings.simplefilter("ignore")
                 file.load()
             image: Image.Image = file
-            found = len(image.getbands())
+            bands = len(image.getbands())
             if image.mode == "P":
                 image = image.convert("RGB")
-                found = 3
+                bands = 3
             if image.mode not in ("L", "RGB"):
                 raise InvalidSamples(f"{name} has the colour mode {image.mode}: save it as greyscale or RGB, 8 bits")
             array = np.array(image)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
         raise InvalidSamples(f"{name} is not a whole image: remove it or save it again") from None
-    if found != channels:
-        raise InvalidSamples(f"{name} has {found} channels, the model takes {channels}")
+    if bands != channels:
+        raise InvalidSamples(f"{name} has {bands} channels, the model takes {channels}")
     if array.shape[:2] != (rows, columns):
         size = f"{array.shape[0]}x{array.shape[1]}"
         raise InvalidSamples(f"{name} is {size}, the model takes {rows}x{columns} (height x width): resize it")
@@ -215,10 +215,10 @@ def _torchvision(kind: str, split: Split, shape: tuple[int, int, int]) -> Images
         labels = torch.frombuffer(bytearray(label_bytes[8:]), dtype=torch.uint8).long()
     else:
         try:
-            found = datasets.MNIST(str(root), train=split == "train", download=True)
+            mnist = datasets.MNIST(str(root), train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise InvalidData(f"MNIST is neither in {root} nor can it be downloaded ({error}); set FSU_DATA") from None
-        pixels, labels = found.data[:, None], found.targets.long()
+        pixels, labels = mnist.data[:, None], mnist.targets.long()
     if shape[1:] == (32, 32):
         pixels = F.pad(pixels, (2, 2, 2, 2))
     return Images(_fit(pixels, shape), labels)
@@ -233,11 +233,11 @@ def _cifar10(split: Split, shape: tuple[int, int, int]) -> Images:
     if file.exists():
         return _parquet(file, shape)
     try:
-        found = datasets.CIFAR10(str(root), train=split == "train", download=True)
+        cifar = datasets.CIFAR10(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise InvalidData(f"CIFAR-10 is neither in {root} nor can it be downloaded ({error}); set FSU_DATA") from None
-    pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-    return Images(_fit(pixels, shape), torch.tensor(found.targets))
+    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+    return Images(_fit(pixels, shape), torch.tensor(cifar.targets))
 
 
 def _folder(path: Path, shape: tuple[int, int, int]) -> Images:
@@ -267,13 +267,13 @@ def _read_parquet(path: Path, columns: list[str]) -> dict[str, list[Any]]:
     if missing:
         raise InvalidData(f"{path} has no column {missing[0]!r}: it needs `image` (encoded bytes) and `label`")
     # Hugging Face's files keep the bytes in a struct
-    found = {c: table[c].to_pylist() for c in columns}
-    found["image"] = [row.get("bytes") if isinstance(row, dict) else row for row in found["image"]]
-    if not all(isinstance(row, bytes) for row in found["image"]):
+    rows = {c: table[c].to_pylist() for c in columns}
+    rows["image"] = [row.get("bytes") if isinstance(row, dict) else row for row in rows["image"]]
+    if not all(isinstance(row, bytes) for row in rows["image"]):
         raise InvalidData(f"{path}: the column `image` must hold the bytes of encoded images (PNG, JPEG)")
-    if not all(isinstance(row, int) and row >= 0 for row in found.get("label", [])):
+    if not all(isinstance(row, int) and row >= 0 for row in rows.get("label", [])):
         raise InvalidData(f"{path}: the column `label` must hold class numbers from 0")
-    return found
+    return rows
 
 
 def _parquet(path: Path, shape: tuple[int, int, int]) -> Images:

@@ -1,7 +1,7 @@
-"""Filtration: which samples of D' are D_e-like, and what an erasure does to their labels (eq. 9 and 10, Algorithm 3).
+"""Filtration: the D_e-like samples of D', and what an erasure does to their labels (eq. 9 and 10, Algorithm 3).
 
-The paper's eq. 9 sums a kernel and keeps what is below a threshold, which selects the dissimilar;
-here every metric is a distance, so D_e-like means near (method sheet, "sign of the filter").
+As printed, eq. 9 sums a kernel and keeps samples below a threshold, which selects the dissimilar ones. Here every
+metric is a distance, so D_e-like means near.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fsu_ray.errors import StorageError
-from fsu_ray.models.networks import Classifier, observe
+from fsu_ray.models.classifier import Classifier
+from fsu_ray.models.hooks import observe
 from fsu_ray.recipes import FilterRecipe
 from fsu_ray.records import Behaviour
 
@@ -29,8 +30,9 @@ LADDER = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # kneed's sensitivity S: a hi
 class Mask:
     """What one erasure does to D'.
 
-    `like` (N,) bool: the D_e-like samples. `targets` lose their mass on those, or on all samples
-    when `everywhere` (a whole class is gone). `threshold` is t_f, None where no distance decided.
+    `is_forget` (N,) bool: the D_e-like samples. The classes `targets` lose their probability on these, or on all
+    samples where `whole_class` (the class is erased as a whole). `policy` chose the samples; `threshold` is its t_f,
+    None where no distance decided.
     """
 
     is_forget: Tensor
@@ -40,7 +42,7 @@ class Mask:
     threshold: float | None
 
     def to_bytes(self) -> bytes:
-        """As safetensors, the scalars in its metadata."""
+        """As safetensors, with the scalars in the metadata."""
         about = {"targets": list(self.targets), "everywhere": self.whole_class}
         about |= {"policy": self.policy, "threshold": self.threshold}
         return save_tensors({"like": self.is_forget}, {"mask": json.dumps(about)})
@@ -75,8 +77,8 @@ def bandwidth(examples: Tensor) -> float:
     """b of the RBF kernel: the median squared distance between different examples (M, F); 1 for a single one."""
     if len(examples) < 2:
         return 1.0
-    found = torch.pdist(examples).square().median()
-    return max(float(found), 1e-12)
+    median = torch.pdist(examples).square().median()
+    return max(float(median), 1e-12)
 
 
 def pairwise(features: Tensor, examples: Tensor, metric: str, b: float) -> Tensor:
@@ -118,44 +120,45 @@ def knee(ordered: Tensor, sensitivity: float = 1.0) -> float | None:
     return None if at is None else float(values[int(at)])
 
 
-def knee_threshold(found: Tensor, examples: Tensor, metric: str) -> float:
-    """t_f at the knee of the sorted distances (appendix C.3), found by kneed.
+def knee_threshold(distances: Tensor, examples: Tensor, metric: str) -> float:
+    """t_f at the knee of the sorted distances (N,) (appendix C.3), by kneed.
 
-    The knee at S = 1 is far too tight (method sheet), so S climbs until the knee reaches the mean
-    leave-one-out distance of the examples; the largest one bounds it from above.
+    The knee at S = 1 selects far too few samples, so S rises until the knee reaches the mean leave-one-out distance of
+    the examples (M, F). Their largest leave-one-out distance bounds t_f from above.
     """
-    ordered = found.sort().values.double()
-    own = leave_one_out(examples, metric)
-    low, high = float(own.mean()), float(own.max())
+    ordered = distances.sort().values.double()
+    among_examples = leave_one_out(examples, metric)
+    low, high = float(among_examples.mean()), float(among_examples.max())
     for sensitivity in LADDER:
-        found_at = knee(ordered, sensitivity)
-        if found_at is not None and found_at >= low:
-            return min(found_at, high)
+        threshold = knee(ordered, sensitivity)
+        if threshold is not None and threshold >= low:
+            return min(threshold, high)
     return low
 
 
 def own_share(logits: Tensor, example_logits: Tensor, targets: tuple[int, ...]) -> Tensor:
-    """(N,) how much of what the examples are the root sees in each sample: its probability of the class that it would
-    see with the targets taken away, 0 where that is none that at least a tenth of the examples get.
+    """(N,): the root's probability of each sample's most likely non-target class, 0 where fewer than a tenth of the
+    examples have that class.
 
-    logits (N, K) of D', example_logits (M, K). A wrongly labelled sample still looks a little like what it is: a real
-    member of the target class does not.
+    logits (N, K) of D', example_logits (M, K) of the examples. A wrongly labelled sample keeps some probability of its
+    right class; a real member of the target class does not.
     """
 
-    def without(found: Tensor) -> Tensor:
-        gone = torch.zeros(found.shape[1], dtype=torch.bool)
-        gone[list(targets)] = True
-        return found.masked_fill(gone, -torch.inf).argmax(1)
+    def best_other_class(logits: Tensor) -> Tensor:
+        is_target = torch.zeros(logits.shape[1], dtype=torch.bool)
+        is_target[list(targets)] = True
+        return logits.masked_fill(is_target, -torch.inf).argmax(1)
 
-    seen = torch.bincount(without(example_logits), minlength=logits.shape[1]) / len(example_logits)
-    own = without(logits)
-    return logits.softmax(1).gather(1, own[:, None])[:, 0] * (seen[own] >= 0.1)
+    usual = torch.bincount(best_other_class(example_logits), minlength=logits.shape[1]) / len(example_logits)
+    other = best_other_class(logits)
+    return logits.softmax(1).gather(1, other[:, None])[:, 0] * (usual[other] >= 0.1)
 
 
 def least_share(shares: Tensor, recipe: FilterRecipe) -> float:
-    """The least of `shares` (N,), by `own_share`, that a subset's samples need: `runner_up`, or what the `fewest`
-    highest have where fewer reach it, but never under a tenth of it. How sure D' is of its classes differs between
-    generators more than what a wrongly labelled sample looks like.
+    """The least of `shares` (N,), by `own_share`, that a D_e-like sample of a subset needs.
+
+    It is `recipe.runner_up`. Where fewer than `recipe.fewest` samples reach that, it is lowered until so many do, but
+    not under a tenth of `runner_up`: generators differ in how sure the root is of their samples.
     """
     highest = shares.sort(descending=True).values[: recipe.fewest]
     enough = float(highest[-1]) if len(highest) else 1.0
@@ -172,10 +175,10 @@ def select(
 ) -> Mask:
     """The mask of `behaviour` over D'.
 
-    features (N, F) and predicted (N,) of D', examples (M, F): features of the target samples. A
-    sample is D_e-like if the root sees a target class in it and, unless the policy is `class`, its
-    distance to the examples is at most t_f. For a subset, `logits` of D' (N, K) and of the examples
-    (M, K) tell it from real members of the target class: see `own_share`.
+    features (N, F) and predicted (N,) of D'; examples (M, F): features of the target samples. A sample is D_e-like if
+    the root predicts a target class and, unless the policy is `class`, its distance to the examples is at most t_f. For
+    a subset, `logits` of D' (N, K) and of the examples (M, K) exclude real members of the target class: see
+    `own_share`.
     """
     policy = recipe.policy
     if policy == "auto":
@@ -183,14 +186,14 @@ def select(
     is_forget = torch.isin(predicted, torch.tensor(behaviour.targets))
     threshold: float | None = None
     if policy != "class":
-        found = distances(features, examples, recipe.metric)
+        far = distances(features, examples, recipe.metric)
         if recipe.threshold is not None:
             threshold = recipe.threshold
         elif policy == "knee":
-            threshold = knee_threshold(found, examples, recipe.metric)
+            threshold = knee_threshold(far, examples, recipe.metric)
         else:
             threshold = float(leave_one_out(examples, recipe.metric).quantile(recipe.quantile))
-        is_forget &= found <= threshold
+        is_forget &= far <= threshold
         if behaviour.kind == "subset" and logits is not None and recipe.runner_up > 0:
             shares = own_share(*logits, behaviour.targets) * is_forget
             is_forget = shares >= least_share(shares, recipe)
@@ -198,7 +201,7 @@ def select(
 
 
 def allowed_classes(masks: Iterable[Mask], n: int, classes: int) -> Tensor:
-    """(N, K) bool: which classes each sample of D' may still be given under all masks."""
+    """(N, K) bool: the classes that all masks leave to each of the N samples of D'."""
     allowed = torch.ones((n, classes), dtype=torch.bool)
     for mask in masks:
         rows = torch.ones(n, dtype=torch.bool) if mask.whole_class else mask.is_forget
@@ -207,8 +210,8 @@ def allowed_classes(masks: Iterable[Mask], n: int, classes: int) -> Tensor:
 
 
 def relabel(logits: Tensor, allowed: Tensor) -> Tensor:
-    """r(y, y_e) of eq. 10: soft labels (N, K) without any mass on the classes that are not allowed.
+    """r(y, y_e) of eq. 10: soft labels (N, K) without any probability of the classes that are not allowed.
 
-    The logits of those become -inf and the rest is renormalised. Every row must keep a class.
+    The logits (N, K) of these classes become -inf and the rest is normalised. Every row must keep a class.
     """
     return logits.masked_fill(~allowed, -torch.inf).softmax(1)

@@ -1,11 +1,10 @@
-"""The one supervised loop: a classifier, pixels and (soft) targets.
+"""The one supervised training loop: a classifier, pixels and (soft) targets.
 
-Training from scratch, relearning (eq. 10) and the baselines all come through `fit`.
+Training from scratch, relearning (eq. 10) and the baselines all use `fit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +16,13 @@ from fsu_ray.method.augment import draw_moves, moved, seeded
 from fsu_ray.method.cuda_graph import CudaGraphStep
 from fsu_ray.method.group import Group
 from fsu_ray.method.precision import autocast, resolve_precision
-
-EpochCallback = Callable[[int, int, dict[str, float]], None]
+from fsu_ray.work import StepCallback
 
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """How to train: `peak` learning rate with one cycle (`one_cycle`) or held and then let down to zero."""
+    """How to train. `lr` is the peak of the learning rate: reached and left in one cycle (`one_cycle`), or held for
+    half of the training and lowered to zero after that."""
 
     epochs: int
     batch: int = 128
@@ -42,7 +41,7 @@ def fit(
     targets: Tensor,
     schedule: TrainingSchedule,
     flip: bool = False,
-    progress: EpochCallback | None = None,
+    on_epoch: StepCallback | None = None,
     as_they_are: Tensor | None = None,
     group: Group | None = None,
 ) -> None:
@@ -52,8 +51,8 @@ def fit(
     samples that are not augmented. With `frozen_statistics` BatchNorm stays in eval mode, so its running statistics
     keep describing the data they came from. Deterministic on the CPU for a seed and a number of threads.
 
-    The ranks of `group` share every batch; they must be given the same, and BatchNorm must be frozen then. Raises
-    InvalidConfig where a batch has fewer samples than there are ranks.
+    `on_epoch` hears of epoch, epochs and the mean loss. The ranks of `group` share every batch; they must be given the
+    same data, and BatchNorm must be frozen. Raises InvalidConfig where a batch has fewer samples than there are ranks.
     """
     group = group or Group()
     device = next(classifier.parameters()).device
@@ -62,16 +61,13 @@ def fit(
     batches = max(1, -(-n // schedule.batch))
     total = schedule.epochs * batches
     optimiser = _optimiser(classifier, schedule)
-    if device.type == "cpu":
-        # oneDNN's issue 6035: the weight gradient of a strided 1x1 convolution of few channels writes out of bounds
-        # where the input is channels_last, as in PreActResNet-18 of width 8.
-        classifier.to(memory_format=torch.contiguous_format)
+    _avoid_channels_last_on_cpu(classifier, device)
     pixels, targets = pixels.to(device), targets.to(device)
     as_they_are = None if as_they_are is None else as_they_are.to(device)
     classifier.train(not schedule.frozen_statistics)
     assert group.size == 1 or schedule.frozen_statistics
     if n // batches < group.size:
-        raise InvalidConfig(f"a batch of {schedule.batch} does not go round {group.size} workers; take a larger one")
+        raise InvalidConfig(f"a batch of {schedule.batch} is too small for {group.size} workers; take a larger one")
     model = group.parallel(classifier)
 
     def descend(index: Tensor, moves: Tensor, weight: Tensor) -> Tensor:
@@ -98,9 +94,16 @@ def fit(
             loss_sum += gradients(index, moves, torch.tensor(group.weight(len(index), len(batch))))
             optimiser.step()
             step += 1
-        if progress:
-            progress(epoch + 1, schedule.epochs, {"loss": float(group.total(loss_sum)) / group.size / batches})
+        if on_epoch:
+            on_epoch(epoch + 1, schedule.epochs, {"loss": float(group.total(loss_sum)) / group.size / batches})
     classifier.eval()
+
+
+def _avoid_channels_last_on_cpu(classifier: nn.Module, device: torch.device) -> None:
+    """Work around oneDNN's issue 6035: with a channels_last input, the weight gradient of a strided 1x1 convolution of
+    few channels writes out of bounds, as in PreActResNet-18 of width 8."""
+    if device.type == "cpu":
+        classifier.to(memory_format=torch.contiguous_format)
 
 
 def _optimiser(classifier: nn.Module, schedule: TrainingSchedule) -> torch.optim.SGD:
@@ -115,7 +118,7 @@ def _optimiser(classifier: nn.Module, schedule: TrainingSchedule) -> torch.optim
 
 
 def _shape(done: float, one_cycle: bool) -> float:
-    """Share of the peak learning rate after `done` of the run: up first if one_cycle, down to 0 at the end."""
+    """The learning rate after the share `done` of the run, as a share of its peak."""
     if one_cycle:
         return 0.1 + 4.5 * done if done < 0.2 else (1 - done) / 0.8
     return 1.0 if done < 0.5 else 2 * (1 - done)

@@ -1,12 +1,12 @@
-"""The processes that share a run: who does which part of a batch, and sums over all of them.
+"""The processes that share a run: the parts of a batch, and sums over all processes.
 
-All of them run the same code in step (SPMD) and come to the same results: a batch is that of the whole group, cut
-into shares by the global index of its samples, and what is a mean over the batch (a loss, the statistics of a
-BatchNorm layer) is one over the whole of it. A group of one does without any of this: it needs no process group.
+All ranks run the same code in step (SPMD) and come to the same results. A batch is that of the whole group, cut into
+shares by the global index of its samples. A mean over the batch (a loss, the statistics of a BatchNorm layer) is taken
+over the whole batch. A group of one needs no process group.
 
-Losses come in two kinds. One over the samples of a share counts by `weight`; one over the whole batch (through
-`total` or `gather`) is the same number on every rank. Either way the mean over ranks of the gradients, which
-DistributedDataParallel takes, is the gradient of the loss of the whole batch.
+There are two kinds of losses. A loss over the samples of a share is weighted by `weight`. A loss over the whole batch
+(through `total` or `gather`) is the same number on every rank. In both cases the mean over ranks of the gradients,
+which DistributedDataParallel takes, is the gradient of the loss of the whole batch.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class Group:
 
     @classmethod
     def current(cls) -> Group:
-        """That of torch's default process group; a group of one where there is none."""
+        """The group of torch's default process group; a group of one where there is none."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     def share(self, n: int) -> slice:
-        """Which of `n` samples are this rank's: neighbours, shares as even as can be."""
+        """The part of `n` samples that this rank has: neighbours, in shares as even as possible."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def weight(self, own: int, n: int) -> float:
-        """By how much the mean over `own` samples counts here, so that the mean over ranks is that over all `n`."""
+        """The weight of the mean over this rank's `own` samples such that the mean over ranks is that over all `n`."""
         return self.size * own / n
 
     def total(self, x: Tensor) -> Tensor:
@@ -62,27 +62,27 @@ class Group:
         return self.total(torch.nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), before, after)))
 
     def everyone(self, mine: T) -> list[T]:
-        """What each rank has, by rank."""
-        found: list[Any] = [mine] * self.size
+        """The value `mine` of each rank, by rank."""
+        values: list[Any] = [mine] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, mine)
-        return found
+            dist.all_gather_object(values, mine)
+        return values
 
     def once(self, act: Callable[[], T]) -> T:
-        """The result of `act` on the first rank, handed to all; what it raises is raised on all."""
+        """The result of `act` on the first rank, sent to all ranks. An error is raised on all ranks."""
         if self.size == 1:
             return act()
         answer: list[Any] = [_attempt(act) if self.rank == 0 else None]
         dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
-        return _given(answer[0])  # type: ignore[no-any-return]
+        return _result(answer[0])  # type: ignore[no-any-return]
 
     def together(self, act: Callable[[], T]) -> T:
-        """The result of `act`, which every rank does for itself; what one of them raises is raised on all."""
+        """The result of `act`, which every rank calls for itself. An error of one rank is raised on all."""
         if self.size == 1:
             return act()
         mine = _attempt(act)
         for _, error in self.everyone((None, mine[1])):
-            _given((None, error))
+            _result((None, error))
         return mine[0]  # type: ignore[no-any-return]
 
     def parallel(self, module: nn.Module) -> nn.Module:
@@ -101,7 +101,9 @@ class Group:
     def pool(
         self, moments: list[tuple[Tensor, Tensor, Tensor]], own: int
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """How many samples the whole batch has, and its mean and biased variance, (C,) each, in one sum for all layers.
+        """The number of samples in the whole batch, and the mean and biased variance, (C,) each, of every layer.
+
+        All layers take one sum over the ranks.
 
         `moments` of this rank's share of `own` samples: mean, variance, and a point near the mean that all ranks agree
         on, which keeps the difference of squares from cancelling.
@@ -165,10 +167,10 @@ def _attempt(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, RunFailed(f"{type(error).__name__}: {error}")
 
 
-def _given(answer: tuple[Any, Exception | None]) -> Any:
-    found, error = answer
+def _result(answer: tuple[Any, Exception | None]) -> Any:
+    value, error = answer
     if error is not None:
         if isinstance(error, FsuError):
             error.agreed = True
         raise error
-    return found
+    return value

@@ -1,18 +1,17 @@
-"""Inversion: a classifier becomes a generator of data like that it was trained on (section 3.1, Algorithm 1).
+"""Inversion: train a generator of data like the training data of a classifier (section 3.1, Algorithm 1).
 
-It gets a classifier and no data. The five losses are those of the paper with these reductions: means
-over the batch instead of sums, means inside the exponent of eq. 5 (over pairs, dimensions of z and of
-f_e), sums over classes, views and layers. With `form = "norm"` the norms of eq. 4, 6 and 7 are not
-squared, which keeps one layer or one bad sample from drowning the rest; `"squared"` is the paper's.
-`"relative"` is `"norm"` but for eq. 6, which it takes layer by layer as a share of the running statistics,
-so that one weight does for networks of any depth.
+It needs the classifier and no data. The five losses are those of the paper with these reductions: means over the batch
+instead of sums, means inside the exponent of eq. 5 (over pairs, dimensions of z and of f_e), sums over classes, views
+and layers. `form` decides about the norms of eq. 4, 6 and 7. `"squared"` is the paper's form. `"norm"` does not square
+them, so that one layer or one bad sample does not drown the rest. `"relative"` is `"norm"`, with eq. 6 layer by layer
+as a share of the running statistics, so that one weight serves networks of any depth.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +24,11 @@ from fsu_ray.method.augment import draw_moves, moved, seeded
 from fsu_ray.method.cuda_graph import CudaGraphStep
 from fsu_ray.method.group import Group
 from fsu_ray.method.precision import autocast, resolve_precision
-from fsu_ray.models.networks import Classifier, Generator, affine_batch_norms, observe
+from fsu_ray.models.classifier import Classifier
+from fsu_ray.models.generator import Generator
+from fsu_ray.models.hooks import affine_batch_norms, observe
 from fsu_ray.recipes import Form, InvertRecipe
+from fsu_ray.work import StepCallback
 
 Statistics = list[tuple[Tensor, Tensor, Tensor, Tensor]]
 
@@ -37,7 +39,7 @@ def entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def augmentation_loss(probabilities: Tensor, views: Tensor, squared: bool = False) -> Tensor:
-    """Eq. 4: how far the classifier's answer moves under augmentation; sum over views, mean over the batch.
+    """Eq. 4: how far the classifier's probabilities move under augmentation; sum over views, mean over the batch.
 
     probabilities (N, K) of the plain samples, views (V, N, K) of their augmentations.
     """
@@ -63,9 +65,9 @@ def diversity_loss(latent: Tensor, features: Tensor, classes: int) -> Tensor:
 def bn_loss(statistics: Statistics, form: Form = "norm") -> Tensor:
     """Eq. 6: distance of the batch's mean and variance from the running ones, summed over BatchNorm layers.
 
-    statistics: a tuple of four (channels,) tensors a layer, as `networks.observe` gives them. The sum grows with depth
-    and with what a layer's statistics happen to be; `relative` is the mean over layers of the mean's distance over the
-    norm of the running deviation plus the variance's over that of the running variance.
+    statistics: four (channels,) tensors a layer, as `hooks.observe` gives them. The sum grows with depth and with the
+    size of a layer's statistics. `relative` is the mean over layers of two ratios: the distance of the means over the
+    norm of the running deviation, and the distance of the variances over the norm of the running variance.
     """
     total = statistics[0][0].new_zeros(())
     for mean, variance, running_mean, running_variance in statistics:
@@ -93,18 +95,18 @@ def _root(x: Tensor) -> Tensor:
 
 @dataclass
 class Inversion:
-    """A generator in training: everything a checkpoint holds."""
+    """A generator in training: everything that a checkpoint holds of it."""
 
     generator: Generator
     optimiser: torch.optim.Adam
     step: int = 0
 
     def state(self) -> dict[str, Any]:
-        """Tensors and numbers alone, so `torch.load(weights_only=True)` reads it."""
+        """A copy as tensors and numbers, which `torch.load(weights_only=True)` reads."""
         state = {"generator": self.generator.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step}
         return copy.deepcopy(state)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken."""
         self.generator.load_state_dict(state["generator"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -112,15 +114,15 @@ class Inversion:
 
 
 def begin(classifier: Classifier, recipe: InvertRecipe, warm: dict[str, Tensor] | None = None) -> Inversion:
-    """A new generator for `classifier` on its device; weights of `warm` are taken over where names and shapes agree."""
+    """A new generator for `classifier` on its device, with the weights of `warm` where names and shapes agree."""
     device = next(classifier.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         generator = Generator(classifier.spec, recipe.width, recipe.latent)
     if warm:
-        own = generator.state_dict()
-        own.update({k: v for k, v in warm.items() if k in own and own[k].shape == v.shape})
-        generator.load_state_dict(own)
+        state = generator.state_dict()
+        state.update({k: v for k, v in warm.items() if k in state and state[k].shape == v.shape})
+        generator.load_state_dict(state)
     generator = generator.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.Adam(
         generator.parameters(),
@@ -133,8 +135,8 @@ def begin(classifier: Classifier, recipe: InvertRecipe, warm: dict[str, Tensor] 
 
 
 def draws(classes: int, recipe: InvertRecipe, step: int) -> tuple[Tensor, Tensor]:
-    """What is drawn for `step`, on the CPU: z (N, L), the same number of samples of every class, and the moves of their
-    views (V, N, 4)."""
+    """The random draws of `step`, on the CPU: z (N, L), the same number of samples of every class, and the moves of
+    their views (V, N, 4)."""
     n = recipe.each(classes) * classes
     rng = seeded(recipe.seed, step)
     z = torch.randn((n, recipe.latent), generator=rng)
@@ -156,13 +158,13 @@ def losses_of(
     moves: Tensor,
     group: Group | None = None,
 ) -> dict[str, Tensor]:
-    """The five losses, unweighted, of one batch, by its `draws`.
+    """The five losses of one batch, unweighted, by its `draws`.
 
-    The plain samples and all their views go through the classifier in one pass; the BatchNorm
-    statistics are those of the plain ones alone.
+    The plain samples and all their views go through the classifier in one pass. The BatchNorm statistics are those of
+    the plain samples alone.
 
-    A rank of `group` draws its share of the batch. Eq. 5 and 6 are those of the whole batch on every rank, the others
-    those of its share, weighted such that the mean over ranks is that of the batch.
+    A rank of `group` generates its share of the batch. Eq. 5 and 6 are computed over the whole batch on every rank. The
+    other losses are computed over the share, weighted such that their mean over ranks is that of the batch.
     """
     group = group or Group()
     device = next(generator.parameters()).device
@@ -179,8 +181,8 @@ def losses_of(
             logits = classifier(torch.cat([pixels, *views])).float()
     assert seen.features is not None
     probabilities = logits.softmax(1).view(1 + len(moves), own, k)
-    _, moments = group.pool([(mean, variance, kept) for mean, variance, kept, _ in seen.statistics], own)
-    statistics = [(*pooled, *kept[2:]) for pooled, kept in zip(moments, seen.statistics, strict=True)]
+    _, moments = group.pool([(mean, variance, running) for mean, variance, running, _ in seen.statistics], own)
+    statistics = [(*pooled, *local[2:]) for pooled, local in zip(moments, seen.statistics, strict=True)]
     weight = group.weight(own, n)
     return {
         "bn": bn_loss(statistics, recipe.form),
@@ -195,7 +197,7 @@ def invert(
     classifier: Classifier,
     recipe: InvertRecipe,
     run: Inversion,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    on_step: StepCallback | None = None,
     checkpoint: Callable[[Inversion], None] | None = None,
     every: int = 100,
     group: Group | None = None,
@@ -203,8 +205,8 @@ def invert(
 ) -> Generator:
     """Train `run` to `recipe.steps`, or to step `until` of these, and return its generator in eval mode.
 
-    `progress` hears of step, steps and the losses every ten steps, `checkpoint` gets `run` every `every`
-    steps, and once more where `progress` raises Stopped. A step's draws depend on the seed and its number alone, so a
+    `on_step` hears of step, steps and the losses every ten steps. `checkpoint` gets `run` every `every` steps, and
+    once more where `on_step` raises Stopped. A step's draws depend on the seed and its number alone, so a
     resumed run ends with the weights of an undisturbed one. The ranks of `group` share each step's batch and end with
     the same weights.
     """
@@ -219,22 +221,22 @@ def invert(
     run.generator.train()
 
     def descend(z: Tensor, moves: Tensor) -> Tensor:
-        found = losses_of(classifier, model, recipe, z, moves, group)
-        total = torch.stack([weights[name] * value for name, value in found.items()]).sum()
+        batch_losses = losses_of(classifier, model, recipe, z, moves, group)
+        total = torch.stack([weights[name] * value for name, value in batch_losses.items()]).sum()
         total.backward()  # type: ignore[no-untyped-call]
-        return torch.stack([found[name].detach() for name in weights])
+        return torch.stack([batch_losses[name].detach() for name in weights])
 
     gradients = CudaGraphStep(descend, run.generator.parameters(), device, plain=group.size > 1)
     while run.step < (until or recipe.steps):
         for parameters in run.optimiser.param_groups:
             parameters["lr"] = recipe.lr * decay(run.step / recipe.steps)
-        found = gradients(*draws(classifier.spec.classes, recipe, run.step))
+        step_losses = gradients(*draws(classifier.spec.classes, recipe, run.step))
         run.optimiser.step()
         run.step += 1
-        if progress and (run.step % 10 == 0 or run.step == recipe.steps):
-            means = group.total(found) / group.size
+        if on_step and (run.step % 10 == 0 or run.step == recipe.steps):
+            means = group.total(step_losses) / group.size
             try:
-                progress(run.step, recipe.steps, dict(zip(weights, means.tolist(), strict=True)))
+                on_step(run.step, recipe.steps, dict(zip(weights, means.tolist(), strict=True)))
             except Stopped:
                 if checkpoint and run.step < recipe.steps:
                     checkpoint(run)
@@ -246,5 +248,5 @@ def invert(
 
 
 def decay(done: float) -> float:
-    """Learning rate after `done` of the run as a share of the peak: held, then half a cosine down."""
+    """The learning rate after the share `done` of the run, as a share of its peak: held, then half a cosine down."""
     return 1.0 if done < 0.5 else 0.5 + 0.5 * math.cos(math.pi * (2 * done - 1))

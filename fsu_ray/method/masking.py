@@ -1,118 +1,127 @@
-"""The masks of one run over one D': that of its own behaviour and those of every earlier erasure."""
+"""Masks over one D': the masks of the earlier erasures, and those of the targets of a run (eq. 9 and 10)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fsu_ray.method.context import TargetSamples, load_samples
 from fsu_ray.method.filter import Mask, allowed_classes, extract_features, select
 from fsu_ray.method.fit import predict
+from fsu_ray.method.inputs import RunInputs, TargetSamples, load_samples
 from fsu_ray.method.synthesize import Synthetic
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import FilterRecipe
-from fsu_ray.records import Behaviour
+from fsu_ray.records import Behaviour, Digest
 from fsu_ray.work import BlobStore, EarlierErasure
 
-FEWEST_PROBES = 100  # of a subset: with fewer D_e-like samples none is held out
-
-
-class Line(Protocol):
-    """What masks depend on: the classifier that labels D', the erasures in force, and what a run erases now."""
-
-    @property
-    def store(self) -> BlobStore: ...
-    @property
-    def teacher(self) -> Classifier: ...
-    @property
-    def earlier_erasures(self) -> tuple[EarlierErasure, ...]: ...
-    @property
-    def given(self) -> Sequence[TargetSamples]: ...
-    @property
-    def classes(self) -> int: ...
+FEWEST_PROBES = 100
+"""A subset with fewer D_e-like samples in D' has none of them held out."""
 
 
 @dataclass(frozen=True)
-class StaticMaskInputs:
-    """A line that no run is under way on: the store, its root, the erasures in force, and how many classes it has."""
+class ForgetSet:
+    """A target of a run and its mask over D', with the digest of the mask."""
 
-    store: BlobStore
-    teacher: Classifier
-    earlier_erasures: tuple[EarlierErasure, ...]
-    classes: int
+    target: TargetSamples
+    mask: Mask
+    digest: Digest
 
-    @property
-    def given(self) -> Sequence[TargetSamples]:
-        """Nothing is erased now."""
-        return ()
+
+def select_masks(inputs: RunInputs, masked: MaskedDataset) -> tuple[Digest, ...]:
+    """Select the mask of each target of a run and store it: the digests, in the order of the targets."""
+    recipe = inputs.recipe.filter
+    masks = (masked.select(recipe, target.behaviour, target.train) for target in inputs.targets)
+    return tuple(inputs.store.put(mask.to_bytes()) for mask in masks)
+
+
+def load_forget_sets(inputs: RunInputs, masks: Sequence[Digest]) -> tuple[ForgetSet, ...]:
+    """The forget sets whose masks `select_masks` stored."""
+    pairs = zip(inputs.targets, masks, strict=True)
+    return tuple(ForgetSet(target, Mask.from_bytes(inputs.store.get(mask)), mask) for target, mask in pairs)
 
 
 class MaskedDataset:
-    """`dataset` (D', N samples), known to the store as `digest`, under the masks of a run."""
+    """`dataset` (D', N samples), stored as `digest` and labelled by `teacher`, under the masks of earlier erasures.
 
-    def __init__(self, context: Line, dataset: Synthetic, digest: str) -> None:
-        self.context, self.dataset, self.digest = context, dataset, digest
+    Features and masks are computed when they are first asked for.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        teacher: Classifier,
+        earlier_erasures: Sequence[EarlierErasure],
+        dataset: Synthetic,
+        digest: str,
+    ) -> None:
+        self.dataset, self.digest = dataset, digest
+        self._store, self._teacher, self._earlier_erasures = store, teacher, tuple(earlier_erasures)
 
     @cached_property
     def features(self) -> Tensor:
-        """(N, F): f_e of D' by the version that labelled it."""
-        return extract_features(self.context.teacher, self.dataset.pixels)
-
-    def select(self, recipe: FilterRecipe, behaviour: Behaviour, examples: Tensor) -> Mask:
-        """The mask of `behaviour`, given by `examples` (M, C, H, W)."""
-        teacher = self.context.teacher
-        logits = (self.dataset.logits, predict(teacher, examples))
-        known = extract_features(teacher, examples)
-        return select(recipe, behaviour, self.features, self.dataset.predicted, known, logits)
+        """(N, F): f_e of D' by the classifier that labelled it."""
+        return extract_features(self._teacher, self.dataset.pixels)
 
     @cached_property
     def earlier(self) -> list[Mask]:
         """The masks of the earlier erasures, in their order."""
-        return [self._prior(prior) for prior in self.context.earlier_erasures]
+        return [self._earlier_mask(erasure) for erasure in self._earlier_erasures]
 
-    def _prior(self, prior: EarlierErasure) -> Mask:
-        """The recorded mask where it was made for this D', else one rebuilt from the target samples, or from
-        the probes once those have been purged; where the root has lost the behaviour itself, nothing is like it."""
-        store = self.context.store
-        if prior.sealed:
+    def select(self, recipe: FilterRecipe, behaviour: Behaviour, examples: Tensor) -> Mask:
+        """The mask of `behaviour`, given by `examples` (M, C, H, W) uint8."""
+        logits = (self.dataset.logits, predict(self._teacher, examples))
+        example_features = extract_features(self._teacher, examples)
+        return select(recipe, behaviour, self.features, self.dataset.predicted, example_features, logits)
+
+    def _earlier_mask(self, erasure: EarlierErasure) -> Mask:
+        """The recorded mask where it was made for this D'. Otherwise the mask is selected again from the target
+        samples, or from the probes once the samples are purged. A sealed erasure has no D_e-like samples here."""
+        store, behaviour = self._store, erasure.behaviour
+        if erasure.sealed:
             nothing = torch.zeros(len(self.dataset), dtype=torch.bool)
-            behaviour = prior.behaviour
-            return Mask(nothing, behaviour.targets, behaviour.kind == "class", prior.filter.policy, None)
-        if prior.dataset == self.digest:
-            return Mask.from_bytes(store.get(prior.mask))
-        kept = prior.samples if store.has(prior.samples) else prior.probes
-        return self.select(prior.filter, prior.behaviour, load_samples(store.get(kept)))
+            return Mask(nothing, behaviour.targets, behaviour.kind == "class", erasure.filter.policy, None)
+        if erasure.dataset == self.digest:
+            return Mask.from_bytes(store.get(erasure.mask))
+        examples = erasure.samples if store.has(erasure.samples) else erasure.probes
+        return self.select(erasure.filter, behaviour, load_samples(store.get(examples)))
 
-    def _subsets(self, own: Sequence[Mask]) -> list[Mask]:
-        context = self.context
-        behaviours = [
-            *(prior.behaviour for prior in context.earlier_erasures),
-            *(each.behaviour for each in context.given),
-        ]
-        masks = zip(behaviours, (*self.earlier, *own), strict=True)
-        return [mask for behaviour, mask in masks if behaviour.kind == "subset"]
+    def allowed(self, forget_sets: Iterable[ForgetSet] = ()) -> Tensor:
+        """(N, K) bool: the classes left to each sample under the earlier masks and those of `forget_sets`."""
+        return allowed_classes(self._masks(forget_sets), len(self.dataset), self.dataset.logits.shape[1])
 
-    def subset_forget(self, own: Sequence[Mask]) -> Tensor:
-        """(N,) bool: the D_e-like samples of the subsets among the earlier behaviours and this run's, whose masks are
-        `own`."""
-        found = torch.zeros(len(self.dataset), dtype=torch.bool)
-        for mask in self._subsets(own):
-            found |= mask.is_forget
-        return found
+    def retained(self, forget_sets: Iterable[ForgetSet] = ()) -> Tensor:
+        """(N,) bool: the samples that are D_e-like under none of the earlier masks and those of `forget_sets`."""
+        retained = torch.ones(len(self.dataset), dtype=torch.bool)
+        for mask in self._masks(forget_sets):
+            retained &= ~mask.is_forget
+        return retained
 
-    def held_out(self, own: Sequence[Mask]) -> Tensor:
-        """(N,) bool: the samples that are never trained on. A subset with too few D_e-like ones spares none of them."""
-        found = self.dataset.holdout.clone()
-        for mask in self._subsets(own):
+    def subset_forget(self, forget_sets: Iterable[ForgetSet]) -> Tensor:
+        """(N,) bool: the D_e-like samples of the subsets among the earlier erasures and `forget_sets`."""
+        is_forget = torch.zeros(len(self.dataset), dtype=torch.bool)
+        for mask in self._subset_masks(forget_sets):
+            is_forget |= mask.is_forget
+        return is_forget
+
+    def held_out(self, forget_sets: Iterable[ForgetSet]) -> Tensor:
+        """(N,) bool: the samples that are never trained on. Of a subset with fewer than `FEWEST_PROBES` D_e-like
+        samples, all are trained on."""
+        held_out = self.dataset.holdout.clone()
+        for mask in self._subset_masks(forget_sets):
             if int(mask.is_forget.sum()) < FEWEST_PROBES:
-                found &= ~mask.is_forget
-        return found
+                held_out &= ~mask.is_forget
+        return held_out
 
-    def allowed(self, own: Sequence[Mask] = ()) -> Tensor:
-        """(N, K) bool: the classes left to each sample under the earlier masks and `own`."""
-        return allowed_classes([*self.earlier, *own], len(self.dataset), self.context.classes)
+    def _masks(self, forget_sets: Iterable[ForgetSet]) -> list[Mask]:
+        return [*self.earlier, *(forget_set.mask for forget_set in forget_sets)]
+
+    def _subset_masks(self, forget_sets: Iterable[ForgetSet]) -> list[Mask]:
+        earlier = zip(self._earlier_erasures, self.earlier, strict=True)
+        return [
+            *(mask for erasure, mask in earlier if erasure.behaviour.kind == "subset"),
+            *(each.mask for each in forget_sets if each.target.behaviour.kind == "subset"),
+        ]

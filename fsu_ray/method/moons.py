@@ -54,8 +54,8 @@ class PointGenerator(nn.Module):
             ).double()  # fmt: skip
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        found: Tensor = self.layers(torch.cat([z, F.one_hot(y, 2).to(z.dtype)], 1))
-        return found
+        points: Tensor = self.layers(torch.cat([z, F.one_hot(y, 2).to(z.dtype)], 1))
+        return points
 
 
 def _logits(gp: SparseGP, x: Tensor) -> Tensor:
@@ -83,22 +83,22 @@ def invert(gp: SparseGP, recipe: MoonsRecipe) -> PointGenerator:
 
 @torch.no_grad()
 def synthesize(gp: SparseGP, generator: PointGenerator, recipe: MoonsRecipe) -> tuple[Tensor, Tensor]:
-    """D' (eq. 8): points (2 * per_class, 2) of low entropy that `gp` gives the class they were asked for, and that
-    class (N,) of 0 and 1. Raises RunFailed where a class starves."""
+    """D' (eq. 8): points (2 * per_class, 2) of low entropy that `gp` gives the class they were drawn for, and that
+    class (N,), 0 or 1. Raises RunFailed where a class starves."""
     rng = torch.Generator().manual_seed(recipe.seed + 1)
     points, labels = [], []
     for label in range(2):
-        found: list[Tensor] = []
+        passed: list[Tensor] = []
         for _ in range(40):
             z = torch.randn((recipe.per_class, LATENT), generator=rng, dtype=torch.float64)
             x = generator(z, torch.full((recipe.per_class,), label))
             logits = _logits(gp, x)
-            found.append(x[(entropy(logits) < recipe.entropy_threshold) & (logits.argmax(1) == label)])
-            if sum(map(len, found)) >= recipe.per_class:
+            passed.append(x[(entropy(logits) < recipe.entropy_threshold) & (logits.argmax(1) == label)])
+            if sum(map(len, passed)) >= recipe.per_class:
                 break
         else:
             raise RunFailed(f"class {label} starves: too few of its points have an entropy below t_ent")
-        points.append(torch.cat(found)[: recipe.per_class])
+        points.append(torch.cat(passed)[: recipe.per_class])
         labels.append(torch.full((recipe.per_class,), float(label), dtype=torch.float64))
     return torch.cat(points), torch.cat(labels)
 
@@ -109,10 +109,10 @@ def distances(gp: SparseGP, x: Tensor, examples: Tensor) -> Tensor:
     return pairwise(scaled[0], scaled[1], "rbf", 1.0).mean(1)
 
 
-def otsu(found: Tensor, bins: int = 256) -> float:
-    """The threshold that parts distances (N,) into two groups of the least variance within (Otsu 1979)."""
-    low, high = float(found.min()), float(found.max())
-    counts = torch.histc(found, bins, low, high).double()
+def otsu(distances: Tensor, bins: int = 256) -> float:
+    """The threshold that splits distances (N,) into two groups with the least variance within (Otsu 1979)."""
+    low, high = float(distances.min()), float(distances.max())
+    counts = torch.histc(distances, bins, low, high).double()
     centres = low + (torch.arange(bins) + 0.5) * (high - low) / bins
     below, mass = counts.cumsum(0), (counts * centres).cumsum(0)
     above = below[-1] - below
@@ -122,7 +122,7 @@ def otsu(found: Tensor, bins: int = 256) -> float:
 
 
 def resembling(gp: SparseGP, x: Tensor, y: Tensor, examples: Tensor, example_labels: Tensor, policy: str) -> Tensor:
-    """(N,) bool: which points of D' are D_e-like. Only those of the class that most of the examples have may be."""
+    """(N,) bool: the D_e-like points of D', all of the class that most of the examples have."""
     is_forget = torch.zeros(len(x), dtype=torch.bool)
     if policy == "none":
         return is_forget

@@ -1,8 +1,8 @@
-"""What `precision` in a recipe is on the device at hand, and how far its results repeat themselves.
+"""The precision of a recipe on the device at hand, and deterministic algorithms.
 
-bf16 halves the time of an inversion step where the device multiplies it (GPUs since Ampere, CPUs with AVX-512 BF16 or
-AMX). Where it does not, PyTorch falls back on its slowest convolutions: a step takes six times as long as in float32 on
-a CPU with AVX2 alone. So `auto` is bf16 there and float32 here.
+bf16 halves the time of an inversion step where the device has instructions for it (GPUs since Ampere, CPUs with AVX-512
+BF16 or AMX). Elsewhere PyTorch falls back on its slowest convolutions: a step takes six times as long as in float32 on
+a CPU with AVX2 alone. So `auto` is bf16 where there are such instructions, else float32.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from fsu_ray.method.group import Group
 
 
 def default_device() -> torch.device:
-    """Where a process works that was not told where: on a GPU where it sees one."""
+    """The GPU if this process sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def repeatable() -> None:
-    """Have this process take algorithms that give the same result each time; call it before CUDA is first used.
+    """Use deterministic algorithms in this process. Call it before CUDA is first used.
 
-    On a CPU all do. On a GPU some have no such form, like the gradient of `grid_sample` in the views of eq. 4: they run
-    as they are, with a warning, and two inversions there differ by more than rounding in the end.
+    On a CPU all algorithms are deterministic. On a GPU some have no deterministic form, such as the gradient of
+    `grid_sample` in the views of eq. 4: they run with a warning, and the results of two inversions differ by more than
+    rounding.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Else each new tensor is filled first, which is to find bugs.
+    # By default each new tensor would be filled first, an aid to debugging.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
@@ -47,5 +48,5 @@ def resolve_precision(precision: str, device: torch.device, group: Group) -> str
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which a network of that (settled) precision runs."""
+    """The context in which a network runs in `precision`, as `resolve_precision` gives it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -1,40 +1,38 @@
-"""Sealing: D' with all masks written into it, so that what was erased can be drawn from it no more."""
+"""Sealing: D' with all masks written into it, so that it holds nothing of what was erased."""
 
 from __future__ import annotations
 
 import torch
 
 from fsu_ray.errors import InvalidData
-from fsu_ray.method.masking import MaskedDataset, StaticMaskInputs
+from fsu_ray.method.masking import MaskedDataset
 from fsu_ray.method.synthesize import Synthetic
-from fsu_ray.models.networks import Classifier
-from fsu_ray.records import ModelSpec
+from fsu_ray.models.classifier import Classifier
+from fsu_ray.records import Digest, ModelSpec
 from fsu_ray.work import BlobStore, EarlierErasure
 
 
 def seal(
     store: BlobStore, spec: ModelSpec, root: str, dataset: str, earlier_erasures: tuple[EarlierErasure, ...]
-) -> str:
-    """The digest of a new D': that of `dataset` under the masks of all `priors`, with the labels of `root`.
+) -> Digest:
+    """Store D' `dataset` with the masks of `earlier_erasures` written into it, and return the digest of the new D'.
 
-    A sample that is D_e-like under a mask is left out (the erasure's probes keep it); of the others, the logits of
-    the classes that a mask has taken are -inf, so their soft labels have no mass there. Raises InvalidData where
-    nothing would be left.
+    `root` are the weights that labelled it. D_e-like samples are left out (the probes keep them). In the logits of the
+    others, the classes that a mask took are -inf, so their soft labels have no mass there. Raises InvalidData where no
+    sample would be left.
     """
     teacher = Classifier.from_bytes(spec, store.get(root))
     old = Synthetic.from_bytes(store.get(dataset))
-    masking = MaskedDataset(StaticMaskInputs(store, teacher, earlier_erasures, spec.classes), old, dataset)
-    allowed = masking.allowed()
-    kept = allowed.any(1)
-    for mask in masking.earlier:
-        kept &= ~mask.is_forget
-    if not bool(kept.any()):
-        raise InvalidData("nothing of D' would be left under the masks of this line: there is nothing to seal")
+    masked = MaskedDataset(store, teacher, earlier_erasures, old, dataset)
+    allowed = masked.allowed()
+    retained = allowed.any(1) & masked.retained()
+    if not bool(retained.any()):
+        raise InvalidData("the masks of this model leave no sample of D': there is nothing to seal")
     new = Synthetic(
-        pixels=old.pixels[kept],
-        logits=old.logits.masked_fill(~allowed, -torch.inf)[kept],
-        entropy=old.entropy[kept],
-        condition=old.condition[kept],
-        holdout=old.holdout[kept],
+        pixels=old.pixels[retained],
+        logits=old.logits.masked_fill(~allowed, -torch.inf)[retained],
+        entropy=old.entropy[retained],
+        condition=old.condition[retained],
+        holdout=old.holdout[retained],
     )
     return store.put(new.to_bytes())

@@ -1,8 +1,8 @@
-"""Synthesis: a generator becomes D', a stand-in for the training data (eq. 8, Algorithm 2).
+"""Synthesis: draw D', a substitute for the training data, from a generator (eq. 8, Algorithm 2).
 
-A drawn sample belongs to D' if its entropy stays below t_ent on every view (plain, turned to either
-side) and the predicted class is the same on all of them. D' carries the logits of the classifier that
-labelled it, so any mask can take the mass of a class away without dividing nothing by nothing.
+A drawn sample belongs to D' if its entropy stays below t_ent on every view (plain, turned to either side) and the
+predicted class is the same on all views. D' holds the logits of the classifier that labelled it, so a mask can remove
+the probability of any class and the rest can be normalised.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from torch import Tensor
 from fsu_ray.errors import StorageError
 from fsu_ray.method.augment import rotated, seeded
 from fsu_ray.method.group import Group
-from fsu_ray.models.networks import Classifier, Generator
+from fsu_ray.models.classifier import Classifier
+from fsu_ray.models.generator import Generator
 from fsu_ray.recipes import SynthesizeRecipe
+from fsu_ray.work import StepCallback
 
 CHUNK = 250  # samples drawn at once; part of what a seed means
 
@@ -40,7 +42,7 @@ class Synthetic:
 
     @property
     def predicted(self) -> Tensor:
-        """(N,) class that the labelling version sees."""
+        """(N,): the class that the labelling version predicts."""
         return self.logits.argmax(1)
 
     def to_bytes(self) -> bytes:
@@ -117,25 +119,25 @@ def synthesize(
     classifier: Classifier,
     generator: Generator,
     recipe: SynthesizeRecipe,
-    progress: Any = None,
+    on_step: StepCallback | None = None,
     group: Group | None = None,
 ) -> tuple[Synthetic, dict[str, Any]]:
     """Draw D' with `per_class` samples for each class the generator is conditioned on, labelled by `classifier`.
 
-    A class that does not reach its number within `max_draws * per_class` draws gives what it has.
-    Returns D' and the figures `acceptance` (share of the draws that pass, a list by class) and
-    `count` (samples of D' by predicted class). Every chunk of draws has a seed of its own, so the
-    result does not depend on who draws which chunk: each round, every class that lacks samples has one chunk drawn,
-    and the ranks of `group` share these. All of them end with all of D'.
+    A class that does not reach `per_class` within `max_draws * per_class` draws has fewer samples. Returns D' and the
+    metrics `acceptance` (share of the draws that pass, a list by class) and `count` (samples of D' by predicted class).
+    `on_step` hears of the samples of the rarest class so far. In each round one chunk is drawn for every class that
+    lacks samples; the ranks of `group` share the chunks, and each ends with all of D'. Every chunk has its own seed, so
+    the result does not depend on the rank that draws it.
     """
     group = group or Group()
     classifier.eval()
     generator.eval()
     k = classifier.spec.classes
     parts: list[list[Drawn]] = [[] for _ in range(k)]
-    found, most = [0] * k, -(-recipe.max_draws * recipe.per_class // CHUNK)
-    for number in range(most):
-        lacking = [label for label in range(k) if found[label] < recipe.per_class]
+    passed, rounds = [0] * k, -(-recipe.max_draws * recipe.per_class // CHUNK)
+    for number in range(rounds):
+        lacking = [label for label in range(k) if passed[label] < recipe.per_class]
         if not lacking:
             break
         mine = {
@@ -146,38 +148,38 @@ def synthesize(
             drawn |= part
         for label in lacking:
             parts[label].append(drawn[label])
-            found[label] += len(drawn[label][0])
-        if progress:
-            progress(min(*found, recipe.per_class), recipe.per_class, {"lacking": float(len(lacking))})
-    acceptance = [found[label] / (CHUNK * len(parts[label])) for label in range(k)]
-    kept = []
+            passed[label] += len(drawn[label][0])
+        if on_step:
+            on_step(min(*passed, recipe.per_class), recipe.per_class, {"lacking": float(len(lacking))})
+    acceptance = [passed[label] / (CHUNK * len(parts[label])) for label in range(k)]
+    by_class = []
     for label in range(k):
         pixels, logits, uncertainty = (
             torch.cat(column)[: recipe.per_class] for column in zip(*parts[label], strict=True)
         )
-        kept.append((pixels, logits, uncertainty, torch.full((len(pixels),), label)))
-    pixels, logits, uncertainty, condition = (torch.cat(column) for column in zip(*kept, strict=True))
+        by_class.append((pixels, logits, uncertainty, torch.full((len(pixels),), label)))
+    pixels, logits, uncertainty, condition = (torch.cat(column) for column in zip(*by_class, strict=True))
     holdout = torch.rand(len(pixels), generator=seeded(recipe.seed, k)) < recipe.holdout
-    made = Synthetic(pixels.contiguous(), logits, uncertainty, condition, holdout)
-    count = torch.bincount(made.predicted, minlength=k).tolist()
-    return made, {"acceptance": [round(a, 4) for a in acceptance], "count": count}
+    dataset = Synthetic(pixels.contiguous(), logits, uncertainty, condition, holdout)
+    count = torch.bincount(dataset.predicted, minlength=k).tolist()
+    return dataset, {"acceptance": [round(a, 4) for a in acceptance], "count": count}
 
 
 Drawn = tuple[Tensor, Tensor, Tensor]
-"""Pixels, logits and entropy of samples that have passed."""
+"""Pixels, logits and entropy of the samples of a chunk that passed."""
 
 
 def _chunk(classifier: Classifier, generator: Generator, recipe: SynthesizeRecipe, label: int, number: int) -> Drawn:
-    """What passes of the chunk of that number for class `label`, on the CPU."""
+    """The samples of chunk `number` for class `label` that pass, on the CPU."""
     device = next(classifier.parameters()).device
     rng = seeded(recipe.seed, label, number)
     z = torch.randn((CHUNK, generator.latent), generator=rng).to(device)
     y = torch.full((CHUNK,), label, device=device)
-    stored = (generator(z, y) * 255).round().byte()  # what the artifact holds is what is tested
+    stored = (generator(z, y) * 255).round().byte()  # tested as the artifact stores them
     passed, logits, uncertainty = trustworthy(classifier, stored.float() / 255, recipe)
     return stored[passed].cpu(), logits[passed].cpu(), uncertainty[passed].cpu()
 
 
 def starved_classes(count: list[int], recipe: SynthesizeRecipe) -> list[int]:
-    """The classes that D' holds too few samples of to stand in for them (`starved_below` of `per_class`)."""
+    """The classes of which D' holds too few samples: fewer than the share `starved_below` of `per_class`."""
     return [label for label, number in enumerate(count) if number < recipe.starved_below * recipe.per_class]

@@ -1,1 +1,1 @@
-"""The networks: architectures, weights in and out, the conditional generator, and hooks that watch any network."""
+"""The networks: architectures, the classifier with its weights, the generator, and hooks that watch any network."""

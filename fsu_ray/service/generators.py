@@ -56,11 +56,11 @@ class Generators:
     ) -> Generator:
         """Take over a generator that was trained elsewhere, and draw its D' in this process.
 
-        `weights` is the `state_dict` of `models.networks.Generator` as safetensors. `latent` is the number of
+        `weights` is the `state_dict` of `models.generator.Generator` as safetensors. `latent` is the number of
         dimensions of its z, that of `recipe` where it is None. Raises NotFound, InvalidWeights where it does not fit
         the model, AlreadyExists, UserError for the paper's recipe or an actor that is no opaque id.
         """
-        from fsu_ray.method.adopt import adopt
+        from fsu_ray.method.generators import adopt
         from fsu_ray.method.precision import default_device
         from fsu_ray.storage.database import check_actor
 

@@ -44,7 +44,7 @@ class Models:
         InvalidData.
         """
         from fsu_ray.method.datasets import NAMED
-        from fsu_ray.models.networks import Classifier
+        from fsu_ray.models.classifier import Classifier
 
         self.check_name_free(name)
         content = read_weights(weights)
@@ -65,7 +65,7 @@ class Models:
 
         Raises NotFound, InvalidWeights, TransitionRefused while a request of the model runs.
         """
-        from fsu_ray.models.networks import Classifier
+        from fsu_ray.models.classifier import Classifier
 
         model = self.get(name)
         content = read_weights(weights)

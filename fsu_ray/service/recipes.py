@@ -136,7 +136,7 @@ class Recipes:
     def search_order(self, model: str, target: ErasureTarget, recipe: Recipe) -> WorkOrder:
         """The work order of a search that begins at `recipe`, on the latest version; raises NotFound, and UserError
         for a target or a recipe that cannot be searched."""
-        from fsu_ray.method.context import load_samples
+        from fsu_ray.method.inputs import load_samples
 
         ledger = self._stores.ledger
         ledger.requests.check_behaviour(model, target.behaviour)

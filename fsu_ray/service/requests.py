@@ -94,8 +94,8 @@ def keep_samples(stores: Stores, model: str, samples: str | Path) -> tuple[Diges
 
     Raises NotFound, InvalidSamples.
     """
-    from fsu_ray.method.context import save_samples
     from fsu_ray.method.datasets import read_samples
+    from fsu_ray.method.inputs import save_samples
 
     pixels = read_samples(str(samples), stores.ledger.models.get(model).spec.shape)
     return Digest(stores.artifacts.put(save_samples(pixels))), len(pixels)

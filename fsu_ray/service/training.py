@@ -19,7 +19,7 @@ def train(
     from fsu_ray.method.datasets import load
     from fsu_ray.method.fit import TrainingSchedule, fit
     from fsu_ray.method.precision import default_device
-    from fsu_ray.models.networks import Classifier
+    from fsu_ray.models.classifier import Classifier
 
     shape = shape or ((3, 32, 32) if data == "cifar10" else (1, 32, 32))
     images = load(data, "train", shape)
@@ -42,5 +42,5 @@ def train(
     torch.manual_seed(seed)
     classifier = Classifier(spec).to(default_device())
     schedule = TrainingSchedule(epochs=epochs, batch=min(128, max(16, len(images) // 20)), seed=seed)
-    fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, progress=progress)
+    fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, on_epoch=progress)
     return spec, classifier.to_bytes()

@@ -58,8 +58,7 @@ def work(url: str | None, home: Path, model: str) -> None:
     import torch
 
     from fsu_ray import pipeline
-    from fsu_ray.method.context import RunState
-    from fsu_ray.method.unlearn import unlearn
+    from fsu_ray.method.unlearn import RunState, unlearn
 
     timings = Timings(lease=LEASE, poll=LEASE / 5)
     torch.set_num_threads(1)
@@ -69,8 +68,6 @@ def work(url: str | None, home: Path, model: str) -> None:
         file = home / "runs" / f"{name}.pt"
         file.parent.mkdir(exist_ok=True)
         saved = RunState(**torch.load(file, weights_only=True)) if file.exists() else None
-        if saved and saved.inversion is None:
-            saved.resumed_at.append(f"after {list(saved.seconds)[-1]}")
 
         def keep(state: RunState) -> None:
             partial = file.with_suffix(f".{os.getpid()}")
@@ -166,10 +163,10 @@ class Subject:
         """Train the classifier (seconds) and store it with six target samples."""
         import torch
 
-        from fsu_ray.method.context import save_samples
         from fsu_ray.method.datasets import draw, load
         from fsu_ray.method.fit import TrainingSchedule, fit
-        from fsu_ray.models.networks import Classifier
+        from fsu_ray.method.inputs import save_samples
+        from fsu_ray.models.classifier import Classifier
 
         spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.3,), std=(0.37,))
         images = load("digits", "train", spec.shape)

@@ -22,7 +22,9 @@ from fsu_ray.method import invert
 from fsu_ray.method.augment import random_view, seeded
 from fsu_ray.method.fit import TrainingSchedule, fit
 from fsu_ray.method.precision import repeatable
-from fsu_ray.models.networks import Classifier, Generator, UpsampledConv, observe
+from fsu_ray.models.classifier import Classifier
+from fsu_ray.models.generator import Generator, UpsampledConv
+from fsu_ray.models.hooks import observe
 from fsu_ray.recipes import InvertRecipe
 from fsu_ray.records import ModelSpec
 

@@ -28,11 +28,11 @@ from fsu_ray.errors import FsuError
 from fsu_ray.experiments.markdown import write_above_notes
 from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples
 from fsu_ray.method import invert
-from fsu_ray.method.context import RunState, save_samples
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.objective import Objective, reference
 from fsu_ray.method.synthesize import starved_classes, synthesize
-from fsu_ray.method.unlearn import unlearn
-from fsu_ray.models.networks import Classifier
+from fsu_ray.method.unlearn import RunState, unlearn
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.search_space import INVERSION, SPACE, apply, draw
 from fsu_ray.storage.artifacts import Artifacts
@@ -89,7 +89,7 @@ def measure(bench: Bench, scenario: str, seed: int, store: Artifacts, known: set
         inverted = RunState(
             use="trained", generator=root, dataset=store.put(dataset.to_bytes()), metrics={"starved": starved}
         )
-        outcome = unlearn(replace(order, recipe=recipe), store, device, saved=inverted)
+        outcome = unlearn(replace(order, recipe=recipe), store, device, state=inverted)
         child = store.get(outcome.weights) if outcome.weights else weights
         accuracies = score(bench, spec, child, [] if crossed else [9], crossed)
         row = {"scenario": scenario, "seed": seed, "inverter": inverter, "relearning": relearning}

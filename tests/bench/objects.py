@@ -63,10 +63,10 @@ def read_bench() -> Bench:
     """Train the classifier and draw the samples."""
     import torch
 
-    from fsu_ray.method.context import save_samples
     from fsu_ray.method.datasets import draw, load
     from fsu_ray.method.fit import TrainingSchedule, fit
-    from fsu_ray.models.networks import Classifier
+    from fsu_ray.method.inputs import save_samples
+    from fsu_ray.models.classifier import Classifier
 
     images = load("digits", "train", SPEC.shape)
     torch.manual_seed(0)

@@ -22,11 +22,11 @@ import torch
 
 from fsu_ray.cluster import workers
 from fsu_ray.config import CHECKPOINT_STEPS, make_recipe, parse_change, sqlite_url
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw, load
 from fsu_ray.method.fit import TrainingSchedule, fit
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.unlearn import unlearn
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.records import Behaviour, ModelSpec, Request
 from fsu_ray.storage.artifacts import Artifacts

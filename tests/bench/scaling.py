@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import spawn
 
 from fsu_ray.method import invert
 from fsu_ray.method.group import Group
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import InvertRecipe
 from fsu_ray.records import ModelSpec
 

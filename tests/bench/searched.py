@@ -24,7 +24,7 @@ from fsu_ray.cluster import workers
 from fsu_ray.config import CHECKPOINT_STEPS, sqlite_url
 from fsu_ray.errors import FsuError
 from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples, train
-from fsu_ray.method.context import save_samples
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.pipeline import WorkerOptions, drain, run_request
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, Digest, ModelSpec

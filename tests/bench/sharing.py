@@ -22,7 +22,7 @@ from fsu_ray.cluster import workers
 from fsu_ray.config import CHECKPOINT_STEPS
 from fsu_ray.errors import FsuError, RunFailed
 from fsu_ray.experiments.mnist import Bench, read_bench, score, target_samples
-from fsu_ray.method.context import save_samples
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.recipes import Recipe
 from fsu_ray.storage.artifacts import Artifacts
 from fsu_ray.work import ErasureTarget, GeneratorCandidates, GeneratorRef, Outcome, WorkOrder

@@ -44,7 +44,7 @@ def test_scaling_times_the_steps_of_invert(tmp_path: Path) -> None:
 def test_the_plain_step_computes_the_same_losses() -> None:
     """The plain form is a fair opponent: its losses agree with those of `invert` up to rounding, for equal weights."""
     from fsu_ray.method import invert
-    from fsu_ray.models.networks import Classifier
+    from fsu_ray.models.classifier import Classifier
 
     spec = ModelSpec(arch="lenet5", channels=1, height=32, width=32, classes=10, mean=(0.1,), std=(0.3,))
     recipe = InvertRecipe(batch=20, width=2, precision="float32")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fsu_ray.cluster import workers
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.unlearn import unlearn
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour

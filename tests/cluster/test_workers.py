@@ -16,11 +16,11 @@ import torch
 
 from fsu_ray.cluster import internals, workers
 from fsu_ray.errors import ClusterUnavailable, Stopped, StorageError, UserError
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.fit import predict
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.unlearn import unlearn
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search_space import apply

@@ -17,8 +17,7 @@ from tests.bench.collect_results import RESULTS, collect
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "fsu_ray" / "experiments"
-# The root README.md is checked by the tests of the house.
-DOCUMENTS = sorted([*ROOT.glob("fsu_ray/**/README.md"), *ROOT.glob("tests/**/README.md"), *RESULTS.rglob("*.md")])
+DOCUMENTS = [EXPERIMENTS / "README.md", ROOT / "tests" / "README.md", *sorted(RESULTS.rglob("*.md"))]
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -14,7 +14,7 @@ from fsu_ray.method import invert as inversion
 from fsu_ray.method.cuda_graph import WARM_UP, CudaGraphStep
 from fsu_ray.method.fit import TrainingSchedule, fit
 from fsu_ray.method.precision import repeatable
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import InvertRecipe
 from fsu_ray.records import ModelSpec
 

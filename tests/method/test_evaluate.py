@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from fsu_ray.method.evaluate import accuracy, attack_auc, bn_distance, generator_figures, retention, share_in
+from fsu_ray.method.evaluate import accuracy, attack_auc, bn_distance, generator_metrics, retention, share_in
 from fsu_ray.method.fit import predict
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.models.architectures import batch_norms
-from fsu_ray.models.networks import observe
+from fsu_ray.models.hooks import observe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SURE = torch.tensor([[9.0, 0.0, 0.0]])
@@ -127,7 +127,7 @@ def test_bn_distance_counts_running_deviations(classifier):
     assert bn_distance(judge, pixels) == pytest.approx(1.0, abs=0.01)
 
 
-def test_generator_figures_leave_erased_classes_out(classifier):
+def test_generator_metrics_leave_erased_classes_out(classifier):
     """Acceptance and coverage count the classes that are needed; agreement counts the untouched samples."""
     judge = classifier()
     pixels = torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8)
@@ -137,16 +137,16 @@ def test_generator_figures_leave_erased_classes_out(classifier):
     dataset = Synthetic(pixels, wrong, torch.zeros(30), torch.zeros(30).long(), torch.zeros(30) > 0)
     drawn = {"acceptance": [0.5, 0.25, 0.01], "count": [15, 10, 0]}
     free, untouched = torch.ones(30, 3, dtype=torch.bool), torch.arange(30) >= 3
-    found = generator_figures(judge, dataset, drawn, free, untouched, [2], [])
+    found = generator_metrics(judge, dataset, drawn, free, untouched, [2], [])
     assert found["acceptance"] == 0.25
     assert found["coverage"] == pytest.approx(10 / 12.5)
     assert found["agreement"] == pytest.approx(24 / 27)
     assert found["starved"] == []
-    assert generator_figures(judge, dataset, drawn, free, untouched, [], [2])["coverage"] == 0
-    assert generator_figures(judge, dataset, drawn, free, torch.zeros(30) > 0, [2], [])["agreement"] == 0
+    assert generator_metrics(judge, dataset, drawn, free, untouched, [], [2])["coverage"] == 0
+    assert generator_metrics(judge, dataset, drawn, free, torch.zeros(30) > 0, [2], [])["agreement"] == 0
 
 
-def test_generator_figures_expect_no_class_that_is_masked(classifier):
+def test_generator_metrics_expect_no_class_that_is_masked(classifier):
     """Where a mask takes the first class away, agreement is with the best class that is left."""
     judge = classifier()
     pixels = torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8)
@@ -156,5 +156,5 @@ def test_generator_figures_expect_no_class_that_is_masked(classifier):
     dataset = Synthetic(pixels, root, torch.zeros(8), torch.zeros(8).long(), torch.zeros(8) > 0)
     drawn = {"acceptance": [1.0] * 3, "count": [3] * 3}
     all_of_them = torch.ones(8, dtype=torch.bool)
-    assert generator_figures(judge, dataset, drawn, allowed, all_of_them, [], [])["agreement"] == 1
-    assert generator_figures(judge, dataset, drawn, allowed | True, all_of_them, [], [])["agreement"] == 0
+    assert generator_metrics(judge, dataset, drawn, allowed, all_of_them, [], [])["agreement"] == 1
+    assert generator_metrics(judge, dataset, drawn, allowed | True, all_of_them, [], [])["agreement"] == 0

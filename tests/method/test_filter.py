@@ -24,7 +24,7 @@ from fsu_ray.method.filter import (
     relabel,
     select,
 )
-from fsu_ray.models.networks import observe
+from fsu_ray.models.hooks import observe
 from fsu_ray.recipes import FilterRecipe
 from fsu_ray.records import Behaviour
 

@@ -89,7 +89,7 @@ def test_the_loss_falls(classifier):
     """A tiny problem is learned, and progress tells of each epoch."""
     network, heard = classifier(), []
     pixels, labels = problem()
-    fit(network, pixels, labels, TrainingSchedule(12, 16), progress=lambda *a: heard.append(a))
+    fit(network, pixels, labels, TrainingSchedule(12, 16), on_epoch=lambda *a: heard.append(a))
     assert [(done, total) for done, total, _ in heard] == [(i, 12) for i in range(1, 13)]
     assert heard[-1][2]["loss"] < 0.5 * heard[0][2]["loss"]
     assert float((predict(network, pixels).argmax(1) == labels).float().mean()) > 0.9
@@ -121,15 +121,16 @@ def test_relearning_moves_mass_off_the_target(learned):
     allowed[:, 2] = False
     before, logits = statistics(network), predict(network, pixels)
     drawn = torch.zeros(len(pixels), dtype=torch.bool)
-    relearn(network, pixels, relabel(logits, allowed), drawn, RelearnRecipe(epochs=12, batch=8, lr=1.5e-3))
-    after = predict(network, pixels)
+    child = relearn(network, pixels, relabel(logits, allowed), drawn, RelearnRecipe(epochs=12, batch=8, lr=1.5e-3))
+    assert torch.equal(predict(network, pixels), logits), "the parent is left as it was"
+    after = predict(child, pixels)
     mass = after.softmax(1)[labels == 2, 2].mean() / logits.softmax(1)[labels == 2, 2].mean()
     assert float(mass) < 0.3
     assert not bool((after.argmax(1) == 2).any())
     kept = labels != 2
     assert float((after.argmax(1) == labels)[kept].float().mean()) > 0.9
-    assert same(before, statistics(network))
-    assert not network.training
+    assert same(before, statistics(child))
+    assert not child.training
 
 
 def test_relearning_trains_as_the_recipe_says(learned, monkeypatch):

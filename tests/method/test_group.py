@@ -19,9 +19,10 @@ BEGIN = """
 import sys, torch, torch.distributed as dist
 from fsu_ray.errors import Stopped, UserError
 from fsu_ray.method import invert
-from fsu_ray.method.fit import Schedule, fit
+from fsu_ray.method.fit import TrainingSchedule, fit
 from fsu_ray.method.group import Group
-from fsu_ray.models.networks import Classifier, Generator
+from fsu_ray.models.classifier import Classifier
+from fsu_ray.models.generator import Generator
 from fsu_ray.method.synthesize import synthesize
 from fsu_ray.recipes import InvertRecipe, SynthesizeRecipe
 from fsu_ray.records import ModelSpec
@@ -77,15 +78,15 @@ for arch, form in (("lenet5", "norm"), ("preactresnet18:2", "squared")):
     recipe = InvertRecipe(steps=20, batch=15, width=2, latent=8, precision="float32", form=form)
     classifier, curve = judge(arch), []
     run = invert.begin(classifier, recipe)
-    honest = invert.losses
-    def heard(*words):
-        losses = honest(*words)
+    honest = invert.losses_of
+    def recording(*arguments):
+        losses = honest(*arguments)
         means = group.total(torch.stack([value.detach() for value in losses.values()])) / group.size
-        curve.append(means.tolist())
+        curve.append(dict(zip(losses, means.tolist())))
         return losses
-    invert.losses = heard
+    invert.losses_of = recording
     invert.invert(classifier, recipe, run, group=group)
-    invert.losses = honest
+    invert.losses_of = honest
     found[arch] = (curve, {name: value.clone() for name, value in run.generator.state_dict().items()})
 """
 
@@ -97,9 +98,15 @@ def test_an_inversion_is_the_same_for_any_number_of_ranks(found: Callable[..., l
     BatchNorm over the whole batch, which does not divide evenly; the ranks end with one and the same generator."""
     (alone,) = found(INVERT, 1)
     together = found(INVERT, size)
+    assert set(alone) == {"lenet5", "preactresnet18:2"}
     for arch, (curve, weights) in alone.items():
+        assert len(curve) == 20
+        assert set(curve[0]) == {"bn", "entropy", "augmentation", "diversity", "tv"}
         for rank in together:
-            torch.testing.assert_close(torch.tensor(rank[arch][0]), torch.tensor(curve), rtol=1e-4, atol=1e-6)
+            assert len(rank[arch][0]) == 20
+            for step, (losses, expected) in enumerate(zip(rank[arch][0], curve, strict=True)):
+                for name, value in expected.items():
+                    assert losses[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (arch, step, name)
             for name, value in rank[arch][1].items():
                 assert torch.equal(value, together[0][arch][1][name]), name
         first = together[0][arch][1]
@@ -134,7 +141,7 @@ pixels = torch.randint(0, 256, (50, 1, 16, 16), dtype=torch.uint8)
 targets = torch.rand(50, 3).softmax(1)
 still = torch.arange(50) < 20
 classifier, heard = judge(), []
-schedule = Schedule(epochs=3, batch=16, lr=0.05, one_cycle=False, frozen_statistics=True)
+schedule = TrainingSchedule(epochs=3, batch=16, lr=0.05, one_cycle=False, frozen_statistics=True)
 fit(classifier, pixels, targets, schedule, True, lambda *told: heard.append(told), still, group)
 found = ({name: value.clone() for name, value in classifier.state_dict().items()}, heard)
 """

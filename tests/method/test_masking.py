@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.filter import Mask, extract_features, select
 from fsu_ray.method.fit import predict
-from fsu_ray.method.masking import MaskedDataset, StaticMaskInputs
+from fsu_ray.method.inputs import TargetSamples, save_samples
+from fsu_ray.method.masking import ForgetSet, MaskedDataset
 from fsu_ray.method.synthesize import Synthetic
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import FilterRecipe
-from fsu_ray.records import Behaviour
-from fsu_ray.work import EarlierErasure
+from fsu_ray.records import Behaviour, Digest
+from fsu_ray.work import EarlierErasure, ErasureTarget
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,18 +57,9 @@ def erased(behaviour: Behaviour, **changes: Any) -> EarlierErasure:
     return EarlierErasure(request="r", behaviour=behaviour, **{**values, **changes})
 
 
-def masked(
-    teacher: Classifier, dataset: Synthetic, store: Any, *erasures: EarlierErasure, erasing: Sequence[Behaviour] = ()
-) -> MaskedDataset:
-    """D' under the masks of `erasures`, in a run that erases the behaviours `erasing`."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Run(StaticMaskInputs):
-        @property
-        def given(self) -> Any:
-            return [type("Target", (), {"behaviour": behaviour}) for behaviour in erasing]
-
-    return MaskedDataset(Run(store, teacher, erasures, 3), dataset, HERE)
+def masked(teacher: Classifier, dataset: Synthetic, store: Any, *erasures: EarlierErasure) -> MaskedDataset:
+    """D' under the masks of `erasures`."""
+    return MaskedDataset(store, teacher, erasures, dataset, HERE)
 
 
 def mask_of(rows: Sequence[int], behaviour: Behaviour) -> Mask:
@@ -76,6 +67,12 @@ def mask_of(rows: Sequence[int], behaviour: Behaviour) -> Mask:
     is_forget = torch.zeros(N, dtype=torch.bool)
     is_forget[list(rows)] = True
     return Mask(is_forget, behaviour.targets, behaviour.kind == "class", "leave-one-out", 0.5)
+
+
+def forget_set(rows: Sequence[int], behaviour: Behaviour) -> ForgetSet:
+    """A target of the run whose D_e-like samples are `rows` of D'."""
+    target = TargetSamples(ErasureTarget("r", behaviour, Digest("s")), noise(1), torch.zeros(1, dtype=torch.bool))
+    return ForgetSet(target, mask_of(rows, behaviour), Digest("m"))
 
 
 def same(one: Mask, other: Mask) -> bool:
@@ -150,25 +147,25 @@ def test_subset_samples_are_those_of_all_subsets_earlier_and_now(
         erased(behaviour, mask=store.put(mask.to_bytes()), dataset=HERE)
         for behaviour, mask in zip((PART, WHOLE), recorded, strict=True)
     ]
-    data = masked(teacher, dataset, store, *erasures, erasing=(WHOLE, PART))
-    own = [mask_of([5], WHOLE), mask_of([2, 6], PART)]
+    data = masked(teacher, dataset, store, *erasures)
+    own = [forget_set([5], WHOLE), forget_set([2, 6], PART)]
     assert data.subset_forget(own).nonzero().flatten().tolist() == [1, 2, 6]
-    with pytest.raises(ValueError, match="shorter"):
-        data.subset_forget(own[:1])
+    retained = data.retained(own)
+    assert (~retained).nonzero().flatten().tolist() == [1, 2, 3, 4, 5, 6], "no sample of any mask"
+    assert (~data.retained()).nonzero().flatten().tolist() == [1, 2, 3, 4]
 
 
 def test_no_sample_of_a_small_subset_is_held_out(teacher: Classifier, dataset: Synthetic, store: Any) -> None:
     """A subset with 100 samples keeps its share of the held-out ones, one with fewer trains on all."""
     before = dataset.holdout.clone()
-    data = masked(teacher, dataset, store, erasing=(PART,))
-    enough, few = (mask_of(range(number), PART) for number in (100, 99))
+    data = masked(teacher, dataset, store)
+    enough, few = (forget_set(range(number), PART) for number in (100, 99))
     assert torch.equal(data.held_out([enough]), before)
     expected = before & (torch.arange(N) >= 99)
     assert torch.equal(data.held_out([few]), expected)
     assert not torch.equal(expected, before)
     assert torch.equal(dataset.holdout, before), "D' itself is not changed"
-    whole = masked(teacher, dataset, store, erasing=(WHOLE,))
-    assert torch.equal(whole.held_out([mask_of([0, 10], WHOLE)]), before)
+    assert torch.equal(data.held_out([forget_set([0, 10], WHOLE)]), before)
 
 
 def test_a_sample_may_have_the_classes_that_no_mask_takes_from_it(
@@ -181,9 +178,4 @@ def test_a_sample_may_have_the_classes_that_no_mask_takes_from_it(
     expected[7, 2] = False
     assert torch.equal(data.allowed(), expected)
     expected[:, 1] = False
-    assert torch.equal(data.allowed([mask_of([9], WHOLE)]), expected)
-
-
-def test_without_a_run_nothing_is_erased_now(teacher: Classifier, store: Any) -> None:
-    inputs = StaticMaskInputs(store, teacher, (), 3)
-    assert inputs.given == ()
+    assert torch.equal(data.allowed([forget_set([9], WHOLE)]), expected)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fsu_ray.method import invert
-from fsu_ray.method.context import save_samples
 from fsu_ray.method.datasets import draw
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.objective import Objective, combine, reference
 from fsu_ray.method.synthesize import trustworthy
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour
 from fsu_ray.search_space import apply

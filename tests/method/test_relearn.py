@@ -14,7 +14,7 @@ from torch import Tensor
 from fsu_ray.method.augment import seeded
 from fsu_ray.method.group import Group
 from fsu_ray.method.relearn import relearn
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import RelearnRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,10 +31,9 @@ def problem() -> tuple[Tensor, Tensor]:
 
 
 def relearned(network: Classifier, synthetic: Tensor = ALL, recipe: RelearnRecipe = RECIPE, **more: Any) -> Tensor:
-    """All weights of `network` after relearning, as one vector; the network given stays as it is."""
-    network = copy.deepcopy(network)
-    relearn(network, *problem(), synthetic, recipe, **more)
-    return torch.cat([p.detach().flatten() for p in network.parameters()])
+    """All weights of the relearned copy of `network`, as one vector."""
+    child = relearn(network, *problem(), synthetic, recipe, **more)
+    return torch.cat([p.detach().flatten() for p in child.parameters()])
 
 
 def test_it_is_sgd_with_nesterov_momentum_on_the_soft_labels(classifier: Callable[..., Classifier]) -> None:
@@ -51,9 +50,9 @@ def test_it_is_sgd_with_nesterov_momentum_on_the_soft_labels(classifier: Callabl
             F.cross_entropy(reference(pixels[batch].float() / 255), targets[batch]).backward()
             optimiser.step()
 
-    relearn(network, pixels, targets, ALL, RECIPE)
+    child = relearn(network, pixels, targets, ALL, RECIPE)
 
-    for (name, mine), expected in zip(network.state_dict().items(), reference.state_dict().values(), strict=True):
+    for (name, mine), expected in zip(child.state_dict().items(), reference.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
@@ -86,7 +85,7 @@ def test_the_precision_is_that_of_the_recipe(classifier: Callable[..., Classifie
 
 def test_progress_is_reported_after_each_epoch(classifier: Callable[..., Classifier]) -> None:
     calls: list[tuple[int, int]] = []
-    relearned(classifier(), progress=lambda done, total, metrics: calls.append((done, total)))
+    relearned(classifier(), on_epoch=lambda done, total, metrics: calls.append((done, total)))
     assert calls == [(1, 2), (2, 2)]
 
 

@@ -238,7 +238,7 @@ def test_a_class_that_has_its_number_draws_no_more() -> None:
     """One chunk of 250 is enough for 250; progress tells of the class that has least, and how many lacked samples."""
     calls: list[tuple[int, int, dict[str, float]]] = []
     asked = recipe(per_class=250)
-    synthesize(Judge(), Painter(), asked, progress=lambda *values: calls.append(values))
+    synthesize(Judge(), Painter(), asked, on_step=lambda *values: calls.append(values))
     assert calls == [(250, 250, {"lacking": 3.0})]
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import io
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
-from fsu_ray.method.context import RunState, save_samples
 from fsu_ray.method.datasets import draw
 from fsu_ray.method.filter import Mask
+from fsu_ray.method.inputs import save_samples
 from fsu_ray.method.synthesize import Synthetic
-from fsu_ray.method.unlearn import unlearn
-from fsu_ray.models.networks import Classifier
+from fsu_ray.method.unlearn import RunState, unlearn
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Behaviour, ModelSpec
 from fsu_ray.work import EarlierErasure, ErasureTarget, GeneratorCandidates, GeneratorRef, Outcome, WorkOrder
@@ -48,7 +49,7 @@ def mask_of(outcome: Outcome, store: Any) -> Mask:
     return Mask.from_bytes(store.get(outcome.targets[0].mask or ""))
 
 
-def prior(order: WorkOrder, outcome: Outcome) -> EarlierErasure:
+def erased_earlier(order: WorkOrder, outcome: Outcome) -> EarlierErasure:
     (target,), (result,) = order.targets, outcome.targets
     assert result.mask
     assert result.probes
@@ -70,7 +71,7 @@ def test_a_second_request_reuses_generator_and_data_set(trained: Any, store: Any
         quick,
         3,
         current_weights=one.weights,
-        earlier_erasures=(prior(first, one),),
+        earlier_erasures=(erased_earlier(first, one),),
         generators=reuse(one),
     )
     two = unlearn(second, store, CPU)
@@ -88,8 +89,9 @@ def test_the_few_samples_come_in_as_often_as_asked(
     too. Nothing that is given keeps a target label, and what is of D' is told from what is given."""
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def learn(child: Classifier, *data: Any) -> None:
+    def learn(parent: Classifier, *data: Any) -> Classifier:
         seen.append(data[:3])
+        return parent
 
     monkeypatch.setattr("fsu_ray.method.unlearn.relearn", learn)
     recipe = changed(quick, relearn={"repeats": 3}, synthesize={"holdout": 0.5, "per_class": 15}, filter=EVERY)
@@ -108,7 +110,7 @@ def test_the_few_samples_come_in_as_often_as_asked(
 
     seen_most = int(torch.bincount(dataset.predicted[dataset.predicted != 8]).argmax())  # so small a D' lacks classes
     later = order_for(
-        trained, store, recipe, seen_most, earlier_erasures=(prior(order, first),), generators=reuse(first)
+        trained, store, recipe, seen_most, earlier_erasures=(erased_earlier(order, first),), generators=reuse(first)
     )
     second = unlearn(later, store, CPU)
     assert second.reason is None, second.reason
@@ -167,7 +169,7 @@ def test_masks_of_earlier_erasures_are_rebuilt_on_a_new_data_set(trained: Any, s
         fresh,
         3,
         current_weights=one.weights,
-        earlier_erasures=(prior(first, one),),
+        earlier_erasures=(erased_earlier(first, one),),
         generators=GeneratorCandidates(warm=reuse(one).reuse),
     )
     purged.put(save_samples(trained.train.pixels[draw(trained.train, [3], 8, 0)]))
@@ -196,7 +198,19 @@ def test_a_starved_class_is_an_outcome(trained: Any, store: Any, quick: Recipe) 
     assert outcome.metrics["starved"]
 
 
-@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (2, 3, 4, 5))])
+RESUMED_AT = ("invert 10", "invert 20", *(f"after {stage}" for stage in ("invert", "synthesize", "filter", "relearn")))
+SLOW = pytest.mark.slow
+
+
+def through_a_file(state: RunState) -> RunState:
+    """A state as a checkpoint's file gives it back."""
+    file = io.BytesIO()
+    torch.save(asdict(state), file)
+    file.seek(0)
+    return RunState(**torch.load(file, weights_only=True))
+
+
+@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=SLOW) for stop in range(2, len(RESUMED_AT) + 1))])
 def test_a_run_cut_off_at_any_checkpoint_ends_as_an_undisturbed_one(
     trained: Any, store: Any, quick: Recipe, stop: int
 ) -> None:
@@ -209,15 +223,15 @@ def test_a_run_cut_off_at_any_checkpoint_ends_as_an_undisturbed_one(
     kept: list[RunState] = []
 
     def keep(saved: RunState) -> None:
-        kept.append(copy.deepcopy(saved))
+        kept.append(through_a_file(saved))
         if len(kept) == stop:
             raise CutOff
 
     with pytest.raises(CutOff):
-        unlearn(order_for(trained, store, quick), store, CPU, checkpoint=keep, every=25)
-    resumed = unlearn(order_for(trained, store, quick), store, CPU, saved=kept[-1], every=25)
+        unlearn(order_for(trained, store, quick), store, CPU, checkpoint=keep, every=10)
+    resumed = unlearn(order_for(trained, store, quick), store, CPU, state=kept[-1], every=10)
     assert (resumed.weights, resumed.targets, resumed.dataset) == (whole.weights, whole.targets, whole.dataset)
-    assert resumed.generator_use == "trained"
+    assert (resumed.generator_use, resumed.resumed) == ("trained", (RESUMED_AT[stop - 1],))
 
 
 def test_samples_are_held_out_from_ten_on(trained: Any, store: Any, quick: Recipe) -> None:
@@ -235,7 +249,9 @@ def test_the_papers_form_labels_with_the_current_version(trained: Any, store: An
     paper = Recipe.model_validate(quick.model_dump() | {"form": "paper"})
     first = order_for(trained, store, quick)
     one = unlearn(first, store, CPU)
-    second = order_for(trained, store, paper, 3, current_weights=one.weights, earlier_erasures=(prior(first, one),))
+    second = order_for(
+        trained, store, paper, 3, current_weights=one.weights, earlier_erasures=(erased_earlier(first, one),)
+    )
     two = unlearn(second, store, CPU)
     assert two.reason is None
     assert two.generator_use == "trained"

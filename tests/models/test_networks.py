@@ -15,13 +15,9 @@ from torch import nn
 
 from fsu_ray.errors import InvalidWeights, UnsupportedModel
 from fsu_ray.models.architectures import batch_norms, build_network
-from fsu_ray.models.networks import (
-    Classifier,
-    Generator,
-    UpsampledConv,
-    affine_batch_norms,
-    observe,
-)
+from fsu_ray.models.classifier import Classifier
+from fsu_ray.models.generator import Generator, UpsampledConv
+from fsu_ray.models.hooks import affine_batch_norms, observe
 from fsu_ray.records import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")

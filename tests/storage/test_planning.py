@@ -122,7 +122,7 @@ def test_the_papers_form_trains_anew(driver: Any) -> None:
     assert candidates_for(driver).reuse is None
 
 
-def test_priors_are_the_erasures_in_force(driver: Any) -> None:
+def test_earlier_erasures_are_those_in_force(driver: Any) -> None:
     ledger = driver.ledger
     assert in_force(ledger) == ()
     recipe = Recipe(filter=FilterRecipe(policy="knee", metric="cosine"))
@@ -134,13 +134,13 @@ def test_priors_are_the_erasures_in_force(driver: Any) -> None:
     first, second = ledger.models.erasures("digits")
     found = in_force(ledger)
 
-    assert [(prior.request, prior.behaviour, prior.samples) for prior in found] == [
+    assert [(erasure.request, erasure.behaviour, erasure.samples) for erasure in found] == [
         (erasure.request, erasure.behaviour, erasure.samples) for erasure in (first, second)
     ]
-    assert [(prior.mask, prior.probes) for prior in found] == [(e.mask, e.probes) for e in (first, second)]
-    assert [prior.filter for prior in found] == [recipe.filter, FilterRecipe()]
-    assert [prior.dataset for prior in found] == [generator.dataset] * 2
-    assert [prior.recorded for prior in found] == [0.04, 0.0]
+    assert [(erasure.mask, erasure.probes) for erasure in found] == [(e.mask, e.probes) for e in (first, second)]
+    assert [erasure.filter for erasure in found] == [recipe.filter, FilterRecipe()]
+    assert [erasure.dataset for erasure in found] == [generator.dataset] * 2
+    assert [erasure.recorded for erasure in found] == [0.04, 0.0]
     assert in_force(ledger, 2) == found[:1]
 
 

@@ -1,4 +1,4 @@
-"""Fisher scrubbing (Golatkar, Achille and Soatto, CVPR 2020): noise where the kept data do not hold the weights.
+"""Fisher scrubbing (Golatkar, Achille and Soatto, CVPR 2020): noise on the weights that the kept data do not determine.
 
 w' = w + sqrt(v) N(0, 1), v = alpha min(1 / (F + 1e-8), 1e3), F the diagonal of the Fisher information on D_r. As in its
 authors' code the last layer's variance is capped at 1e2 instead, variances are averaged over a weight's input
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
 from fsu_ray.errors import InvalidConfig
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 
 CAP, LAST_CAP, LOUDER = 1e3, 1e2, 10.0
 
@@ -35,12 +35,13 @@ def information(classifier: Classifier, pixels: Tensor, chunk: int = 32) -> dict
         """The sum over k of one image."""
 
         def log_p(weights: dict[str, Tensor]) -> Tensor:
-            found: Tensor = functional_call(classifier, (weights, buffers), (x[None],))
-            return found.float().log_softmax(1)[0]
+            logits: Tensor = functional_call(classifier, (weights, buffers), (x[None],))
+            return logits.float().log_softmax(1)[0]
 
-        found, pull = vjp(log_p, parameters)  # type: ignore[misc]
+        log_probabilities, pull = vjp(log_p, parameters)  # type: ignore[misc]
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        for one, p in zip(torch.eye(len(found), device=device), found.detach().exp(), strict=True):
+        eye = torch.eye(len(log_probabilities), device=device)
+        for one, p in zip(eye, log_probabilities.detach().exp(), strict=True):
             (slopes,) = pull(one)
             total = {name: total[name] + p * slope.square() for name, slope in slopes.items()}
         return total
@@ -48,8 +49,8 @@ def information(classifier: Classifier, pixels: Tensor, chunk: int = 32) -> dict
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for part in torch.split(pixels, chunk):
         x = part.to(device).float() / 255
-        for name, each in vmap(squares)(x).items():
-            total[name] += each.sum(0)
+        for name, square in vmap(squares)(x).items():
+            total[name] += square.sum(0)
     return {name: sum_ / len(pixels) for name, sum_ in total.items()}
 
 
@@ -57,9 +58,9 @@ def scrub(classifier: Classifier, fisher: dict[str, Tensor], alpha: float, seed:
     """A copy of `classifier` with noise of strength `alpha` added; raises InvalidConfig for one below 0."""
     if alpha < 0:
         raise InvalidConfig(f"the strength of Fisher's noise is 0 or more, not {alpha:g}")
-    made, rng = copy.deepcopy(classifier), torch.Generator().manual_seed(seed)
+    scrubbed, rng = copy.deepcopy(classifier), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in made.named_parameters():
+        for name, p in scrubbed.named_parameters():
             last = p.shape[0] == classifier.spec.classes
             variance = alpha * (1 / (fisher[name] + 1e-8)).clamp(max=LAST_CAP if last else CAP)
             if p.dim() > 1:
@@ -67,4 +68,4 @@ def scrub(classifier: Classifier, fisher: dict[str, Tensor], alpha: float, seed:
             if last or p.dim() == 1:
                 variance = LOUDER * variance
             p.add_(variance.sqrt() * torch.randn(p.shape, generator=rng).to(p.device))
-    return made
+    return scrubbed

@@ -1,6 +1,6 @@
 """Ours+ (section 4.1): the generator trained as a GAN on the real data, in the place of the inverter.
 
-The generator is that of an inversion, `networks.Generator`, so that its weights serve wherever an inverter's do. The
+The generator is that of an inversion, `models.generator.Generator`, so its weights serve wherever an inverter's do. The
 discriminator is a small convolutional network with a projection of the class (Miyato and Koyama, ICLR 2018), and
 matching-aware (Reed et al., ICML 2016): a real image with a class that is not its own is to be told apart as well,
 which costs a product of vectors and makes the generator mind its condition from the first steps on. Losses are the
@@ -9,7 +9,6 @@ non-saturating ones of Goodfellow et al. 2014, as binary cross entropies. It nee
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +21,10 @@ from fsu_ray.method.cuda_graph import CudaGraphStep
 from fsu_ray.method.group import Group
 from fsu_ray.method.invert import decay
 from fsu_ray.method.precision import autocast, resolve_precision
-from fsu_ray.models.networks import Generator
+from fsu_ray.models.generator import Generator
 from fsu_ray.recipes import Precision
 from fsu_ray.records import ModelSpec
+from fsu_ray.work import StepCallback
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Discriminator(nn.Module):
         self.classes = nn.Linear(inputs * rows * columns, spec.classes, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        found = self.layers(2 * pixels - 1).flatten(1)
-        out: Tensor = self.real(found) + self.classes(found)  # (N, 1) + (N, K)
+        features = self.layers(2 * pixels - 1).flatten(1)
+        out: Tensor = self.real(features) + self.classes(features)  # (N, 1) + (N, K)
         return out
 
 
@@ -77,13 +77,13 @@ def train(
     labels: Tensor,
     recipe: GanRecipe,
     device: torch.device,
-    on_progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    on_progress: StepCallback | None = None,
 ) -> Generator:
     """Train a generator of the classes of `spec` on pixels (N, C, H, W) uint8 with labels (N,), and return it in eval
     mode, on `device`.
 
-    `tell` hears of step, steps and both losses every ten steps. The same seed gives the same weights on one kind of
-    device with one number of threads. Raises InvalidData where the data do not have the shape of `spec`, or not
+    `on_progress` hears of step, steps and both losses every ten steps. The same seed gives the same weights on one kind
+    of device with one number of threads. Raises InvalidData where the data do not have the shape of `spec`, or not
     images of every class.
     """
     _check(spec, pixels, labels)
@@ -108,16 +108,16 @@ def train(
         real = (real.float() / 255).contiguous(memory_format=torch.channels_last)
         with autocast(precision, device):
             drawn = generator(z, y)
-            found = discriminator(torch.cat([real, drawn.detach().to(real.dtype)])).float()
-        told_real, told_drawn = found.chunk(2)
-        told = _bce(_of(told_real, y), 1) + (_bce(_of(told_drawn, y), 0) + _bce(_of(told_real, other), 0)) / 2
-        _descend(of_discriminator, told)
+            logits = discriminator(torch.cat([real, drawn.detach().to(real.dtype)])).float()
+        of_real, of_drawn = logits.chunk(2)
+        loss = _bce(_of(of_real, y), 1) + (_bce(_of(of_drawn, y), 0) + _bce(_of(of_real, other), 0)) / 2
+        _descend(of_discriminator, loss)
         discriminator.requires_grad_(False)
         with autocast(precision, device):
             fooled = _bce(_of(discriminator(drawn).float(), y), 1)
         _descend(of_generator, fooled)
         discriminator.requires_grad_(True)
-        return torch.stack([told, fooled]).detach()
+        return torch.stack([loss, fooled]).detach()
 
     replayed = CudaGraphStep(update, [], device)
     generator.train()
@@ -127,11 +127,11 @@ def train(
         y = labels[chosen]
         other = (y + torch.randint(1, spec.classes, (recipe.batch,), generator=rng)) % spec.classes
         z = torch.randn((recipe.batch, recipe.latent), generator=rng)
-        told, fooled = replayed(pixels[chosen], y, other, z, torch.tensor(decay(step / recipe.steps)))
+        loss, fooled = replayed(pixels[chosen], y, other, z, torch.tensor(decay(step / recipe.steps)))
         if on_progress and ((step + 1) % 10 == 0 or step + 1 == recipe.steps):
-            on_progress(step + 1, recipe.steps, {"discriminator": told.item(), "generator": fooled.item()})
-    made: Generator = generator.eval()
-    return made
+            on_progress(step + 1, recipe.steps, {"discriminator": loss.item(), "generator": fooled.item()})
+    trained: Generator = generator.eval()
+    return trained
 
 
 def _check(spec: ModelSpec, pixels: Tensor, labels: Tensor) -> None:

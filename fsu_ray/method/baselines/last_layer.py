@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fsu_ray.errors import InvalidData, UnsupportedModel
 from fsu_ray.method.baselines import variational
 from fsu_ray.method.baselines.variational import Cut, Descent, Diagonal, LogLikelihood
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 
 AT_ONCE = 1 << 22
 """Logits that are held at once where no gradient is wanted."""
@@ -54,12 +54,12 @@ def features(classifier: Classifier, pixels: Tensor, batch: int = 1000) -> Tenso
     """
     classifier.eval()
     layer, device = last_layer(classifier), next(classifier.parameters()).device
-    found = []
+    features = []
     with _inputs(layer) as seen:
         for part in torch.split(pixels, batch):
             classifier(part.to(device).float() / 255)
-            found.append(seen.pop().float().flatten(1))
-    x = torch.cat(found)
+            features.append(seen.pop().float().flatten(1))
+    x = torch.cat(features)
     return torch.cat((x, torch.ones_like(x[:, :1])), 1)
 
 
@@ -105,13 +105,13 @@ def weights(classifier: Classifier) -> Tensor:
 
 def install(classifier: Classifier, q: Diagonal) -> Classifier:
     """A copy of `classifier` whose last layer is q's mean."""
-    made = copy.deepcopy(classifier)
-    layer = last_layer(made)
+    bayesian = copy.deepcopy(classifier)
+    layer = last_layer(bayesian)
     theta = q.mean.view(layer.out_features, -1)
     with torch.no_grad():
         layer.weight.copy_(theta[:, :-1])
         layer.bias.copy_(theta[:, -1])
-    return made
+    return bayesian
 
 
 def likelihood(x: Tensor, y: Tensor, classes: int, batch: int | None = None, seed: int = 0) -> LogLikelihood:
@@ -121,7 +121,7 @@ def likelihood(x: Tensor, y: Tensor, classes: int, batch: int | None = None, see
     where there are no samples, or not as many labels.
     """
     if not len(x) or len(x) != len(y):
-        raise InvalidData(f"features (N, F + 1) with N labels are wanted, not {len(x)} with {len(y)}")
+        raise InvalidData(f"features (N, F + 1) with N labels are needed, not {len(x)} with {len(y)}")
     rng, y = torch.Generator().manual_seed(seed), y.to(x.device)
 
     def summed(theta: Tensor) -> Tensor:
@@ -170,8 +170,9 @@ def rkl(full: Diagonal, x: Tensor, y: Tensor, cut: Cut, seed: int, batches: int 
     Where that is near 1, each batch is its draw that D_e is least likely under, and q is where such draws lie: RKL
     then goes as far as the best of 1,000 draws does, and no further.
     """
-    told = _of(full, x, y, None, seed)
-    return variational.rkl(full, told, cut, seed, batches), variational.effective_draws(full, told, cut, seed, 5)
+    likelihood = _of(full, x, y, None, seed)
+    posterior = variational.rkl(full, likelihood, cut, seed, batches)
+    return posterior, variational.effective_draws(full, likelihood, cut, seed, 5)
 
 
 def _of(full: Diagonal, x: Tensor, y: Tensor, batch: int | None, seed: int) -> LogLikelihood:

@@ -54,13 +54,13 @@ class SparseGP:
 
     def features(self, x: Tensor) -> Tensor:
         """phi(x) = L^-1 k_U(x), with L L^T = Kuu: (N, D) -> (N, M)."""
-        found: Tensor = torch.linalg.solve_triangular(self.prior.tril, self.kernel(self.inducing, x), upper=False)
-        return found.T
+        solved: Tensor = torch.linalg.solve_triangular(self.prior.tril, self.kernel(self.inducing, x), upper=False)
+        return solved.T
 
     def project(self, x: Tensor) -> Tensor:
         """The rows a with f(x) = a^T u: (N, D) -> (N, M)."""
-        found: Tensor = torch.linalg.solve_triangular(self.prior.tril.T, self.features(x).T, upper=True)
-        return found.T
+        solved: Tensor = torch.linalg.solve_triangular(self.prior.tril.T, self.features(x).T, upper=True)
+        return solved.T
 
     def probability(self, x: Tensor) -> Tensor:
         """p(y = 1 | x): (N, D) -> (N,); differentiable in x."""
@@ -83,7 +83,7 @@ class SparseGP:
         """
         weight = torch.ones_like(y) if weight is None else weight
         if x.dim() != 2 or x.shape[1] != self.inducing.shape[1] or not len(x) == len(y) == len(weight):
-            raise InvalidData(f"points (N, {self.inducing.shape[1]}) with as many labels are wanted, not {x.shape}")
+            raise InvalidData(f"points (N, {self.inducing.shape[1]}) with as many labels are needed, not {x.shape}")
         rows, prior = self.project(x), self.prior.precision  # the prior's mean is 0
         precision, pull = self.q.precision, self.q.precision @ self.q.mean
         q, share, before = self.q, DAMPING, math.inf
@@ -91,9 +91,9 @@ class SparseGP:
             mean, variance = self._latent(rows, q)
             right = _expect(torch.sigmoid, mean, variance)
             curvature = weight * _expect(lambda f: torch.sigmoid(f) * torch.sigmoid(-f), mean, variance)
-            wanted = prior + rows.T @ (curvature[:, None] * rows)
+            target = prior + rows.T @ (curvature[:, None] * rows)
             pulled = rows.T @ (weight * (y - right) + curvature * mean)
-            precision, pull = torch.lerp(precision, wanted, share), torch.lerp(pull, pulled, share)
+            precision, pull = torch.lerp(precision, target, share), torch.lerp(pull, pulled, share)
             covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
             new = Gaussian.of(covariance @ pull, covariance)
             moved = float(new.kl(q))

@@ -56,24 +56,24 @@ class Gaussian:
 
     def kl(self, other: Gaussian) -> Tensor:
         """KL(self || other) in nats, a scalar."""
-        return other.whitened(self).away()
+        return other.whitened(self).kl_to_standard()
 
     def place(self, drawn: Tensor) -> Tensor:
-        """Draws of N(0, I) become draws of this: (S, D) -> (S, D)."""
+        """Turn draws of N(0, I) into draws of this: (S, D) -> (S, D)."""
         return self.mean + drawn @ self.tril.T
 
     def around(self, inner: Gaussian) -> Gaussian:
-        """`inner`, which is in coordinates where this is N(0, I), in this one's own."""
+        """`inner`, given in coordinates where this is N(0, I), in the coordinates of u."""
         return Gaussian(self.mean + self.tril @ inner.mean, self.tril @ inner.tril)
 
     def whitened(self, other: Gaussian) -> Gaussian:
         """`other` in coordinates where this is N(0, I): the inverse of `around`."""
         both = torch.cat(((other.mean - self.mean)[:, None], other.tril), 1)
-        found = torch.linalg.solve_triangular(self.tril, both, upper=False)
-        return Gaussian(found[:, 0], found[:, 1:])
+        whitened = torch.linalg.solve_triangular(self.tril, both, upper=False)
+        return Gaussian(whitened[:, 0], whitened[:, 1:])
 
-    def away(self) -> Tensor:
-        """KL from N(0, I) in nats, a scalar."""
+    def kl_to_standard(self) -> Tensor:
+        """KL(self || N(0, I)) in nats, a scalar."""
         size = self.tril.square().sum() + self.mean.square().sum() - len(self.mean)
         return size / 2 - self.tril.diagonal().log().sum()
 
@@ -89,12 +89,12 @@ class Gaussian:
 
     @staticmethod
     def second(drawn: Tensor, weight: Tensor) -> Tensor:
-        """The second moments that `matched` wants, of draws (S, D) with weights (S,)."""
+        """The second moments that `matched` takes, of draws (S, D) with weights (S,)."""
         return (drawn * weight[:, None]).T @ drawn
 
     @staticmethod
     def matched(mean: Tensor, second: Tensor) -> Gaussian:
-        """The one with these moments; raises InvalidConfig where there is none."""
+        """The Gaussian with these moments; raises InvalidConfig where there is none."""
         return Gaussian.of(mean, second - mean.outer(mean))
 
 
@@ -107,22 +107,22 @@ class Diagonal:
 
     def kl(self, other: Diagonal) -> Tensor:
         """KL(self || other) in nats, a scalar."""
-        return other.whitened(self).away()
+        return other.whitened(self).kl_to_standard()
 
     def place(self, drawn: Tensor) -> Tensor:
-        """Draws of N(0, I) become draws of this: (S, D) -> (S, D)."""
+        """Turn draws of N(0, I) into draws of this: (S, D) -> (S, D)."""
         return self.mean + drawn * self.scale
 
     def around(self, inner: Diagonal) -> Diagonal:
-        """`inner`, which is in coordinates where this is N(0, I), in this one's own."""
+        """`inner`, given in coordinates where this is N(0, I), in the coordinates of u."""
         return Diagonal(self.mean + self.scale * inner.mean, self.scale * inner.scale)
 
     def whitened(self, other: Diagonal) -> Diagonal:
         """`other` in coordinates where this is N(0, I): the inverse of `around`."""
         return Diagonal((other.mean - self.mean) / self.scale, other.scale / self.scale)
 
-    def away(self) -> Tensor:
-        """KL from N(0, I) in nats, a scalar."""
+    def kl_to_standard(self) -> Tensor:
+        """KL(self || N(0, I)) in nats, a scalar."""
         return (self.scale.square() + self.mean.square() - 1).sum() / 2 - self.scale.log().sum()
 
     def free(self) -> list[Tensor]:
@@ -137,12 +137,12 @@ class Diagonal:
 
     @staticmethod
     def second(drawn: Tensor, weight: Tensor) -> Tensor:
-        """The second moments that `matched` wants, of draws (S, D) with weights (S,)."""
+        """The second moments that `matched` takes, of draws (S, D) with weights (S,)."""
         return weight @ drawn.square()
 
     @staticmethod
     def matched(mean: Tensor, second: Tensor) -> Diagonal:
-        """The one with these moments; raises InvalidConfig where there is none."""
+        """The Gaussian with these moments; raises InvalidConfig where there is none."""
         if not bool((second > mean.square()).all()):
             raise InvalidConfig("these draws do not vary in every dimension: take more batches")
         return Diagonal(mean, (second - mean.square()).sqrt())
@@ -164,7 +164,7 @@ def eubo(full: Gaussian, expected: Callable[[Gaussian], Tensor]) -> Gaussian:
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = expected(white.posterior()) + white.inner().away()
+        value = expected(white.posterior()) + white.inner().kl_to_standard()
         if not float(value.detach()) > -BOTTOMLESS:
             raise _no_minimum()
         value.backward()  # type: ignore[no-untyped-call]
@@ -176,7 +176,7 @@ def eubo(full: Gaussian, expected: Callable[[Gaussian], Tensor]) -> Gaussian:
         if last - value < 1e-12:
             break
         last = value
-    return white.found()
+    return white.result()
 
 
 @dataclass(frozen=True)
@@ -203,23 +203,23 @@ def eubo_sampled(
     """
     white, rng, reach = _Whitened(full, start), torch.Generator().manual_seed(seed), _reach(cut)
     optimiser = torch.optim.Adam(white.parameters, lr=how.lr)
-    kept = [torch.zeros_like(p) for p in white.parameters]
+    means = [torch.zeros_like(p) for p in white.parameters]
     last = max(1, how.steps // 5)
     for step in range(how.steps):
         optimiser.param_groups[0]["lr"] = how.lr * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * step / how.steps)))
         inner = white.inner()
         drawn = inner.place(_noise(full, how.samples, rng))
         inside = drawn.detach().square().sum(1) / 2 < reach
-        loss = torch.where(inside, log_likelihood(full.place(drawn)), 0).mean() + inner.away()
+        loss = torch.where(inside, log_likelihood(full.place(drawn)), 0).mean() + inner.kl_to_standard()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         if step >= how.steps - last:
-            for total, p in zip(kept, white.parameters, strict=True):
+            for total, p in zip(means, white.parameters, strict=True):
                 total += p.detach() / last
-    for p, mean in zip(white.parameters, kept, strict=True):
+    for p, mean in zip(white.parameters, means, strict=True):
         p.data = mean
-    return white.found()
+    return white.result()
 
 
 def rkl(
@@ -242,9 +242,9 @@ def rkl(
 def effective_draws(
     full: Gaussian | Diagonal, log_likelihood: LogLikelihood, cut: Cut, seed: int, batches: int = 10, size: int = 1000
 ) -> float:
-    """How many equal draws `rkl`'s weights in a batch are worth, 1 / sum of their squares: the mean of `batches`."""
-    found = [float(1 / w.square().sum()) for _, w in _weighted(full, log_likelihood, cut, seed, batches, size)]
-    return sum(found) / len(found)
+    """The effective sample size of `rkl`'s weights in a batch, 1 / sum of their squares: the mean of `batches`."""
+    sizes = [float(1 / w.square().sum()) for _, w in _weighted(full, log_likelihood, cut, seed, batches, size)]
+    return sum(sizes) / len(sizes)
 
 
 def _weighted(
@@ -287,12 +287,13 @@ class _Whitened(Generic[AnyGaussian]):
     def posterior(self) -> AnyGaussian:
         return self.full.around(self.inner())
 
-    def found(self) -> AnyGaussian:
+    def result(self) -> AnyGaussian:
+        """The fitted q, without gradients; raises InvalidConfig where it is not finite."""
         with torch.no_grad():
-            found = self.posterior()
+            posterior = self.posterior()
         if not all(bool(p.isfinite().all()) for p in self.parameters):
             raise _no_minimum()
-        return found
+        return posterior
 
 
 def _no_minimum() -> InvalidConfig:

@@ -11,7 +11,7 @@ import torch
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.method.baselines import fisher
 from fsu_ray.method.fit import predict
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 
 
 @pytest.fixture(scope="module")

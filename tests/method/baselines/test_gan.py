@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fsu_ray.errors import InvalidData
 from fsu_ray.method.baselines.gan import Discriminator, GanRecipe, train
-from fsu_ray.models.networks import Generator
+from fsu_ray.models.generator import Generator
 from fsu_ray.records import ModelSpec
 
 SPEC = ModelSpec(arch="lenet5", channels=1, height=16, width=16, classes=3)

@@ -15,7 +15,7 @@ from fsu_ray.errors import InvalidConfig, InvalidData, UnsupportedModel
 from fsu_ray.method.baselines import last_layer
 from fsu_ray.method.baselines.last_layer import Learning
 from fsu_ray.method.baselines.variational import Descent, Diagonal
-from fsu_ray.models.networks import Classifier
+from fsu_ray.models.classifier import Classifier
 from fsu_ray.records import ModelSpec
 
 LONG = Learning(steps=1500, samples=20, lr=0.03)
