@@ -305,7 +305,10 @@ def test_models_run_side_by_side(service: Service, ask: Callable[..., Request]) 
     assert {result.request.model for result in results} == {"m", "n"}
 
 
-def test_what_breaks_a_worker_ends_its_other_runs(service: Service, ask: Callable[..., Request]) -> None:
+@pytest.mark.parametrize("error", [LeaseLost("somebody else has it"), KeyboardInterrupt()])
+def test_what_breaks_a_worker_ends_its_other_runs(
+    service: Service, ask: Callable[..., Request], error: BaseException
+) -> None:
     for model in ("m", "n"):
         ask(1, model)
     both, halted = threading.Barrier(2, timeout=10), []
@@ -313,13 +316,45 @@ def test_what_breaks_a_worker_ends_its_other_runs(service: Service, ask: Callabl
     def run(request: Request, halt: threading.Event) -> list[Result]:
         both.wait()
         if request.model == "m":
-            raise LeaseLost("somebody else has it")
+            raise error
         halted.append(halt.wait(5))
         return []
 
-    with pytest.raises(LeaseLost):
+    with pytest.raises(type(error)):
         drain(service.ledger, "w", WorkerOptions(parallel=2), run, FAST)
     assert halted == [True]
+
+
+def test_an_interrupt_puts_back_a_run_that_does_not_end(service: Service, ask: Callable[..., Request]) -> None:
+    """After `timings.halt` seconds; the other has ended, and is left alone."""
+    requests = [ask(1, model) for model in ("m", "n")]
+    both, released = threading.Barrier(2, timeout=10), threading.Event()
+
+    def run(request: Request, halt: threading.Event) -> list[Result]:
+        both.wait()
+        if request.model == "m":
+            raise KeyboardInterrupt
+        deadline = time.monotonic() + 10
+        while service.ledger.requests.get(request.id).status is Status.RUNNING and time.monotonic() < deadline:
+            time.sleep(0.02)
+        released.set()
+        return []
+
+    with pytest.raises(KeyboardInterrupt):
+        drain(service.ledger, "w", WorkerOptions(parallel=2), run, FAST)
+    assert released.is_set()
+    ended = [service.ledger.requests.get(request.id) for request in requests]
+    assert [(request.status, request.reason) for request in ended] == [
+        (Status.RUNNING, None), (Status.QUEUED, "interrupted")
+    ]  # fmt: skip
+
+
+def test_a_single_run_is_in_the_callers_thread(service: Service, ask: Callable[..., Request]) -> None:
+    """Where signals arrive."""
+    ask(1)
+    threads: list[threading.Thread] = []
+    drain(service.ledger, "w", WorkerOptions(), lambda *_: threads.append(threading.current_thread()) or [], FAST)
+    assert threads == [threading.current_thread()]
 
 
 def test_a_call_is_tried_again_for_so_many_seconds() -> None:
