@@ -415,3 +415,43 @@ def test_a_heartbeat_outlives_a_ledger_that_is_away() -> None:
         while len(calls) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert len(calls) >= 3
+
+
+def test_pauses_double_up_to_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("fsu_ray.pipeline.time.sleep", pauses.append)
+
+    def away() -> str:
+        if len(pauses) < 7:
+            raise LedgerUnavailable("no server")
+        return "answer"
+
+    assert retry_while_unavailable(away, 60.0) == "answer"
+    assert pauses == [0.25, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0]
+
+
+def test_a_lease_that_is_lost_as_the_block_ends_is_noticed() -> None:
+    """The end waits for the renewal that is under way."""
+    begun = threading.Event()
+
+    def renew() -> None:
+        begun.set()
+        time.sleep(0.2)
+        raise LeaseLost("somebody else has it")
+
+    with pytest.raises(LeaseLost), Heartbeat(renew, timings=Timings(poll=0.01, lease=0.01)):
+        assert begun.wait(5)
+
+
+def test_a_model_is_tidied_once_a_request_of_it_has_ended(
+    service: Service, ask: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while it is to be tried again."""
+    tidied: list[str] = []
+    monkeypatch.setattr("fsu_ray.pipeline.tidy", lambda ledger, store, model: tidied.append(model))
+    ask(3)
+    carry_out(service, raising(RunFailed("a worker died")))
+    assert tidied == []
+    ask(4, "n")
+    carry_out(service, lambda order, stop: outcome(order))
+    assert tidied == ["n"]
