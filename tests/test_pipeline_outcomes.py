@@ -305,7 +305,10 @@ def test_models_run_side_by_side(service: Service, ask: Callable[..., Request]) 
     assert {result.request.model for result in results} == {"m", "n"}
 
 
-def test_what_breaks_a_worker_ends_its_other_runs(service: Service, ask: Callable[..., Request]) -> None:
+@pytest.mark.parametrize("error", [LeaseLost("somebody else has it"), KeyboardInterrupt()])
+def test_what_breaks_a_worker_ends_its_other_runs(
+    service: Service, ask: Callable[..., Request], error: BaseException
+) -> None:
     for model in ("m", "n"):
         ask(1, model)
     both, halted = threading.Barrier(2, timeout=10), []
@@ -313,13 +316,45 @@ def test_what_breaks_a_worker_ends_its_other_runs(service: Service, ask: Callabl
     def run(request: Request, halt: threading.Event) -> list[Result]:
         both.wait()
         if request.model == "m":
-            raise LeaseLost("somebody else has it")
+            raise error
         halted.append(halt.wait(5))
         return []
 
-    with pytest.raises(LeaseLost):
+    with pytest.raises(type(error)):
         drain(service.ledger, "w", WorkerOptions(parallel=2), run, FAST)
     assert halted == [True]
+
+
+def test_an_interrupt_puts_back_a_run_that_does_not_end(service: Service, ask: Callable[..., Request]) -> None:
+    """After `timings.halt` seconds; the other has ended, and is left alone."""
+    requests = [ask(1, model) for model in ("m", "n")]
+    both, released = threading.Barrier(2, timeout=10), threading.Event()
+
+    def run(request: Request, halt: threading.Event) -> list[Result]:
+        both.wait()
+        if request.model == "m":
+            raise KeyboardInterrupt
+        deadline = time.monotonic() + 10
+        while service.ledger.requests.get(request.id).status is Status.RUNNING and time.monotonic() < deadline:
+            time.sleep(0.02)
+        released.set()
+        return []
+
+    with pytest.raises(KeyboardInterrupt):
+        drain(service.ledger, "w", WorkerOptions(parallel=2), run, FAST)
+    assert released.is_set()
+    ended = [service.ledger.requests.get(request.id) for request in requests]
+    assert [(request.status, request.reason) for request in ended] == [
+        (Status.RUNNING, None), (Status.QUEUED, "interrupted")
+    ]  # fmt: skip
+
+
+def test_a_single_run_is_in_the_callers_thread(service: Service, ask: Callable[..., Request]) -> None:
+    """Where signals arrive."""
+    ask(1)
+    threads: list[threading.Thread] = []
+    drain(service.ledger, "w", WorkerOptions(), lambda *_: threads.append(threading.current_thread()) or [], FAST)
+    assert threads == [threading.current_thread()]
 
 
 def test_a_call_is_tried_again_for_so_many_seconds() -> None:
@@ -380,3 +415,43 @@ def test_a_heartbeat_outlives_a_ledger_that_is_away() -> None:
         while len(calls) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert len(calls) >= 3
+
+
+def test_pauses_double_up_to_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("fsu_ray.pipeline.time.sleep", pauses.append)
+
+    def away() -> str:
+        if len(pauses) < 7:
+            raise LedgerUnavailable("no server")
+        return "answer"
+
+    assert retry_while_unavailable(away, 60.0) == "answer"
+    assert pauses == [0.25, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0]
+
+
+def test_a_lease_that_is_lost_as_the_block_ends_is_noticed() -> None:
+    """The end waits for the renewal that is under way."""
+    begun = threading.Event()
+
+    def renew() -> None:
+        begun.set()
+        time.sleep(0.2)
+        raise LeaseLost("somebody else has it")
+
+    with pytest.raises(LeaseLost), Heartbeat(renew, timings=Timings(poll=0.01, lease=0.01)):
+        assert begun.wait(5)
+
+
+def test_a_model_is_tidied_once_a_request_of_it_has_ended(
+    service: Service, ask: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while it is to be tried again."""
+    tidied: list[str] = []
+    monkeypatch.setattr("fsu_ray.pipeline.tidy", lambda ledger, store, model: tidied.append(model))
+    ask(3)
+    carry_out(service, raising(RunFailed("a worker died")))
+    assert tidied == []
+    ask(4, "n")
+    carry_out(service, lambda order, stop: outcome(order))
+    assert tidied == ["n"]

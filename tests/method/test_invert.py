@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from fsu_ray.method import invert as inversion
 from fsu_ray.method.augment import random_view, seeded
+from fsu_ray.method.group import Group
 from fsu_ray.method.invert import (
     augmentation_loss,
     begin,
@@ -300,3 +301,41 @@ def test_inversion_lowers_the_loss(classifier):
     first = total()
     invert(judge, made, run)
     assert total() < 0.9 * first
+
+
+def test_the_optimiser_is_that_of_the_recipe(classifier):
+    """Adam with its rate, betas and decay; the fused one on a GPU alone, where its results are the same."""
+    made = recipe(lr=0.02, betas=(0.4, 0.8), weight_decay=0.3)
+    options = begin(classifier(), made).optimiser.defaults
+    assert (options["lr"], options["betas"], options["weight_decay"]) == (0.02, (0.4, 0.8), 0.3)
+    assert options["fused"] is None
+
+
+def test_losses_of_a_share_count_by_its_weight(classifier):
+    """Those of the whole batch, eq. 5 and 6, are the same on every rank."""
+
+    class Half(Group):
+        def weight(self, own: int, n: int) -> float:
+            return 0.5
+
+    judge, made = classifier(), recipe()
+    generator = begin(judge, made).generator
+    whole, half = (losses(judge, generator, made, 0, group) for group in (Group(), Half()))
+    for name, value in whole.items():
+        share = 0.5 if name in ("entropy", "augmentation", "tv") else 1.0
+        torch.testing.assert_close(half[name], share * value)
+
+
+def test_without_views_nothing_is_compared(classifier):
+    """Not even a sample with itself, whose distance has a root that is not 0."""
+    judge, made = classifier(), recipe(views=0)
+    assert float(losses(judge, begin(judge, made).generator, made, 0)["augmentation"]) == 0.0
+
+
+def test_a_generator_is_trained_in_train_mode(classifier):
+    """Whatever mode it came in."""
+    judge, made = classifier(), recipe()
+    run = begin(judge, made)
+    run.generator.eval()
+    ended = digest(invert(judge, made, run).state_dict())
+    assert ended == digest(invert(judge, made, begin(judge, made)).state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from fsu_ray.method.augment import seeded
 from fsu_ray.method.group import Group
-from fsu_ray.method.relearn import relearn
+from fsu_ray.method.inputs import save_samples
+from fsu_ray.method.relearn import relearn, training_set
 from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import RelearnRecipe
+from fsu_ray.records import Behaviour
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,3 +101,38 @@ def test_the_ranks_of_the_group_share_each_batch(classifier: Callable[..., Class
 
     network = classifier()
     assert not torch.equal(relearned(network), relearned(network, group=FirstAlone()))
+
+
+def test_d_unlearn_is_what_may_be_trained_on(classifier: Callable[..., Classifier], store: Any) -> None:
+    """Sample 0 is held out, 1 has no class left, 2 is D_e-like of a subset and comes twice more, 3 is as it is. Target
+    samples, and those of an earlier subset that were not purged, follow twice, without the mass of their targets."""
+    (pixels, logits), network = problem(), classifier()
+    allowed = torch.ones(4, 3, dtype=torch.bool)
+    allowed[1] = False
+    forget = torch.tensor([True, False, True, False])
+    data: Any = SimpleNamespace(
+        dataset=SimpleNamespace(pixels=pixels, logits=logits),
+        allowed=lambda _: allowed,
+        held_out=lambda _: torch.tensor([True, False, False, False]),
+        subset_forget=lambda _: forget,
+    )
+    part = Behaviour(name="part", kind="subset", targets=(1,))
+    whole = Behaviour(name="whole", kind="class", targets=(0,))
+    earlier = [
+        SimpleNamespace(behaviour=behaviour, samples=store.put(save_samples(pixels[number : number + 1])))
+        for number, behaviour in ((1, part), (3, whole))
+    ]
+    inputs: Any = SimpleNamespace(
+        recipe=SimpleNamespace(relearn=RelearnRecipe(repeats=2)), store=store, teacher=network,
+        targets=[SimpleNamespace(train=pixels[:1], behaviour=whole)], erased_classes_after=[0],
+        masked_erasures=[*earlier, SimpleNamespace(behaviour=part, samples="purged")],
+    )  # fmt: skip
+
+    trained, labels, synthetic = training_set(inputs, data, ())
+
+    assert torch.equal(trained, pixels[[2, 3, 2, 2, 0, 0, 1, 1]])
+    assert synthetic.tolist() == [True] * 4 + [False] * 4
+    torch.testing.assert_close(labels[:4], logits[[2, 3, 2, 2]].softmax(1))
+    torch.testing.assert_close(labels.sum(1), torch.ones(8))
+    assert (labels[4:6] > 0).tolist() == [[False, True, True]] * 2
+    assert (labels[6:] > 0).tolist() == [[False, False, True]] * 2
