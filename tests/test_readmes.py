@@ -72,7 +72,7 @@ def test_every_command_has_the_options_that_a_readme_types(file: str, line: str)
 
 def test_a_command_with_an_unknown_option_is_noticed() -> None:
     for words in (["request", "submit", "--no-such-option"], ["history"], ["run", "--max", "many"], ["forget"]):
-        with pytest.raises(Exception, match="(?i)no such option|missing parameter|valid integer|no command"):
+        with pytest.raises(Exception, match=r"(?i)no such option|missing parameter|valid integer|no command"):
             parse(words)
 
 
