@@ -276,6 +276,6 @@ class TestDeletableFiles:
         def refuse(*_: Any) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(artifacts, "_settle", refuse)
+        monkeypatch.setattr(artifacts, "_sync", refuse)
         with pytest.raises(StorageError, match=f"{digest} cannot be deleted \\(Permission denied\\)"):
             service.artifacts.delete(digest)

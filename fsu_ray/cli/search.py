@@ -48,9 +48,10 @@ def search(
 
     The same command again continues an interrupted search. Exit code 0 also where no better recipe was found.
     """
-    if behaviour is not None and not target:
+    if request is None and behaviour is not None and not target:
         raise UserError("--behaviour goes with --target CLASS and --samples FOLDER")
-    erased = None if behaviour is None else behaviour_of(behaviour, kind, target or [])
+    targets = target or [0]  # without --target there is a request too, and the service refuses the two together
+    erased = None if behaviour is None else behaviour_of(behaviour, kind, targets)
     service = connect()
     with interrupted("the same command continues the search"), console.watching() as watcher:
         result, kept = service.recipes.search(

@@ -114,7 +114,7 @@ def test_a_subset_must_go_to_where_it_belongs(trained: Any, order: WorkOrder, st
     asked = replace(order, targets=(replace(order.targets[0], behaviour=some),), recipe=recipe)
     objective = Objective(asked, store, CPU, reference(asked, store, CPU, recipe))
     held = torch.ones(12, dtype=torch.bool)
-    context = objective._context(recipe)
+    context = objective._inputs(recipe)
 
     class Always(nn.Module):
         """A classifier that answers one class."""
