@@ -332,3 +332,13 @@ def test_a_knee_at_the_examples_mean_distance_is_late_enough() -> None:
     examples = torch.tensor([[0.0], [0.375], [0.75]])
     assert leave_one_out(examples, "l2").tolist() == [0.5625, 0.375, 0.5625]
     assert knee_threshold(curve, examples, "l2") == 0.5
+
+
+def test_a_class_of_fewer_than_a_tenth_of_the_examples_does_not_count() -> None:
+    """Of 20 examples 2 have class 2 beneath the target, which is a tenth, and 1 has class 3, which is less."""
+    examples = torch.zeros(20, 4)
+    examples[:17, 0] = examples[17:19, 2] = examples[19, 3] = 5.0
+    shares = own_share(torch.eye(4) * 3.0, examples, (1,))
+    own = float(torch.tensor([3.0, 0.0, 0.0, 0.0]).softmax(0)[0])
+    assert shares[0] == shares[2] == pytest.approx(own)
+    assert shares[3] == 0
