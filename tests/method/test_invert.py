@@ -339,3 +339,36 @@ def test_a_generator_is_trained_in_train_mode(classifier):
     run.generator.eval()
     ended = digest(invert(judge, made, run).state_dict())
     assert ended == digest(invert(judge, made, begin(judge, made)).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("done", "share"), [(0.0, 1.0), (0.49, 1.0), (0.5, 1.0), (2 / 3, 0.75), (0.75, 0.5), (1.0, 0.0)]
+)
+def test_the_learning_rate_is_held_and_then_falls_by_half_a_cosine(done: float, share: float) -> None:
+    assert inversion.decay(done) == pytest.approx(share)
+
+
+def test_total_variation_is_a_norm_unless_it_is_squared() -> None:
+    """One step of height .3 in each of two rows of an image: the norm of two differences."""
+    pixels = torch.zeros(1, 1, 2, 2)
+    pixels[..., 1] = 0.3
+    assert float(tv_loss(pixels)) == pytest.approx(0.3 * math.sqrt(2))
+    assert float(tv_loss(pixels, squared=True)) == pytest.approx(2 * 0.09)
+
+
+def test_draws_without_views_have_no_moves_of_four_numbers() -> None:
+    z, moves = inversion.draws(3, recipe(views=0), 0)
+    assert (z.shape, moves.shape) == ((12, 8), (0, 12, 4))
+
+
+def test_the_generators_batch_norms_are_those_of_the_whole_batch(classifier) -> None:
+    """The group is told of the generator before the first step (`Group.synchronise`)."""
+    told = []
+
+    class Noting(Group):
+        def synchronise(self, module: torch.nn.Module) -> None:
+            told.append(module)
+
+    run = begin(classifier(), recipe(steps=1))
+    invert(classifier(), recipe(steps=1), run, group=Noting())
+    assert told == [run.generator]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from fsu_ray.method.filter import Mask, extract_features, select
 from fsu_ray.method.fit import predict
 from fsu_ray.method.inputs import TargetSamples, save_samples
-from fsu_ray.method.masking import ForgetSet, MaskedDataset
+from fsu_ray.method.masking import ForgetSet, MaskedDataset, load_forget_sets
 from fsu_ray.method.synthesize import Synthetic
 from fsu_ray.models.classifier import Classifier
 from fsu_ray.recipes import FilterRecipe
@@ -179,3 +180,13 @@ def test_a_sample_may_have_the_classes_that_no_mask_takes_from_it(
     assert torch.equal(data.allowed(), expected)
     expected[:, 1] = False
     assert torch.equal(data.allowed([forget_set([9], WHOLE)]), expected)
+
+
+def test_a_stored_mask_comes_back_with_its_target_and_its_digest(store: Any) -> None:
+    """In the order of the targets."""
+    masks = [mask_of([1, 5], PART), mask_of([2], WHOLE)]
+    digests = [store.put(mask.to_bytes()) for mask in masks]
+    targets = tuple(forget_set([0], behaviour).target for behaviour in (PART, WHOLE))
+    loaded = load_forget_sets(SimpleNamespace(store=store, targets=targets), digests)
+    assert [(each.target, each.digest) for each in loaded] == list(zip(targets, digests, strict=True))
+    assert all(same(each.mask, mask) for each, mask in zip(loaded, masks, strict=True))
