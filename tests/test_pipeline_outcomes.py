@@ -460,10 +460,10 @@ def test_a_model_is_tidied_once_a_request_of_it_has_ended(
 def test_a_lease_is_renewed_after_each_third_of_it() -> None:
     """So two renewals may fail before the lease is over."""
     renewed: list[float] = []
-    begun, third = time.monotonic(), 0.5
+    begun, third = time.monotonic(), 1.0
     with Heartbeat(lambda: renewed.append(time.monotonic()), timings=Timings(poll=0.01, lease=3 * third)):
         while len(renewed) < 2 and time.monotonic() < begun + 10:
             time.sleep(0.01)
     gaps = [renewed[0] - begun, renewed[1] - renewed[0]]
     assert min(gaps) >= third * 0.98
-    assert min(gaps) < 1.4 * third, "half of the lease would be 1.5 thirds"
+    assert max(gaps) < 1.45 * third, "half of the lease would be 1.5 thirds"
