@@ -48,6 +48,7 @@ def check(printed: str) -> None:
         assert service.audit.verify().found == 0
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs(
     notebook: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

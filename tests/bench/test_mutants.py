@@ -87,6 +87,7 @@ def test_a_seed_draws_the_same_mutants_though_others_come(tester: ModuleType) ->
     assert sorted(everything) == sorted(ids(few, number=99))
 
 
+@pytest.mark.slow
 def test_a_test_run_is_killed_survived_or_timed_out(
     tester: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

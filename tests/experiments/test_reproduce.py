@@ -254,6 +254,7 @@ def test_what_is_printed_as_json_leaves_out_pictures(home: Path) -> None:
     assert (home / ".fsu" / "reproduce" / "small" / "figure6.png").read_bytes() == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_code_without_a_checkout(tmp_path: Path) -> None:
     """As a Ray job has it: a version and a digest of the modules, the same for the same and another for others."""
     here, answers = Path(reproduce.__file__).parent.parent, []
