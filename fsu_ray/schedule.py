@@ -132,14 +132,14 @@ def run_due(
     run_queue: RunQueue,
     worker: str,
     moment: datetime,
-    begun: Callable[[Schedule, Window], None] | None = None,
+    on_window: Callable[[Schedule, Window], object] | None = None,
     *,
     timings: Timings = TIMINGS,
 ) -> list[WindowResult]:
     """One pass over the active schedules: continue windows that were left open, open those that are due at `moment`.
 
     A window is left open for the next pass while a request of its model waits for a retry or runs elsewhere, and after
-    an error. An error in one schedule is in its result and does not affect the others. `begun` is called with each
+    an error. An error in one schedule is in its result and does not affect the others. `on_window` is called with each
     window. After a window was closed, the policies of all models are applied (`retention.tidy`). An interrupt leaves
     the window open, and another scheduler may continue it at once.
     """
@@ -154,8 +154,8 @@ def run_due(
             if taken is None:
                 break
             window, resumed = taken
-            if begun is not None:
-                begun(schedule, window)
+            if on_window is not None:
+                on_window(schedule, window)
             passes.append(_work(ledger, run_queue, schedule, window, resumed, timings))
             if not passes[-1].closed:
                 break

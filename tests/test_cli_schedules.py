@@ -215,7 +215,6 @@ from fsu_ray.cli.schedules import scheduler_app
 
 @contextmanager
 def on_ray(*_):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init does
     def execute(*_):
         print("running", file=sys.stderr, flush=True)
         time.sleep(60)

@@ -191,7 +191,7 @@ def test_what_cannot_be_searched_is_named(service: Service, asked: ErasureTarget
     ("words", "said"),
     [
         ([], "say what is to be erased: --request ID, or --behaviour"),
-        (["--request", "r", "--behaviour", "x"], "say what is to be erased"),
+        (["--request", "r", "--behaviour", "x"], "and without --request"),
         (["--behaviour", "x"], "--behaviour goes with --target CLASS and --samples FOLDER"),
         (["--request", "REQUEST", "--range", "relearn.lr=2:1"], "relearn.lr=2:1 is empty"),
         (["--request", "REQUEST", "--trials", "0"], "--trials"),

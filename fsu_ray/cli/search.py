@@ -48,10 +48,9 @@ def search(
 
     The same command again continues an interrupted search. Exit code 0 also where no better recipe was found.
     """
-    if request is None and behaviour is not None and not target:
-        raise UserError("--behaviour goes with --target CLASS and --samples FOLDER")
-    targets = target or [0]  # without --target there is a request too, and the service refuses the two together
-    erased = None if behaviour is None else behaviour_of(behaviour, kind, targets)
+    if behaviour is not None and (request is not None or not target):
+        raise UserError("--behaviour goes with --target CLASS and --samples FOLDER, and without --request")
+    erased = None if behaviour is None else behaviour_of(behaviour, kind, target or [])
     service = connect()
     with interrupted("the same command continues the search"), console.watching() as watcher:
         result, kept = service.recipes.search(

@@ -49,8 +49,8 @@ def connect(cpus: int | None = None, *, answer_seconds: float = 10.0) -> None:
     """Join the cluster of RAY_ADDRESS (Ray sets it in a job), else start a cluster of `cpus` on this machine.
 
     A cluster started here is private to this process: no dashboard, no authentication token, no usage report. From
-    here on SIGTERM (sent by Kubernetes, or to a Ray job that is stopped) raises KeyboardInterrupt; Ray's own handler
-    would end the process at once.
+    here on SIGTERM (sent by Kubernetes, or to a Ray job that is stopped) calls the handler that the caller has set, or
+    raises KeyboardInterrupt. Ray's own handler would end the process at once, and leave its request to the lease.
 
     `answer_seconds`: how long the head may take to accept a connection. Raises ClusterUnavailable if the cluster
     cannot be joined, UserError for a Ray of another version.
@@ -65,6 +65,7 @@ def connect(cpus: int | None = None, *, answer_seconds: float = 10.0) -> None:
 
     if ray.is_initialized():
         return
+    handler = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()  # while Ray starts
     if address:
         _join(address, answer_seconds)
@@ -80,7 +81,7 @@ def connect(cpus: int | None = None, *, answer_seconds: float = 10.0) -> None:
             object_store_memory=200 * 2**20,
         )
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, handler if callable(handler) else signal.default_int_handler)
 
 
 def _join(address: str, answer_seconds: float = 10.0) -> None:
@@ -151,7 +152,7 @@ def execute(
     runs: tuple[Any | None, str],
     name: str,
     every: int,
-    on_progress: ProgressCallback,
+    on_progress: ProgressCallback | None,
     stop: threading.Event | None = None,
     parallel: int = 1,
     workers: int = 1,
@@ -181,7 +182,8 @@ def execute(
     def report(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         if stage == "start" and use_gpu and not metrics["cuda"]:
             log.warning("worker %d of %d has a GPU that its torch cannot use: it runs on the CPU", done, total)
-        on_progress(stage, done, total, metrics)
+        if on_progress is not None:
+            on_progress(stage, done, total, metrics)
 
     if runs[0] is None:
         _drop_unreadable(Path(runs[1]) / name)

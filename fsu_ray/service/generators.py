@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 from fsu_ray.errors import AlreadyExists, UserError
 from fsu_ray.gate import refuse_generator
@@ -70,15 +71,10 @@ class Generators:
             raise UserError("the paper's form draws D' anew from each version: import for another recipe")
         ledger.generators.check_import(model, Digest(hashlib.sha256(content).hexdigest()), recipe)
         state = ledger.lineage(model)
-
-        def progress(done: int, total: int, metrics: dict[str, float]) -> None:
-            if on_progress is not None:
-                on_progress("synthesize", done, total, metrics)
-
-        size = latent or recipe.invert.latent
-        adopted = adopt(self._stores.artifacts, state.order((), recipe), content, size, default_device(), progress)
+        size, on_step = latent or recipe.invert.latent, partial(on_progress, "synthesize") if on_progress else None
+        adopted = adopt(self._stores.artifacts, state.order((), recipe), content, size, default_device(), on_step)
         return ledger.generators.add_imported(
-            model, state.root, recipe, Digest(adopted.weights), Digest(adopted.dataset), adopted.metrics, actor
+            model, state.root, recipe, adopted.weights, adopted.dataset, adopted.metrics, actor
         )
 
     def retire(self, generator: str, actor: str = OPERATOR) -> Generator:
@@ -114,6 +110,6 @@ class Generators:
             raise UserError(f"alias {aliases[0]!r} points to the root, which is to be deleted; move it first")
         if sealed.sealed or sealed.retired:
             raise AlreadyExists(f"generator {sealed.id} is {'retired' if sealed.retired else 'sealed'} already")
-        dataset = Digest(seal(artifacts, model.spec, root.weights, sealed.dataset, masks))
+        dataset = seal(artifacts, model.spec, root.weights, sealed.dataset, masks)
         destroy(artifacts, ledger.generators.seal(sealed, base, dataset, actor))
         return ledger.generators.get(sealed.id)

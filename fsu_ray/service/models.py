@@ -73,7 +73,7 @@ class Models:
         return self._stores.ledger.models.add_version(name, self._stores.artifacts.put(content), actor)
 
     def all(self) -> list[Model]:
-        """All models, oldest first."""
+        """All models, by name."""
         return self._stores.ledger.models.all()
 
     def get(self, name: str) -> Model:

@@ -98,4 +98,4 @@ def keep_samples(stores: Stores, model: str, samples: str | Path) -> tuple[Diges
     from fsu_ray.method.inputs import save_samples
 
     pixels = read_samples(str(samples), stores.ledger.models.get(model).spec.shape)
-    return Digest(stores.artifacts.put(save_samples(pixels))), len(pixels)
+    return stores.artifacts.put(save_samples(pixels)), len(pixels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -47,10 +46,6 @@ def on_ray(
 
     size, runs = workers or stores.settings.workers, locate(stores.settings.runs)
 
-    def progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        if on_progress is not None:
-            on_progress(stage, done, total, metrics)
-
     ray_workers.connect(cpus)
     try:
         ray_workers.resources(size, parallel)
@@ -58,7 +53,7 @@ def on_ray(
 
             def execute(order: WorkOrder, store: BlobStore, name: str, stop: threading.Event) -> Outcome:
                 outcome = ray_workers.execute(
-                    order, store, runs, name, CHECKPOINT_STEPS, progress, stop, parallel, size
+                    order, store, runs, name, CHECKPOINT_STEPS, on_progress, stop, parallel, size
                 )
                 exporter.stages(outcome.seconds)
                 return outcome
@@ -117,28 +112,14 @@ def run_windows(
 
         def carry(options: WorkerOptions) -> list[Result]:
             if not started:
-                with _own_sigterm():
-                    started.append(stack.enter_context(enter_ray()))
+                started.append(stack.enter_context(enter_ray()))
             results = carry_out(stores, started[0], options, on_claim)
             if on_results is not None:
                 on_results(results)
             return results
 
-        def begun(schedule: Schedule, window: Window) -> None:
-            if on_window is not None:
-                on_window(schedule, window)
-
         moment = moment or datetime.now(UTC)
-        return run_due(stores.ledger, stores.artifacts, carry, worker_name(), moment, begun, timings=stores.timings)
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the caller's handler of SIGTERM: Ray installs its own, which would leave a request to its lease."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+        return run_due(stores.ledger, stores.artifacts, carry, worker_name(), moment, on_window, timings=stores.timings)
 
 
 def worker_name() -> str:

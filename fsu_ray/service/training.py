@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fsu_ray.records import ModelSpec, ProgressCallback
 
 
@@ -35,12 +37,9 @@ def train(
         flip=data == "cifar10",
     )
 
-    def progress(done: int, total: int, metrics: dict[str, float]) -> None:
-        if on_progress is not None:
-            on_progress("train", done, total, metrics)
-
+    on_epoch = partial(on_progress, "train") if on_progress else None
     torch.manual_seed(seed)
     classifier = Classifier(spec).to(default_device())
     schedule = TrainingSchedule(epochs=epochs, batch=min(128, max(16, len(images) // 20)), seed=seed)
-    fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, on_epoch=progress)
+    fit(classifier, images.pixels, images.labels, schedule, flip=spec.flip, on_epoch=on_epoch)
     return spec, classifier.to_bytes()

@@ -14,7 +14,7 @@ from fsu_ray.errors import GeneratorUnfit
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Digest, Generator, Model, ModelVersion, Request
 from fsu_ray.storage import claims, rows
-from fsu_ray.storage.schema import erasures, generators, requests
+from fsu_ray.storage.schema import erasures, generators, requests, seals
 from fsu_ray.work import EarlierErasure, ErasureTarget, GeneratorCandidates, GeneratorRef, WorkOrder
 
 
@@ -38,8 +38,8 @@ class LineageState:
         """The work order to erase `targets` from `base`, with no generator to reuse unless `generators` names one."""
         return WorkOrder(
             spec=self.model.spec,
-            root_weights=Digest(self.root.weights),
-            current_weights=Digest(self.base.weights),
+            root_weights=self.root.weights,
+            current_weights=self.base.weights,
             targets=targets,
             recipe=recipe,
             earlier_erasures=self.earlier_erasures,
@@ -67,7 +67,7 @@ def plan(connection: sa.Connection, request: Request) -> Plan:
     else:
         candidates = named_candidate(connection, state.model, state.root, request.recipe, request.generator)
     members = (request, *claims.batch_members(connection, request))
-    targets = tuple(ErasureTarget(member.id, member.behaviour, Digest(member.samples)) for member in members)
+    targets = tuple(ErasureTarget(member.id, member.behaviour, member.samples) for member in members)
     return Plan(state, state.order(targets, request.recipe, candidates, state.model.test_set))
 
 
@@ -166,8 +166,9 @@ def earlier_erasures(
     in_force = rows.fetch_erasures(connection, model, base.number)
     if not in_force:
         return ()
-    of_model = rows.GENERATORS.where(generators.c.model_id == model.id)
-    datasets = {row["id"]: rows.to_generator(row).dataset for row in connection.execute(of_model).mappings()}
+    drawn = sa.select(generators.c.id, sa.func.coalesce(seals.c.dataset, generators.c.dataset))
+    drawn = drawn.outerjoin(seals, seals.c.generator_id == generators.c.id).where(generators.c.model_id == model.id)
+    datasets = {generator: Digest(dataset) for generator, dataset in connection.execute(drawn)}
     erased = sa.select(erasures.c.request_id).where(erasures.c.model_id == model.id)
     asked = sa.select(requests.c.id, requests.c.recipe).where(requests.c.id.in_(erased))
     recipes = {row.id: Recipe.model_validate(row.recipe) for row in connection.execute(asked)}
@@ -177,10 +178,10 @@ def earlier_erasures(
             request=erasure.request,
             behaviour=erasure.behaviour,
             filter=recipes[erasure.request].filter,
-            samples=Digest(erasure.samples),
-            mask=Digest(erasure.mask),
-            probes=Digest(erasure.probes),
-            dataset=Digest(datasets[erasure.generator]),
+            samples=erasure.samples,
+            mask=erasure.mask,
+            probes=erasure.probes,
+            dataset=datasets[erasure.generator],
             recorded=erasure.report["forgetting"]["probes_in_target"] or 0.0,
             sealed=erasure.version <= seal,
         )
@@ -194,4 +195,4 @@ def _newest(generators: list[Generator]) -> GeneratorRef | None:
 
 
 def _ref(generator: Generator) -> GeneratorRef:
-    return GeneratorRef(generator.id, Digest(generator.weights), Digest(generator.dataset), generator.metrics)
+    return GeneratorRef(generator.id, generator.weights, generator.dataset, generator.metrics)

@@ -193,6 +193,30 @@ def test_a_batch_that_does_not_go_round_is_refused_before_the_run(
         workers._check_batches(make_order(trained, artifacts, apply(quick, {"relearn.batch": 99}), 10), 31)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own", "default"])
+def test_the_handler_of_sigterm_after_ray_starts(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    """`ray.init` installs a handler that exits. The caller's own handler stays; without one SIGTERM interrupts."""
+    import ray
+
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, (lambda number, _: received.append(number)) if own else signal.SIG_DFL)
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: os._exit(15)))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in [*workers.ENVIRONMENT, "RAY_AUTH_MODE", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_worker_niceness"]:
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    try:
+        workers.connect(1)
+        if own:
+            signal.raise_signal(signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_cluster_that_cannot_be_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says what to do, whatever Ray raises."""
     import ray

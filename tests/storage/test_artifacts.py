@@ -33,7 +33,7 @@ def files(store: Artifacts) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoreFiles:
     """A store, and direct access to its files: names below its location, and their bytes."""
 
     store: Artifacts
@@ -44,7 +44,7 @@ class Kept:
 
 
 @pytest.fixture(params=["folder", "s3", "gs"])
-def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
+def kept(request: pytest.FixtureRequest, tmp_path: Path) -> StoreFiles:
     """A store on each supported filesystem."""
     if request.param == "folder":
         root = tmp_path / "artifacts"
@@ -54,7 +54,7 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(data)
 
-        return Kept(
+        return StoreFiles(
             store,
             str(root),
             lambda: [str(path.relative_to(root)) for path in files(store)],
@@ -63,12 +63,12 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path) -> Kept:
         )
     bucket = request.getfixturevalue(f"{request.param}_bucket")
     store = Artifacts.open(bucket.uri())
-    return Kept(store, f"{bucket.kind}://{bucket.name}/store", bucket.names, bucket.read, bucket.write)
+    return StoreFiles(store, f"{bucket.kind}://{bucket.name}/store", bucket.names, bucket.read, bucket.write)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=2000))
-def test_what_is_put_comes_back_under_its_sha256(kept: Kept, data: bytes) -> None:
+def test_what_is_put_comes_back_under_its_sha256(kept: StoreFiles, data: bytes) -> None:
     store = kept.store
     digest = store.put(data)
 
@@ -80,7 +80,7 @@ def test_what_is_put_comes_back_under_its_sha256(kept: Kept, data: bytes) -> Non
     assert kept.read(f"{digest[:2]}/{digest}") == data
 
 
-def test_putting_the_same_bytes_again_writes_nothing(kept: Kept) -> None:
+def test_putting_the_same_bytes_again_writes_nothing(kept: StoreFiles) -> None:
     """A file that has the right length is left alone."""
     digest = kept.store.put(b"weights")
     kept.write(f"{digest[:2]}/{digest}", b"WEIGHTS")
@@ -90,7 +90,7 @@ def test_putting_the_same_bytes_again_writes_nothing(kept: Kept) -> None:
     assert kept.names() == [f"{digest[:2]}/{digest}"]
 
 
-def test_putting_replaces_a_file_that_was_cut_short(kept: Kept) -> None:
+def test_putting_replaces_a_file_that_was_cut_short(kept: StoreFiles) -> None:
     digest = kept.store.put(b"weights")
     kept.write(f"{digest[:2]}/{digest}", b"wei")
 
@@ -99,7 +99,7 @@ def test_putting_replaces_a_file_that_was_cut_short(kept: Kept) -> None:
     assert kept.store.get(digest) == b"weights"
 
 
-def test_a_damaged_artifact_is_refused(kept: Kept) -> None:
+def test_a_damaged_artifact_is_refused(kept: StoreFiles) -> None:
     digest = kept.store.put(b"weights")
     kept.write(f"{digest[:2]}/{digest}", b"WEIGHTS")
 
@@ -107,7 +107,7 @@ def test_a_damaged_artifact_is_refused(kept: Kept) -> None:
         kept.store.get(digest)
 
 
-def test_a_missing_artifact_is_named(kept: Kept) -> None:
+def test_a_missing_artifact_is_named(kept: StoreFiles) -> None:
     digest = hashlib.sha256(b"never put").hexdigest()
 
     assert not kept.store.has(digest)
@@ -116,7 +116,7 @@ def test_a_missing_artifact_is_named(kept: Kept) -> None:
             read(digest)
 
 
-def test_a_deleted_artifact_is_missing(kept: Kept) -> None:
+def test_a_deleted_artifact_is_missing(kept: StoreFiles) -> None:
     digest = kept.store.put(b"weights")
     kept.store.put(b"others")
 
@@ -126,7 +126,7 @@ def test_a_deleted_artifact_is_missing(kept: Kept) -> None:
     assert len(kept.names()) == 1
 
 
-def test_only_artifacts_are_listed(kept: Kept) -> None:
+def test_only_artifacts_are_listed(kept: StoreFiles) -> None:
     """Files at other paths are not, such as a digest's name below Ray's checkpoints."""
     digests = {kept.store.put(data): len(data) for data in (b"weights", b"", b"others")}
     one = next(iter(digests))
@@ -140,7 +140,7 @@ def test_only_artifacts_are_listed(kept: Kept) -> None:
     assert all(abs(at - now) < timedelta(minutes=1) for _, at in listed.values())
 
 
-def test_old_files_of_killed_writers_are_listed(kept: Kept) -> None:
+def test_old_files_of_killed_writers_are_listed(kept: StoreFiles) -> None:
     """They can be deleted; no other file is listed."""
     digest = kept.store.put(b"weights")
     for name in ("ab/.writing-0123", ".writing-4567"):
@@ -156,14 +156,14 @@ def test_old_files_of_killed_writers_are_listed(kept: Kept) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "abc", "../../etc/passwd", "A" * 64, "0" * 64 + "\n"])
-def test_only_digests_name_artifacts(kept: Kept, name: str) -> None:
+def test_only_digests_name_artifacts(kept: StoreFiles, name: str) -> None:
     store = kept.store
     for read in (store.get, store.has, store.size, store.path):
         with pytest.raises(StorageError, match="not the digest"):
             read(name)
 
 
-def test_a_store_pickles_small_and_works_on_the_other_side(kept: Kept) -> None:
+def test_a_store_pickles_small_and_works_on_the_other_side(kept: StoreFiles) -> None:
     store = kept.store
     digest = store.put(b"weights")
 
@@ -281,7 +281,7 @@ def test_an_interrupted_write_changes_nothing(
     assert [path.read_bytes() for path in files(store)] == ([] if before is None else [before])
 
 
-def test_writers_of_the_same_bytes_do_not_disturb_each_other(kept: Kept) -> None:
+def test_writers_of_the_same_bytes_do_not_disturb_each_other(kept: StoreFiles) -> None:
     store = kept.store
     data = bytes(range(256)) * 4000
     start = threading.Barrier(8)
