@@ -165,6 +165,19 @@ def least_share(shares: Tensor, recipe: FilterRecipe) -> float:
     return min(recipe.runner_up, max(enough, recipe.runner_up / 10))
 
 
+def policy_of(recipe: FilterRecipe, behaviour: Behaviour) -> str:
+    """The policy for `behaviour`: that of the recipe; for `auto`, `class` for whole classes and `leave-one-out` for a
+    subset."""
+    if recipe.policy == "auto":
+        return "class" if behaviour.kind == "class" else "leave-one-out"
+    return recipe.policy
+
+
+def select_class(behaviour: Behaviour, predicted: Tensor) -> Mask:
+    """The mask by the policy `class`: every sample of D' that the root predicts (N,) to be of a target class."""
+    return Mask(torch.isin(predicted, torch.tensor(behaviour.targets)), behaviour.targets, True, "class", None)
+
+
 def select(
     recipe: FilterRecipe,
     behaviour: Behaviour,
@@ -180,24 +193,21 @@ def select(
     a subset, `logits` of D' (N, K) and of the examples (M, K) exclude real members of the target class: see
     `own_share`.
     """
-    policy = recipe.policy
-    if policy == "auto":
-        policy = "class" if behaviour.kind == "class" else "leave-one-out"
-    is_forget = torch.isin(predicted, torch.tensor(behaviour.targets))
-    threshold: float | None = None
-    if policy != "class":
-        far = distances(features, examples, recipe.metric)
-        if recipe.threshold is not None:
-            threshold = recipe.threshold
-        elif policy == "knee":
-            threshold = knee_threshold(far, examples, recipe.metric)
-        else:
-            threshold = float(leave_one_out(examples, recipe.metric).quantile(recipe.quantile))
-        is_forget &= far <= threshold
-        if behaviour.kind == "subset" and logits is not None and recipe.runner_up > 0:
-            shares = own_share(*logits, behaviour.targets) * is_forget
-            is_forget = shares >= least_share(shares, recipe)
-    return Mask(is_forget, behaviour.targets, policy == "class", policy, threshold)
+    policy, by_class = policy_of(recipe, behaviour), select_class(behaviour, predicted)
+    if policy == "class":
+        return by_class
+    far = distances(features, examples, recipe.metric)
+    if recipe.threshold is not None:
+        threshold = recipe.threshold
+    elif policy == "knee":
+        threshold = knee_threshold(far, examples, recipe.metric)
+    else:
+        threshold = float(leave_one_out(examples, recipe.metric).quantile(recipe.quantile))
+    is_forget = by_class.is_forget & (far <= threshold)
+    if behaviour.kind == "subset" and logits is not None and recipe.runner_up > 0:
+        shares = own_share(*logits, behaviour.targets) * is_forget
+        is_forget = shares >= least_share(shares, recipe)
+    return Mask(is_forget, behaviour.targets, False, policy, threshold)
 
 
 def allowed_classes(masks: Iterable[Mask], n: int, classes: int) -> Tensor:

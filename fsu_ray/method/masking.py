@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fsu_ray.method.filter import Mask, allowed_classes, extract_features, select
+from fsu_ray.method.filter import Mask, allowed_classes, extract_features, policy_of, select, select_class
 from fsu_ray.method.fit import predict
 from fsu_ray.method.inputs import RunInputs, TargetSamples, load_samples
 from fsu_ray.method.synthesize import Synthetic
@@ -72,7 +72,12 @@ class MaskedDataset:
         return [self._earlier_mask(erasure) for erasure in self._earlier_erasures]
 
     def select(self, recipe: FilterRecipe, behaviour: Behaviour, examples: Tensor) -> Mask:
-        """The mask of `behaviour`, given by `examples` (M, C, H, W) uint8."""
+        """The mask of `behaviour`, given by `examples` (M, C, H, W) uint8.
+
+        The policy `class` needs no features, and so no pass of the teacher over D'.
+        """
+        if policy_of(recipe, behaviour) == "class":
+            return select_class(behaviour, self.dataset.predicted)
         logits = (self.dataset.logits, predict(self._teacher, examples))
         example_features = extract_features(self._teacher, examples)
         return select(recipe, behaviour, self.features, self.dataset.predicted, example_features, logits)

@@ -129,11 +129,11 @@ class Objective:
         if starved:
             return Parts(0.0, reason=f"starved classes {starved}")
         coverage = min(counts) / (sum(counts) / len(counts))
+        masked = self._masked(inputs, dataset)
         folds: list[tuple[float, ...]] = []
         for held_out in self._folds(recipe):
             target = TargetSamples(self._target, self._samples, held_out)
             fold = replace(inputs, targets=(target,))
-            masked = self._masked(fold, dataset)
             forget_set = ForgetSet(target, masked.select(recipe.filter, self._behaviour, target.train), NO_DIGEST)
             if not bool(forget_set.mask.is_forget.any()):
                 return Parts(0.0, coverage=coverage, reason="nothing found")

@@ -95,6 +95,21 @@ def test_a_mask_is_that_of_the_filter_on_what_the_teacher_sees(
     assert 0 < int(unsure.is_forget.sum()) < N
 
 
+def test_a_mask_by_class_takes_no_pass_of_the_teacher_over_the_data_set(
+    teacher: Classifier, dataset: Synthetic, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that of `filter.select`, which reads the predicted classes alone."""
+    nothing = torch.zeros(N, 1), torch.zeros(6, 1)
+    expected = [
+        select(recipe, behaviour, nothing[0], dataset.predicted, nothing[1])
+        for recipe, behaviour in ((FilterRecipe(), WHOLE), (FilterRecipe(policy="class"), PART))
+    ]
+    monkeypatch.setattr(Classifier, "forward", None)
+    found = masked(teacher, dataset, store)
+    assert same(found.select(FilterRecipe(), WHOLE, noise(6)), expected[0])
+    assert same(found.select(FilterRecipe(policy="class"), PART, noise(6)), expected[1])
+
+
 def test_the_recorded_mask_serves_the_data_set_that_it_was_made_for(
     teacher: Classifier, dataset: Synthetic, store: Any
 ) -> None:
