@@ -30,11 +30,14 @@ def autoscaler_limits() -> dict[str, float]:
     return {resource: float(amount) for resource, amount in (limits or {}).items()}
 
 
-def cluster_limits() -> dict[str, float]:
-    """How much of each resource the cluster has or can grow to, whichever is more. Ray must be connected."""
+def cluster_limits(limits: Mapping[str, float]) -> dict[str, float]:
+    """How much of each resource the cluster has or can grow to, whichever is more. Ray must be connected.
+
+    `limits`: what `autoscaler_limits` returns.
+    """
     import ray
 
-    present, limits = ray.cluster_resources(), autoscaler_limits()
+    present = ray.cluster_resources()
     return {name: max(present.get(name, 0.0), limits.get(name, 0.0)) for name in {*present, *limits}}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from fsu_ray.cluster.capacity import cluster_limits
+from fsu_ray.cluster.capacity import autoscaler_limits, cluster_limits
 from fsu_ray.cluster.workers import cause
 from fsu_ray.errors import FsuError, RunFailed
 
@@ -55,5 +55,5 @@ def side_by_side(
 
 def _slots(share: dict[str, float]) -> int:
     """How many tasks that each take `share` the cluster can run at a time once it has grown."""
-    limits = cluster_limits()
+    limits = cluster_limits(autoscaler_limits())
     return int(min(limits.get(kind, 0) / amount + 1e-6 for kind, amount in share.items()))

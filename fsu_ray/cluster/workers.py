@@ -122,7 +122,8 @@ def resources(workers: int = 1, parallel: int = 1) -> tuple[bool, dict[str, floa
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    growth, limits = autoscaler_limits(), cluster_limits()
+    growth = autoscaler_limits()
+    limits = cluster_limits(growth)
     if limits.get("GPU", 0) >= 1:
         two_cpus = growth.get("GPU", 0) >= 1 or any(
             node.get("GPU", 0) >= 1 and node.get("CPU", 0) >= 2 for node in nodes
@@ -296,7 +297,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     def progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
         nonlocal last
         now = time.monotonic()
-        if done in (0, total) or now - last > 0.5:
+        if stage == "start" or done in (0, total) or now - last > 0.5:
             last = now
             if ray.get(config["actor"].tell.remote((stage, done, total, metrics))):
                 raise Stopped(f"the run was stopped in {stage} at {done} of {total}")
@@ -315,12 +316,15 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         device = ray.train.torch.get_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        processes = group.everyone(os.getpid())
+        facts: dict[str, float] = {
+            "threads": torch.get_num_threads(),
+            "pid": os.getpid(),
+            "cuda": int(device.type == "cuda"),
+        }
+        everyone = group.everyone(facts)
 
         def report_workers() -> None:
-            for number, process in enumerate(processes, 1):
-                metrics: dict[str, float] = {"threads": torch.get_num_threads(), "pid": process}
-                metrics["cuda"] = int(device.type == "cuda")
+            for number, metrics in enumerate(everyone, 1):
                 progress("start", number, group.size, metrics)
 
         group.once(report_workers)
