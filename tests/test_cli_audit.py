@@ -112,6 +112,9 @@ def test_a_bundle_needs_no_ledger(fsu: Fsu, kept: Service, home: Path, monkeypat
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     monkeypatch.setenv("FSU_LEDGER", "nonsense://")
+    monkeypatch.setenv("FSU_WORKERS", "many")
+    assert fsu("keygen", "--out", "k.pem").exit_code == 0
+    (elsewhere / "k.pem").unlink()
     good = fsu("verify", "--bundle", "../a.parquet", "--public-key", "../public.pem", "--head", f"5:{manifest['head']}")
     assert good.exit_code == 0, good.output
     for said in ("5 events", "5 of them of m", "signed with the key given", "it does not prove", "not a guarantee"):

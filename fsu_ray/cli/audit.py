@@ -13,7 +13,6 @@ from rich.markup import escape
 
 from fsu_ray import console
 from fsu_ray.cli.shared import Json, OneModel, one_line
-from fsu_ray.config import read_settings
 from fsu_ray.errors import UserError
 from fsu_ray.records import Status
 from fsu_ray.service import Service, connect
@@ -53,7 +52,7 @@ def audit_verify(
     if bundle is None:
         verdict = connect().audit.verify(artifacts, head)
     else:
-        checked = Service(read_settings()).audit.verify_bundle(bundle, public_key, head)
+        checked = Service().audit.verify_bundle(bundle, public_key, head)
         verdict = checked.verdict
         more = {"signature": checked.signature, "manifest": checked.manifest}
     if json:
@@ -110,7 +109,7 @@ def audit_export(
 @one_line
 def audit_keygen(out: Annotated[Path, typer.Option(help="A new file for the private key.")]) -> None:
     """Make a key to sign exported files with, and print its public part."""
-    typer.echo(Service(read_settings()).audit.keygen(out), nl=False)
+    typer.echo(Service().audit.keygen(out), nl=False)
 
 
 @audit_app.command("head", epilog="Example: fsu audit head")

@@ -14,7 +14,6 @@ import typer
 
 from fsu_ray import console
 from fsu_ray.cli.shared import Coalesce, Json, MaxRequests, Parallel, Workers, interrupted, one_line
-from fsu_ray.config import read_settings
 from fsu_ray.errors import ClusterUnavailable, RunFailed, UserError
 from fsu_ray.service import Service, connect
 from fsu_ray.service.cluster import Cluster
@@ -166,7 +165,7 @@ def idle(service: Service, model: str | None) -> str:
 
 def _cluster(address: str | None) -> Cluster:
     """A cluster that is asked without a ledger."""
-    return Service(read_settings()).cluster(address)
+    return Service().cluster(address)
 
 
 def _runtime_env(text: str | None) -> dict[str, Any]:

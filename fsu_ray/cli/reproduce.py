@@ -9,7 +9,6 @@ import typer
 
 from fsu_ray import console
 from fsu_ray.cli.shared import Cpus, Json, interrupted, one_line
-from fsu_ray.config import read_settings
 from fsu_ray.errors import UserError
 from fsu_ray.service import Service
 
@@ -51,9 +50,7 @@ def reproduce(
         console.err.print(f"{done} of {total}: {cell}", markup=False, highlight=False)
 
     with interrupted("what has ended is kept; the same command continues from there"):
-        result = Service(read_settings()).reproduce(
-            name, size, seeds, into, again=again, cpus=cpus, per_gpu=per_gpu, on_cell=on_cell
-        )
+        result = Service().reproduce(name, size, seeds, into, again=again, cpus=cpus, per_gpu=per_gpu, on_cell=on_cell)
     files = [str(file) for file in result.files]
     if json:
         rows = [{k: v for k, v in row.items() if not isinstance(v, bytes | list)} for row in result.rows]

@@ -9,14 +9,13 @@ Importing this module loads neither Ray nor torch nor SQLAlchemy; the methods lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from fsu_ray.config import Settings, Timings, below, read_settings
+from fsu_ray.config import Settings, Timings, below
 from fsu_ray.errors import FsuError
 from fsu_ray.records import ModelSpec, ProgressCallback, Request, Schedule, Window
 from fsu_ray.service import running, training
@@ -46,7 +45,7 @@ def connect(settings: Settings | None = None, timings: Timings | None = None) ->
     leases, retries and polls take. Raises InvalidConfig and StorageError for a setting that cannot be used,
     LedgerUnavailable where the ledger's database does not answer.
     """
-    service = Service(settings or read_settings(), timings)
+    service = Service(settings, timings)
     _ = service.ledger, service.artifacts
     return service
 
@@ -54,13 +53,12 @@ def connect(settings: Settings | None = None, timings: Timings | None = None) ->
 class Service:
     """What fsu_ray does, on one ledger and one artifact store. `connect` opens it; a `with` block closes it.
 
-    Methods raise `FsuError` and its kinds, with a message of one line that says what to do. A `Service` made from
-    settings alone opens its stores on first use.
+    Methods raise `FsuError` and its kinds, with a message of one line that says what to do. A `Service` that is
+    made directly reads its settings and opens its stores on first use.
     """
 
-    def __init__(self, settings: Settings, timings: Timings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, timings: Timings | None = None) -> None:
         self._stores = Stores(settings, timings or Timings())
-        self.settings = settings
         self.models = Models(self._stores)
         self.recipes = Recipes(self._stores)
         self.requests = Requests(self._stores, self.recipes)
@@ -68,6 +66,11 @@ class Service:
         self.retention = Retention(self._stores)
         self.schedules = Schedules(self._stores)
         self.audit = Audit(self._stores)
+
+    @property
+    def settings(self) -> Settings:
+        """Where the ledger, the artifacts and the runs are; raises InvalidConfig."""
+        return self._stores.settings
 
     @property
     def ledger(self) -> Ledger:
@@ -82,9 +85,7 @@ class Service:
     def __enter__(self) -> Service:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -137,8 +138,6 @@ class Service:
         """
         from fsu_ray.pipeline import WorkerOptions
 
-        if model is not None:
-            self.models.get(model)
         self.reconcile()
         if not self.ledger.requests.claimable(model):
             return []
@@ -146,17 +145,15 @@ class Service:
         with self.on_ray(on_progress, cpus, parallel, workers) as execute:
             return self.carry_out(execute, options, on_claim)
 
-    @contextmanager
     def on_ray(
         self,
         on_progress: ProgressCallback | None = None,
         cpus: int | None = None,
         parallel: int = 1,
         workers: int | None = None,
-    ) -> Iterator[Execute]:
+    ) -> AbstractContextManager[Execute]:
         """Start or join Ray for several calls of `carry_out`; the arguments are those of `run`."""
-        with running.on_ray(self._stores, on_progress, cpus, parallel, workers) as execute:
-            yield execute
+        return running.on_ray(self._stores, on_progress, cpus, parallel, workers)
 
     def carry_out(
         self, execute: Execute, options: WorkerOptions | None = None, on_claim: OnClaim | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fsu_ray.config import Settings, Timings
+from fsu_ray.config import Settings, Timings, read_settings
 
 if TYPE_CHECKING:
     from fsu_ray.storage.artifacts import Artifacts
@@ -13,11 +13,16 @@ if TYPE_CHECKING:
 
 
 class Stores:
-    """The settings, and the ledger and the artifacts that they name. Each is opened when it is first used."""
+    """The settings, and the ledger and the artifacts that they name. Each is read or opened when it is first used."""
 
-    def __init__(self, settings: Settings, timings: Timings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings | None, timings: Timings) -> None:
+        self._settings = settings
         self.timings = timings
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings: by default those of the environment and of fsu.toml; raises InvalidConfig."""
+        return self._settings or read_settings()
 
     @cached_property
     def ledger(self) -> Ledger:
