@@ -62,9 +62,10 @@ def print_demo(service: Service, done: Demo) -> None:
     accuracy = console.accuracy_table(done.results, done.model.spec.classes)
     if accuracy is not None:
         out.print(accuracy)
-    first, *later = [sum(r.outcome.seconds.values()) for r in done.results if r.outcome]
-    if later:
-        out.print(f"The first request took {first:.1f} s of method, the second, with its generator, {later[0]:.1f} s.")
+    seconds = [sum(result.outcome.seconds.values()) for result in done.results if result.outcome]
+    if len(seconds) == len(ERASED):
+        first, second = seconds
+        out.print(f"The first request took {first:.1f} s of method, the second, with its generator, {second:.1f} s.")
     out.print(console.history_table(name, service.models.history(name)))
     out.print(service.places())
     samples = shlex.quote(str(_relative(_samples(service, name, ERASED[0]))))

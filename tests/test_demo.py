@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from fsu_ray import demo
+from fsu_ray.method.datasets import write_samples
+from fsu_ray.pipeline import Result
+from fsu_ray.records import Behaviour
 from fsu_ray.service import Service
 
 
@@ -41,3 +44,18 @@ def test_a_second_demo_takes_a_new_name(service: Service, trained: Any) -> None:
     assert demo._free_name(service) == "digits-demo"
     service.models.register("digits-demo", trained.spec, trained.weights)
     assert demo._free_name(service) == "digits-demo-2"
+
+
+def test_a_demo_whose_runs_break_is_printed_all_the_same(
+    service: Service, trained: Any, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each result is a line; no times are compared."""
+    model = service.models.register("m", trained.spec, trained.weights)
+    samples = home / "samples"
+    write_samples(trained.train.pixels[:2], samples)
+    request, _ = service.requests.submit("m", Behaviour(name="eight", kind="class", targets=(8,)), samples)
+    for results in ([Result(request, None, None)], []):
+        demo.print_demo(service, demo.Demo(model, results))
+        printed = capsys.readouterr().out
+        assert "The first request took" not in printed
+        assert "Type next:" in printed
