@@ -212,10 +212,16 @@ def parse_change(text: str) -> dict[str, Any]:
         parsed: Any = json.loads(value)
     except json.JSONDecodeError:
         parsed = value
-    for key in reversed(path.split(".")):
-        parsed = {key: parsed}
-    assert isinstance(parsed, dict)
-    return parsed
+    return nested(path, parsed)
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """`{"invert": {"steps": value}}` for the path `invert.steps`."""
+    *folders, name = path.split(".")
+    tree = {name: value}
+    for folder in reversed(folders):
+        tree = {folder: tree}
+    return tree
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -51,13 +51,19 @@ class SearchOptions:
     """How to search.
 
     `space`: the values that trials vary. `trials`: how many recipes to try. `optuna`: draw them by Optuna instead of
-    at random. `seed`: of the draws.
+    at random. `seed`: of the draws. Raises InvalidConfig for fewer than one trial, UserError where Optuna is missing.
     """
 
     space: Space
     trials: int = 16
     optuna: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise InvalidConfig("a search needs at least one trial: give --trials 1 or more")
+        if self.optuna:
+            _optuna(self.seed)  # raises where Optuna is not installed
 
 
 @dataclass(frozen=True)
@@ -97,15 +103,11 @@ def search(
     """Search for a recipe for `order` on the Ray that this process is connected to; `order.recipe` is the initial one.
 
     `place`: the pyarrow filesystem (None: this machine's) and the folder of the trials. `on_progress(stage, done,
-    total, metrics)` is called for the stages `reference` and `rungs`. Raises InvalidConfig for fewer than one trial,
-    UserError for what cannot be searched, and RunFailed if no trial was completed.
+    total, metrics)` is called for the stages `reference` and `rungs`. Raises UserError for what
+    cannot be searched, and RunFailed if no trial was completed.
     """
-    if options.trials < 1:
-        raise InvalidConfig("a search needs at least one trial: give --trials 1 or more")
     started, name = time.monotonic(), search_name(order, options)
     use_gpu, share = workers.resources()
-    if options.optuna:
-        _optuna(options)  # raises if Optuna is not installed
     actor = new_progress_actor()
     best, reports = 0.0, 0
 
@@ -178,7 +180,7 @@ def _tuner(trainable: Any, order: WorkOrder, place: tuple[Any, str], name: str, 
     asha = ASHAScheduler(time_attr="steps", max_t=steps, grace_period=grace, reduction_factor=2)
     space, algorithm = _draws(options), None
     if options.optuna:
-        space, algorithm = {key: _domain(values) for key, values in options.space.items()}, _optuna(options)
+        space, algorithm = {key: _domain(values) for key, values in options.space.items()}, _optuna(options.seed)
     return tune.Tuner(
         trainable,
         param_space=space,
@@ -206,14 +208,14 @@ def _draws(options: SearchOptions) -> dict[str, Any]:
     return {"values": tune.grid_search([draw(options.space, rng) for _ in range(options.trials)])}
 
 
-def _optuna(options: SearchOptions) -> Any:
+def _optuna(seed: int) -> Any:
     try:
         import optuna
         from ray.tune.search.optuna import OptunaSearch
     except ImportError:
         raise UserError("--optuna needs Optuna: pip install 'fsu_ray[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(metric="score", mode="max", seed=options.seed)
+    return OptunaSearch(metric="score", mode="max", seed=seed)
 
 
 def _domain(values: Range | Choices) -> Any:

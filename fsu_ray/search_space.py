@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
+from fsu_ray.config import change_recipe, nested
 from fsu_ray.errors import InvalidConfig
 from fsu_ray.recipes import Recipe
 from fsu_ray.records import Kind
@@ -88,20 +87,9 @@ def apply(base: Recipe, values: Mapping[str, Any]) -> Recipe:
 
     Raises InvalidConfig that names the wrong value.
     """
-    tree = base.model_dump(mode="json")
-    for key, value in values.items():
-        *folders, name = key.split(".")
-        place = tree
-        for folder in folders:
-            place = place[folder]
-        place[name] = value
-    if tree["filter"]["policy"] != "manual":
-        tree["filter"]["threshold"] = None
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidConfig(f"recipe: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}") from None
+    if values.get("filter.policy", base.filter.policy) != "manual":
+        values = {**values, "filter.threshold": None}
+    return change_recipe(base, (nested(key, value) for key, value in values.items()))
 
 
 def narrowed(space: Space, lines: tuple[str, ...]) -> Space:

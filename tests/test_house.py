@@ -17,13 +17,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import those of a lower layer, and those of its own part.
 LAYERS = [
     {"errors", "recipes", "records", "work"},
-    {"config", "gate", "search_space"},
+    {"config", "gate"},
+    {"search_space"},
     {"models", "storage"},
     {"method"},
     {"retention", "recheck", "cluster"},
     {"pipeline"},
     {"search", "schedule", "dispatch"},
-    {"experiments", "report"},
+    {"experiments"},
     {"service"},
     {"console"},
     {"demo"},

@@ -24,7 +24,7 @@ def search(
     model: Annotated[str, typer.Option(help="The model that the recipe is for.")],
     request: Annotated[
         str | None, typer.Option(help="Search for what this request erases; it must not have ended.")
-    ] = (None),
+    ] = None,
     behaviour: Annotated[str | None, typer.Option(help="Or a name for what is to be erased.")] = None,
     target: Annotated[list[int] | None, typer.Option(help="Target class; may be repeated.")] = None,
     samples: Annotated[str | None, typer.Option(help="A folder of images, an image or a Parquet file.")] = None,
