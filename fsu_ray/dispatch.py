@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ def send(
     `runtime_env` is merged into the job's runtime environment and wins. Raises NotFound for an unknown model, and
     what `JobsClient.submit` raises.
     """
-    reconcile(ledger, head)
+    reconcile(ledger, lambda: head)
     ledger.requests.end_abandoned(SENDER)
     request = ledger.requests.upcoming(options.model)
     if request is None:
@@ -86,8 +86,9 @@ def variables(settings: Settings) -> dict[str, str]:
     return environment if secret else environment | {"FSU_LEDGER": settings.ledger}
 
 
-def reconcile(ledger: Ledger, head: JobsClient) -> list[Request]:
-    """End the claims of jobs that have ended, so that the next attempt can begin. Returns their requests.
+def reconcile(ledger: Ledger, connect: Callable[[], JobsClient]) -> list[Request]:
+    """End the claims of jobs that have ended, so that the next attempt can begin. Returns their requests. `connect` is
+    called only where a job has a claim.
 
     A job that the head does not know may still run on another cluster, also one of before a restart of the head: its
     claim ends with its lease.
@@ -95,6 +96,7 @@ def reconcile(ledger: Ledger, head: JobsClient) -> list[Request]:
     claimed = [request for request in ledger.requests.all(status=Status.RUNNING) if job_of(request.worker)]
     if not claimed:
         return []
+    head = connect()
     ended = {(head.mark, job.id) for job in head.jobs() if job.over}
     return [r for r in claimed if r.batch_leader is None and job_of(r.worker) in ended and ledger.requests.expire(r)]
 
@@ -107,5 +109,5 @@ def stop(ledger: Ledger, head: JobsClient, name: str) -> tuple[Job, list[Request
     running = ledger.requests.all(status=Status.RUNNING)
     claimed = [request.id for request in running if job_of(request.worker) == (head.mark, name)]
     job = head.stop(name)
-    reconcile(ledger, head)
+    reconcile(ledger, lambda: head)
     return job, [ledger.requests.get(request) for request in claimed]

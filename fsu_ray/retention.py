@@ -17,6 +17,9 @@ from fsu_ray.storage.checkpoints import Checkpoints, RunFolder
 from fsu_ray.storage.generators import Why
 from fsu_ray.storage.ledger import Ledger
 
+POLICY = "policy"
+"""The actor of what a policy has had deleted."""
+
 STRAY_AFTER = timedelta(days=1)
 """The age at which an artifact without a reference may be deleted: a run writes artifacts before the ledger's rows."""
 
@@ -43,19 +46,19 @@ class DeletableFiles:
     checkpoints: dict[str, int]
 
 
-def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: str = "policy") -> RetentionResult:
+def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None) -> RetentionResult:
     """Apply the policies of one model or of all: purge the samples and retire the generators that are due by now."""
     purged, retired = [], []
     for request in ledger.requests.due_samples(model):
         try:
-            destroy(artifacts, ledger.requests.purge(request, actor))
+            destroy(artifacts, ledger.requests.purge(request, POLICY))
         except TransitionRefused:  # submitted again at this moment: purged another time
             continue
         purged.append(request.id)
     for name in [model] if model else [each.name for each in ledger.models.all()]:
         for generator, why in ledger.generators.due(name):
             try:
-                retire(ledger, artifacts, generator.id, why, actor)
+                retire(ledger, artifacts, generator.id, why, POLICY)
             except TransitionRefused:  # a run may be using it: retired another time
                 continue
             retired.append(generator.id)
@@ -63,7 +66,7 @@ def tidy(ledger: Ledger, artifacts: Artifacts, model: str | None = None, actor: 
 
 
 def retire(ledger: Ledger, artifacts: Artifacts, generator: str, why: Why, actor: str) -> Generator:
-    """Retire the generator with this id, and delete its weights and its D'."""
+    """Retire the generator whose id is or begins with `generator`, and delete its weights and its D'."""
     retired, removed = ledger.generators.retire(generator, why, actor)
     destroy(artifacts, removed)
     return retired

@@ -116,7 +116,7 @@ def test_what_nobody_takes_over_keeps_nobody_waiting(
         service.ledger.requests.cancel(first.id)
     else:
         for _ in range(2):
-            reconcile(service.ledger, head)
+            reconcile(service.ledger, lambda: head)
             claim(service, "m", worker)
     sent = send(service.ledger, service.settings, head, WorkerOptions())
     assert sent is not None
@@ -141,7 +141,7 @@ def test_claims_of_what_may_be_alive_stay(
     queued("m")
     before = claim(service, "m", worker)
     head: Any = Remembering({"a": job("a", status)})
-    assert reconcile(service.ledger, head) == []
+    assert reconcile(service.ledger, lambda: head) == []
     assert service.ledger.requests.get(before.id).lease_until == before.lease_until
 
 

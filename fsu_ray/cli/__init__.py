@@ -1,4 +1,4 @@
-"""`fsu`: parse and print. Every command calls one or two methods of `fsu_ray.service`."""
+"""`fsu`: parse and print. What commands do is in `fsu_ray.service`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def artifacts_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be deleted.")] = False,
     older_than: Annotated[
         float, typer.Option(min=0, help="Keep stray artifacts and searches younger than this (hours).")
-    ] = (24.0),
+    ] = 24.0,
     by: Who = OPERATOR,
     json: Json = False,
 ) -> None:

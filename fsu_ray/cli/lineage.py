@@ -32,7 +32,7 @@ def alias_set(
     version: Annotated[str, typer.Argument(help="A version's number, or another alias that points to it.")],
     force: Annotated[
         bool, typer.Option("--force", help="Also to a version that still has an erased behaviour; goes with --reason.")
-    ] = (False),
+    ] = False,
     reason: Annotated[str | None, typer.Option(help="One word for the record, such as a ticket number.")] = None,
     by: Who = OPERATOR,
     json: Json = False,

@@ -29,13 +29,7 @@ class Generators:
 
     def uses(self, model: str | None = None) -> dict[str, int]:
         """The number of erasures in force that each generator served, by its id; raises NotFound."""
-        models = self._stores.ledger.models
-        names = [model] if model else [each.name for each in models.all()]
-        uses: dict[str, int] = {}
-        for name in names:
-            for erasure in models.erasures(name):
-                uses[erasure.generator] = uses.get(erasure.generator, 0) + 1
-        return uses
+        return self._stores.ledger.generators.uses(model)
 
     def path(self, digest: str) -> str | None:
         """Where the weights or the D' of a generator are stored; None where they are deleted."""
@@ -59,7 +53,8 @@ class Generators:
 
         `weights` is the `state_dict` of `models.generator.Generator` as safetensors. `latent` is the number of
         dimensions of its z, that of `recipe` where it is None. Raises NotFound, InvalidWeights where it does not fit
-        the model, AlreadyExists, UserError for the paper's recipe or an actor that is no opaque id.
+        the model, AlreadyExists, TransitionRefused where another version labels D' by now, UserError for the paper's
+        recipe or an actor that is no opaque id.
         """
         from fsu_ray.method.generators import adopt
         from fsu_ray.method.precision import default_device
@@ -84,7 +79,7 @@ class Generators:
         """
         from fsu_ray.retention import retire
 
-        return retire(self._stores.ledger, self._stores.artifacts, self.get(generator).id, "operator", actor)
+        return retire(self._stores.ledger, self._stores.artifacts, generator, "operator", actor)
 
     def seal(self, generator: str, actor: str = OPERATOR) -> Generator:
         """Write all masks of the model into a new D', and delete the old D' and the generator that drew it.

@@ -78,8 +78,8 @@ class Recipes:
         return self._stores.ledger.recipes.all(model)
 
     def reset(self, model: str, kind: Kind, actor: str = OPERATOR) -> SearchedRecipe:
-        """Have later requests of this kind take a preset again; raises NotFound, UserError, TransitionRefused where
-        they already do."""
+        """Have later requests of this kind take a preset again; raises NotFound, and UserError also where they
+        already do."""
         return self._stores.ledger.recipes.reset(model, kind, actor)
 
     def search(
@@ -107,6 +107,7 @@ class Recipes:
         without one the record is None. The same call continues an interrupted search. Raises NotFound, UserError and
         its kinds, TransitionRefused for a request that has ended, RunFailed.
         """
+        from fsu_ray.search import SearchOptions, search
         from fsu_ray.search_space import around, narrowed
         from fsu_ray.service.running import on_ray
         from fsu_ray.storage.artifacts import locate
@@ -118,10 +119,8 @@ class Recipes:
         begin = self.resolve(model, kind, preset, changes).recipe
         space = narrowed(around(begin, kind), tuple(ranges))
         order = self.search_order(model, target, begin)
-        from fsu_ray.search import SearchOptions, search
-
         options = SearchOptions(space, trials, optuna, seed)
-        with on_ray(self._stores, on_progress, cpus, workers=1):
+        with on_ray(self._stores, cpus=cpus, workers=1):
             runs = locate(self._stores.settings.runs)
             result = search(order, self._stores.artifacts, runs, options, on_progress)
         if not result.better:

@@ -22,26 +22,24 @@ class Retention:
         """Purge target samples and retire generators as the policies of models want by now; raises NotFound."""
         from fsu_ray.retention import tidy
 
-        if model is not None:
-            self._stores.ledger.models.get(model)
         return tidy(self._stores.ledger, self._stores.artifacts, model)
 
     def collect_garbage(
-        self, older_than: timedelta = timedelta(days=1), dry_run: bool = False, actor: str = OPERATOR
+        self, older_than: timedelta | None = None, dry_run: bool = False, actor: str = OPERATOR
     ) -> DeletableFiles:
         """Delete artifacts that the ledger does not refer to, and checkpoints of runs and searches that are over.
 
         Returns what was deleted, or with `dry_run` what would be. Stray artifacts and searches younger than
-        `older_than` stay, and so does everything that a running request may have written.
+        `older_than` (a day) stay, and so does everything that a running request may have written.
         """
-        from fsu_ray.retention import collect, garbage
+        from fsu_ray.retention import STRAY_AFTER, collect, garbage
         from fsu_ray.storage.checkpoints import Checkpoints
         from fsu_ray.storage.database import check_actor
 
         check_actor(actor)
         ledger, artifacts = self._stores.ledger, self._stores.artifacts
         runs = Checkpoints(self._stores.settings.runs)
-        rubbish = garbage(ledger, artifacts, runs, older_than)
+        rubbish = garbage(ledger, artifacts, runs, STRAY_AFTER if older_than is None else older_than)
         if not dry_run:
             collect(ledger, artifacts, runs, rubbish, actor)
         return rubbish

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fsu_ray.config import CHECKPOINT_STEPS
 from fsu_ray.errors import FsuError
-from fsu_ray.records import ProgressCallback, Request, Schedule, Status, Window
+from fsu_ray.records import ProgressCallback, Request, Schedule, Window
 from fsu_ray.service.stores import Stores
 
 if TYPE_CHECKING:
@@ -84,13 +84,11 @@ def reconcile(stores: Stores) -> list[Request]:
     """
     if not os.environ.get("RAY_ADDRESS"):
         return []
-    from fsu_ray.cluster.jobs import JobsClient, job_of
+    from fsu_ray.cluster.jobs import JobsClient
     from fsu_ray.dispatch import reconcile
 
-    if not any(job_of(request.worker) for request in stores.ledger.requests.all(status=Status.RUNNING)):
-        return []
     try:
-        return reconcile(stores.ledger, JobsClient())
+        return reconcile(stores.ledger, JobsClient)
     except FsuError as error:
         log.info("dead jobs were not looked for: %s", error)
         return []

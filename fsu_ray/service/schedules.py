@@ -61,11 +61,11 @@ class Schedules:
         """Open no window ever again; the record stays. Raises NotFound, TransitionRefused."""
         return self._stores.ledger.schedules.set_state(schedule, "removed", actor)
 
-    def next_start(self, schedule: Schedule, after: datetime | None = None) -> datetime | None:
-        """The first start of a window after `after` (now), in UTC; None where the schedule is not active."""
+    def next_start(self, schedule: Schedule) -> datetime | None:
+        """The next start of a window, in UTC; None where the schedule is not active."""
         from fsu_ray.schedule import next_start
 
-        return next_start(schedule, after or datetime.now(UTC)) if schedule.state == "active" else None
+        return next_start(schedule, datetime.now(UTC)) if schedule.state == "active" else None
 
     def local_time(self, schedule: Schedule, moment: datetime | None) -> str:
         """`moment` in the time zone of the schedule, to the minute; empty for None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from fsu_ray.records import OPERATOR, Digest, Generator, Model, ModelVersion
 from fsu_ray.storage import chain, removals, rows
 from fsu_ray.storage.claims import check_idle
 from fsu_ray.storage.database import Database
-from fsu_ray.storage.schema import generator_retirements, generators, seals
+from fsu_ray.storage.schema import erasures, generator_retirements, generators, seals
 
 Why = Literal["operator", "erasure", "age", "seal"]
 """Why a generator is retired."""
@@ -41,6 +42,16 @@ class Generators:
         """One generator; raises NotFound where the prefix fits none or several."""
         with self._database.reading() as connection:
             return rows.fetch_generator(connection, id_or_prefix)
+
+    def uses(self, model: str | None = None) -> dict[str, int]:
+        """The number of erasures in force that each generator served, by its id; raises NotFound."""
+        uses: Counter[str] = Counter()
+        with self._database.reading() as connection:
+            for record in rows.fetch_models(connection, model):
+                latest = rows.fetch_version(connection, record).number
+                served = sa.select(erasures.c.generator_id).where(rows.in_force(record, latest))
+                uses.update(connection.scalars(served))
+        return uses
 
     def check_import(self, model: str, weights: Digest, recipe: Recipe) -> None:
         """Raise what `add_imported` would raise for these weights now, except for the version."""

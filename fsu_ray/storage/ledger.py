@@ -1,9 +1,10 @@
 """The ledger: models, their versions, the requests to erase a behaviour, and their results.
 
-Every method is one transaction, and the rows of history that it writes enter the audit chain in it. A model is named by
-its name; a request, generator or schedule by its id or an unambiguous prefix of it. The ledger holds no images and no
-free text of a requester, only digests of artifacts. Reports and metrics come back as JSON gives them: lists for tuples,
-text for keys that were numbers, None for NaN.
+Every method is one transaction, and the rows of history that it writes enter the audit chain in it. The claiming of
+requests takes several, so that workers do not wait for each other. A model is named by its name; a request, generator
+or schedule by its id or an unambiguous prefix of it. The ledger holds no images and no free text of a requester, only
+digests of artifacts. Reports and metrics come back as JSON gives them: lists for tuples, text for keys that were
+numbers, None for NaN.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from types import TracebackType
 from typing import Any
 
 import sqlalchemy as sa
@@ -56,9 +56,7 @@ class Ledger:
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

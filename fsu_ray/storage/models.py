@@ -102,8 +102,7 @@ class Models:
     def all(self) -> list[Model]:
         """All models, by name."""
         with self._database.reading() as connection:
-            query = sa.select(models).order_by(models.c.name)
-            return [rows.to_model(row) for row in connection.execute(query).mappings()]
+            return rows.fetch_models(connection)
 
     def policy(self, model: str) -> Policy:
         """The policy of a model in force; raises NotFound."""
@@ -165,11 +164,6 @@ class Models:
             if move is None:
                 raise NotFound(f"model {name!r} has no alias {at!r}; `fsu alias list {name}` shows them")
             return model, rows.fetch_version(connection, model, move.version)
-
-    def sealed_root(self, model: str, base: ModelVersion) -> ModelVersion:
-        """The version that labels D' for requests on top of `base`: that of its root's latest seal, else its root."""
-        with self._database.reading() as connection:
-            return rows.fetch_sealed_root(connection, rows.fetch_model(connection, model), base)
 
     # Erasures and their re-checks.
 

@@ -88,9 +88,9 @@ def find_candidates(connection: sa.Connection, model: Model, root: ModelVersion,
     """
     if recipe.form == "paper":
         return GeneratorCandidates()
-    query = rows.GENERATORS.where(generators.c.model_id == model.id).order_by(generators.c.created_at, generators.c.id)
-    every = [rows.to_generator(row) for row in connection.execute(query).mappings()]
-    fitting = [generator for generator in every if matches(generator, model) and generator.retired is None]
+    query = rows.GENERATORS.where(generators.c.model_id == model.id, rows.NOT_RETIRED)
+    in_use = connection.execute(query.order_by(*rows.oldest_first(generators))).mappings()
+    fitting = [generator for generator in map(rows.to_generator, in_use) if matches(generator, model)]
     reusable = [
         generator
         for generator in fitting
@@ -104,7 +104,7 @@ def named_candidate(
     connection: sa.Connection, model: Model, root: ModelVersion, recipe: Recipe, generator_id: str
 ) -> GeneratorCandidates:
     """The generator with this id and no other; raises NotFound, and GeneratorUnfit where it cannot serve."""
-    generator = rows.to_generator(rows.fetch_by_id(connection, rows.GENERATORS, generators, generator_id))
+    generator = rows.fetch_generator(connection, generator_id)
     if check_compatible(generator, model, root, recipe) == "reuse":
         return GeneratorCandidates(reuse=_ref(generator), required=True)
     return GeneratorCandidates(transfer=_ref(generator), required=True)

@@ -12,7 +12,18 @@ import sqlalchemy as sa
 from fsu_ray.config import MOST_FAILURES, Timings
 from fsu_ray.errors import AlreadyErased, AlreadyExists, InvalidBehaviour, TransitionRefused, UserError
 from fsu_ray.recipes import Recipe
-from fsu_ray.records import OPERATOR, Behaviour, Digest, Model, QueueStats, Request, RequestEvent, Status, Terms
+from fsu_ray.records import (
+    OPERATOR,
+    Behaviour,
+    Digest,
+    Generator,
+    Model,
+    QueueStats,
+    Request,
+    RequestEvent,
+    Status,
+    Terms,
+)
 from fsu_ray.storage import chain, claims, recipes, removals, rows
 from fsu_ray.storage.database import Database
 from fsu_ray.storage.planning import check_compatible
@@ -37,8 +48,11 @@ class Requests:
 
     def check_generator(self, model: str, recipe: Recipe, terms: Terms) -> None:
         """Raise what `submit` would raise for the generator in `terms`."""
+        if terms.generator is None:
+            return
         with self._database.reading() as connection:
-            _check_generator(connection, rows.fetch_model(connection, model), recipe, terms)
+            generator = rows.fetch_generator(connection, terms.generator)
+            _check_generator(connection, rows.fetch_model(connection, model), recipe, generator)
 
     def submit(
         self,
@@ -68,12 +82,15 @@ class Requests:
         with self._database.writing(f"behaviour {behaviour.name!r} of {model!r}") as connection:
             record = rows.fetch_model(connection, model)
             _check_targets(behaviour, record)
-            terms = _with_generator_id(connection, terms)
+            generator = None if terms.generator is None else rows.fetch_generator(connection, terms.generator)
+            if generator is not None:  # `terms` may give a prefix of the id
+                terms = terms.model_copy(update={"generator": generator.id})
             duplicate = _find_duplicate(connection, record, behaviour, samples, recipe if named else None, terms)
             if duplicate is not None:
                 return duplicate, False
             _check_not_erased(connection, behaviour, record)
-            _check_generator(connection, record, recipe, terms)
+            if generator is not None:
+                _check_generator(connection, record, recipe, generator)
             approval = rows.fetch_policy(connection, record).approval
             if approval and terms.requested_by is None:
                 raise UserError(f"requests of {model!r} need an approval: say who asks (--by or FSU_ACTOR)")
@@ -285,10 +302,10 @@ class Requests:
         are queued again. Raises LeaseLost.
         """
         with self._database.writing(f"request {request.id}") as connection:
-            _free_batch_members(connection, request, "stopped with its run")
             current = claims.fetch(connection, request.id)
             if current.cancel_by is None:
                 return _requeue(connection, request, "stopped with its run")
+            _free_batch_members(connection, request, "stopped with its run")
             return claims.step_claimed(
                 connection, request, Status.CANCELLED, current.cancel_by, rows.now(), reason="cancelled while running"
             )
@@ -319,11 +336,7 @@ class Requests:
         """
         moment, due = rows.now(), []
         with self._database.reading() as connection:
-            if model is None:
-                chosen = [rows.to_model(row) for row in connection.execute(sa.select(models)).mappings()]
-            else:
-                chosen = [rows.fetch_model(connection, model)]
-            for record in chosen:
+            for record in rows.fetch_models(connection, model):
                 days = rows.fetch_policy(connection, record).samples_days
                 if days is None:
                     continue
@@ -398,19 +411,10 @@ def _class_list(targets: list[int] | tuple[int, ...]) -> str:
     return f"class{'es' if len(targets) > 1 else ''} {', '.join(map(str, targets))}"
 
 
-def _check_generator(connection: sa.Connection, model: Model, recipe: Recipe, terms: Terms) -> None:
-    """Raise GeneratorUnfit where the generator in `terms` cannot serve the model now."""
-    if terms.generator is not None:
-        generator = rows.fetch_generator(connection, terms.generator)
-        base = rows.fetch_version(connection, model)
-        check_compatible(generator, model, rows.fetch_sealed_root(connection, model, base), recipe)
-
-
-def _with_generator_id(connection: sa.Connection, terms: Terms) -> Terms:
-    """`terms` with the whole id of their generator, of which they may give a prefix; raises NotFound."""
-    if terms.generator is None:
-        return terms
-    return terms.model_copy(update={"generator": rows.fetch_generator(connection, terms.generator).id})
+def _check_generator(connection: sa.Connection, model: Model, recipe: Recipe, generator: Generator) -> None:
+    """Raise GeneratorUnfit where a generator cannot serve the model now."""
+    base = rows.fetch_version(connection, model)
+    check_compatible(generator, model, rows.fetch_sealed_root(connection, model, base), recipe)
 
 
 def _derived_key(behaviour: Behaviour, samples: Digest) -> str:

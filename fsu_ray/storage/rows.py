@@ -249,6 +249,13 @@ def fetch_model(connection: sa.Connection, name: str) -> Model:
     return to_model(row)
 
 
+def fetch_models(connection: sa.Connection, name: str | None = None) -> list[Model]:
+    """The model of that name (raises NotFound), or all models by name."""
+    if name is not None:
+        return [fetch_model(connection, name)]
+    return [to_model(row) for row in connection.execute(sa.select(models).order_by(models.c.name)).mappings()]
+
+
 def of_model(connection: sa.Connection, query: sa.Select[Any], table: sa.Table, name: str | None) -> sa.Select[Any]:
     """`query` on `table` for the model of that name, unchanged for None; raises NotFound."""
     return query if name is None else query.where(table.c.model_id == fetch_model(connection, name).id)
