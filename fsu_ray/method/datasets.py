@@ -43,11 +43,6 @@ class Images:
         return Images(self.pixels[index], self.labels[index])
 
 
-def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
-    return pixels.float() / 255
-
-
 def load(name: str, split: Split, shape: tuple[int, int, int], seed: int = 0) -> Images:
     """The data set `name` at `shape` (C, H, W).
 

@@ -31,7 +31,7 @@ class RunState:
     """What the finished stages of a run returned, and the state of a running inversion: the content of a checkpoint.
 
     `use` and `generator` come from the first stage, `dataset`, `metrics` and `refused` from the gate or the synthesis,
-    `masks` from the filter, `weights` from the relearning. All but `metrics` are None or empty before. `seconds` is the
+    `masks` from the filter, `weights` from the relearning. All are None or empty before. `seconds` is the
     time of each stage, over all attempts. `resumed_at` lists where the run went on from a checkpoint.
 
     `dataclasses.asdict` gives plain values that `torch.load(weights_only=True)` reads; RunState(**values) restores it.
